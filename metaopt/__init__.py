@@ -1,0 +1,62 @@
+"""metaopt: the hypergradient of the training loop you already have."""
+
+from __future__ import annotations
+
+from metaopt import errors, optim, rules
+from metaopt.errors import (
+    CaptureError,
+    DomainError,
+    EagerWarning,
+    HeldConstantWarning,
+    MetaoptError,
+    MetaoptWarning,
+    MissingExtraError,
+    RuleError,
+    StaleError,
+    SweepError,
+    UnusedHyperparameterWarning,
+)
+from metaopt.hyperparameters import (
+    History,
+    Hyperparameters,
+    box,
+    constrained,
+    interval,
+    l1_box,
+    nonnegative,
+    positive,
+    real,
+    simplex,
+)
+from metaopt.modes import Recording, record
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "DomainError",
+    "EagerWarning",
+    "HeldConstantWarning",
+    "History",
+    "Hyperparameters",
+    "MetaoptError",
+    "MetaoptWarning",
+    "MissingExtraError",
+    "Recording",
+    "RuleError",
+    "StaleError",
+    "SweepError",
+    "UnusedHyperparameterWarning",
+    "box",
+    "constrained",
+    "errors",
+    "interval",
+    "l1_box",
+    "nonnegative",
+    "optim",
+    "positive",
+    "real",
+    "record",
+    "rules",
+    "simplex",
+]

@@ -1,0 +1,12 @@
+"""Capture: watch a training loop and keep each iteration as a function that can be called again.
+
+``cells``       a tensor's value at one moment, copied only when somebody is about to overwrite it
+``trace``       one iteration as straight-line code over numbered values
+``tape``        the tensors that are followed, and the iteration that is being written
+``watcher``     the ``TorchFunctionMode`` that shows every torch call to the tape
+``calls``       the calls that need more than "call it again": gradients, writes, statistics, …
+``writes``      calls that write their arguments in place
+``primitives``  what replayed programs are made of besides torch: ``stop``, ``inner_gradient``, …
+``program``     iterations of equal structure, stored once, as a ``torch.fx`` graph
+``segment``     one recorded iteration: a program, its constants and the state it started from
+"""

@@ -1,0 +1,101 @@
+"""A tensor's value at one moment: a reference until somebody is about to write, a copy from then on."""
+
+from __future__ import annotations
+
+__all__ = ["Cell", "Cells"]
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from metaopt.errors import StaleError
+
+
+class Cell:
+    """The value that a tensor had when the cell was made.
+
+    While nobody writes into the tensor the cell is a reference and costs nothing; ``commit`` turns it into a copy.
+    """
+
+    __slots__ = ("__weakref__", "owned", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, *, owned: bool = False) -> None:
+        self.tensor = tensor
+        self.version = tensor._version
+        self.owned = owned
+
+    def commit(self) -> None:
+        """Copy the value, so that the tensor may be overwritten."""
+        if not self.owned:
+            self.check()
+            self.tensor = self.tensor.detach().clone()
+            self.owned = True
+
+    def check(self) -> None:
+        """Raise if the tensor was overwritten without the cell being told."""
+        if not self.owned and self.tensor._version != self.version:
+            raise StaleError(
+                f"a tensor of shape {tuple(self.tensor.shape)} was modified in place after the loop used it, and its "
+                "earlier value is needed to differentiate that step. Leave the loop's inputs, the weights and the "
+                "hyperparameters as they are until the sweep is done, or give the loop a copy (`x.clone()`)."
+            )
+
+    def value(self) -> Tensor:
+        """The value, detached from every graph; shares the tensor's memory."""
+        self.check()
+        return self.tensor.detach()
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class Cells:
+    """The cells that still are references, found by the memory that they refer to."""
+
+    def __init__(self) -> None:
+        self._by_storage: dict[int, list[weakref.ref[Cell]]] = {}
+        self._snapshots: dict[int, tuple[weakref.ref[Tensor], Cell]] = {}
+        self._purge_at = 1024
+
+    def keep(self, tensor: Tensor) -> Cell:
+        """A cell for the tensor's present value."""
+        if tensor.layout is torch.strided and not tensor.untyped_storage().resizable():
+            return self._snapshot(tensor)
+        cell = Cell(tensor)
+        if tensor.layout is torch.strided:
+            self._by_storage.setdefault(_storage(tensor), []).append(weakref.ref(cell))
+            if len(self._by_storage) > self._purge_at:
+                self._purge()
+        return cell
+
+    def before_write(self, tensor: Tensor) -> None:
+        """Copy every value that lies in this tensor's memory, since it is about to be overwritten."""
+        if tensor.layout is not torch.strided:
+            return
+        for reference in self._by_storage.pop(_storage(tensor), ()):
+            cell = reference()
+            if cell is not None:
+                cell.commit()
+
+    def _snapshot(self, tensor: Tensor) -> Cell:
+        # Memory that torch does not own (numpy's, say) changes without a version counter: copy it, but only when
+        # it differs from the last copy.
+        known = self._snapshots.get(id(tensor))
+        if known is not None and known[0]() is tensor and torch.equal(known[1].tensor, tensor):
+            return known[1]
+        cell = Cell(tensor.detach().clone(), owned=True)
+        self._snapshots[id(tensor)] = (weakref.ref(tensor), cell)
+        if len(self._snapshots) > 256:
+            self._snapshots = {k: v for k, v in self._snapshots.items() if v[0]() is not None}
+        return cell
+
+    def _purge(self) -> None:
+        alive = {}
+        for key, references in self._by_storage.items():
+            kept = [r for r in references if (cell := r()) is not None and not cell.owned]
+            if kept:
+                alive[key] = kept
+        self._by_storage = alive
+        self._purge_at = max(1024, 2 * len(alive))

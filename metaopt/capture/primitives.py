@@ -1,0 +1,188 @@
+"""What replayed programs are made of besides torch's own functions.
+
+A program is called with a `Phase`, which tells the two kinds of differentiation apart: the *inner* one, which the loop
+itself asked for with ``backward``, and the *outer* one, of the whole step. ``no_grad`` and ``detach`` stop the inner
+one only: the weights' trajectory still depends on what was computed under them.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Phase",
+    "assign",
+    "flatten",
+    "hooked",
+    "inner_gradient",
+    "leaf",
+    "overwrite",
+    "pick",
+    "seeded",
+    "stop",
+    "total",
+    "with_autocast",
+    "with_native_kernels",
+]
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RNG = tuple[tuple[torch.Generator, Tensor], ...]
+
+
+class Phase:
+    """Whether a backward pass that runs now is the loop's own (`inner`) or the sweep's."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self) -> None:
+        self.inner = False
+
+    @contextmanager
+    def loop(self):  # type: ignore[no-untyped-def]
+        """The span of a backward pass of the loop."""
+        before, self.inner = self.inner, True
+        try:
+            yield
+        finally:
+            self.inner = before
+
+
+class _Stop(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, phase: Phase) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.phase = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        return (None if ctx.phase.inner else grad), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:  # type: ignore[override]
+        return tangent.view_as(tangent)
+
+
+def stop(phase: Phase, x: Tensor) -> Tensor:
+    """``x``, a constant for the loop's own gradients and a variable for the sweep.
+
+    This is what ``detach`` and ``no_grad`` mean to the training dynamics.
+    """
+    if not (isinstance(x, Tensor) and x.requires_grad):
+        return x
+    # A custom function returns a view that refuses in-place writes; programs write only to clones.
+    return _Stop.apply(x, phase)
+
+
+def leaf(x: Tensor) -> Tensor:
+    """``x`` as something that gradients can be taken with respect to."""
+    return x if x.requires_grad else x.detach().requires_grad_()
+
+
+def inner_gradient(
+    phase: Phase,
+    outputs: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor | None] | None,
+    inputs: Sequence[Tensor],
+    is_grads_batched: bool = False,
+) -> tuple[Tensor, ...]:
+    """The gradient that the loop took, as a differentiable function of the weights and hyperparameters."""
+    weights = [None] * len(outputs) if grad_outputs is None else grad_outputs
+    kept = [(output, weight) for output, weight in zip(outputs, weights, strict=True) if output.requires_grad]
+    grads: Sequence[Tensor | None] = [None] * len(inputs)
+    if kept:
+        with phase.loop():
+            grads = torch.autograd.grad(
+                [output for output, _ in kept],
+                list(inputs),
+                [weight for _, weight in kept],
+                create_graph=True,
+                allow_unused=True,
+                is_grads_batched=is_grads_batched,
+            )
+    return tuple(torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads, strict=True))
+
+
+def pick(result: Any, place: int) -> Any:
+    """One tensor of a nested result."""
+    return flatten([result])[place]
+
+
+def flatten(arguments: Iterable[Any], found: list[Tensor] | None = None) -> list[Tensor]:
+    """All tensors among nested arguments, in order."""
+    found = [] if found is None else found
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            found.append(argument)
+        elif isinstance(argument, (list, tuple)):
+            flatten(argument, found)
+        elif isinstance(argument, dict):
+            flatten(argument.values(), found)
+    return found
+
+
+def total(*terms: Tensor) -> Tensor:
+    """The sum of the gradients that one weight received."""
+    result = terms[0]
+    for term in terms[1:]:
+        result = result + term
+    return result
+
+
+def overwrite(value: Tensor | float, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What ``copy_``, ``fill_`` and ``zero_`` leave in a whole tensor: nothing of what it held before."""
+    if not isinstance(value, Tensor):
+        return torch.full(shape, value, dtype=dtype, device=device)
+    return value.to(dtype=dtype, device=device).expand(shape).clone()
+
+
+def assign(target: Tensor, value: Tensor) -> Tensor:
+    """``target`` after ``target.copy_(value)``, where ``target`` may be written."""
+    return target.copy_(value)
+
+
+def seeded(states: RNG, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``func`` with the generators where they were when the loop called it; put them back afterwards."""
+    before = [(generator, generator.get_state()) for generator, _ in states]
+    try:
+        for generator, state in states:
+            generator.set_state(state)
+        return func(*args, **kwargs)
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
+
+
+def with_autocast(
+    settings: tuple[tuple[str, torch.dtype], ...], func: Callable[..., Any], *args: Any, **kw: Any
+) -> Any:
+    """Call ``func`` under the autocast settings of the loop."""
+    with ExitStack() as stack:
+        for device_type, dtype in settings:
+            stack.enter_context(torch.autocast(device_type, dtype=dtype, cache_enabled=False))
+        return func(*args, **kw)
+
+
+def with_native_kernels(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``func`` with kernels that have second derivatives: math attention, native recurrent layers."""
+    before = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return func(*args, **kwargs)
+    finally:
+        torch._C._set_mkldnn_enabled(before[0])
+        torch._C._set_cudnn_enabled(before[1])
+
+
+def hooked(phase: Phase, x: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
+    """Give ``x`` the user's gradient hook, which acts on the loop's own gradients and not on the sweep's."""
+    if x.requires_grad:
+        x.register_hook(lambda grad: hook(grad) if phase.inner else None)

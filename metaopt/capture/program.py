@@ -1,0 +1,298 @@
+"""Iterations of equal structure, stored once, as a ``torch.fx`` graph that a person can print."""
+
+from __future__ import annotations
+
+__all__ = ["Function", "Library", "Program"]
+
+import operator
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from metaopt.capture import primitives
+from metaopt.capture.cells import Cell
+from metaopt.capture.primitives import Phase, inner_gradient, pick, seeded, with_autocast, with_native_kernels
+from metaopt.capture.segment import Segment
+from metaopt.capture.tape import External
+from metaopt.capture.trace import Group, Instruction, Num, Obj, Trace, Val, needed
+
+
+class Library:
+    """The programs of a run, one for each structure that its iterations had."""
+
+    def __init__(self) -> None:
+        self.programs: list[Program] = []
+        self._by_structure: dict[Any, tuple[Program, list[int], list[int], list[int]]] = {}
+        self._numbers: dict[Any, tuple[float, ...]] = {}
+
+    def seal(
+        self,
+        trace: Trace,
+        *,
+        inputs: list[tuple[int, Cell]],
+        externals: list[External],
+        constants: list[Cell],
+        outputs: list[tuple[int, int]],
+    ) -> Segment:
+        """Turn a finished trace into a segment that shares the program of its structure."""
+        structure = (
+            tuple(trace.code),
+            tuple(trace.inputs),
+            tuple(trace.externals),
+            tuple(trace.constants),
+            tuple(value for value, _ in outputs),
+        )
+        known = self._by_structure.get(structure)
+        if known is None:
+            known = self._by_structure[structure] = self._program(trace, [value for value, _ in outputs])
+        program, ins, exts, consts = known
+        numbers = tuple(trace.numbers)
+        return Segment(
+            program,
+            [inputs[place] for place in ins],
+            [externals[place] for place in exts],
+            [constants[place] for place in consts],
+            self._numbers.setdefault(numbers, numbers),
+            tuple(trace.objects),
+            tuple(trace.seeds),
+            {key: place for place, (_, key) in enumerate(outputs)},
+        )
+
+    def _program(self, trace: Trace, outputs: list[int]) -> tuple[Program, list[int], list[int], list[int]]:
+        code = [trace.code[index] for index in needed(trace.code, set(outputs))]
+        used = {value for instruction in code for value in instruction.used()} | set(outputs)
+        picks = [
+            [place for place, value in enumerate(values) if value in used]
+            for values in (trace.inputs, trace.externals, trace.constants)
+        ]
+        program = Program(
+            code,
+            inputs=[trace.inputs[place] for place in picks[0]],
+            externals=[trace.externals[place] for place in picks[1]],
+            constants=[trace.constants[place] for place in picks[2]],
+            outputs=outputs,
+            name=f"program{len(self.programs)}",
+        )
+        self.programs.append(program)
+        return program, *picks
+
+
+@dataclass
+class Function:
+    """A program cut down to some outputs, compiled to Python; the places of what it is called with."""
+
+    module: fx.GraphModule
+    inputs: list[int]
+    externals: list[int]
+    constants: list[int]
+
+    def __call__(
+        self,
+        phase: Phase,
+        inputs: Sequence[Tensor],
+        externals: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        segment: Segment,
+    ) -> list[Tensor]:
+        return self.module(phase, segment.numbers, segment.objects, segment.seeds, *inputs, *externals, *constants)
+
+
+class Program:
+    """Straight-line code over numbered values, with the outputs that iterations of this structure leave behind."""
+
+    def __init__(
+        self,
+        code: list[Instruction],
+        *,
+        inputs: list[int],
+        externals: list[int],
+        constants: list[int],
+        outputs: list[int],
+        name: str,
+    ) -> None:
+        self.code = code
+        self.inputs = inputs
+        self.externals = externals
+        self.constants = constants
+        self.outputs = outputs
+        self.name = name
+        self.verified = False
+        self.uses_autocast = any(instruction.autocast for instruction in code)
+        self._functions: dict[tuple[int, ...], Function] = {}
+
+    def function(self, places: tuple[int, ...]) -> Function:
+        """The program that computes the outputs at these places, and nothing else."""
+        if places not in self._functions:
+            self._functions[places] = _lower(self, [self.outputs[place] for place in places])
+        return self._functions[places]
+
+    @property
+    def graph(self) -> fx.Graph:
+        """All of the program as a ``torch.fx`` graph."""
+        return self.function(tuple(range(len(self.outputs)))).module.graph
+
+    def __str__(self) -> str:
+        return self.function(tuple(range(len(self.outputs)))).module.code.strip()
+
+    def __repr__(self) -> str:
+        return (
+            f"Program({self.name}: {len(self.code)} calls, {len(self.inputs)} carried, {len(self.externals)} "
+            f"hyperparameters, {len(self.constants)} constants -> {len(self.outputs)} outputs)"
+        )
+
+
+def _lower(program: Program, wanted: list[int]) -> Function:
+    code = [program.code[index] for index in needed(program.code, set(wanted))]
+    used = {value for instruction in code for value in instruction.used()} | set(wanted)
+    places = [
+        [place for place, value in enumerate(values) if value in used]
+        for values in (program.inputs, program.externals, program.constants)
+    ]
+    writer = _Writer(code)
+    for names, values, chosen in zip(
+        ("state", "hyper", "constant"), (program.inputs, program.externals, program.constants), places, strict=True
+    ):
+        for place in chosen:
+            writer.place(values[place], f"{names}_{place}")
+    for instruction in code:
+        writer.write(instruction)
+    return Function(writer.finish(wanted, program.name), *places)
+
+
+class _Writer:
+    """Writes instructions as nodes of a ``torch.fx`` graph."""
+
+    def __init__(self, code: list[Instruction]) -> None:
+        self.graph = fx.Graph()
+        self.nodes: dict[int, fx.Node] = {}
+        self.phase = self.graph.placeholder("phase")
+        self.numbers = self.graph.placeholder("numbers")
+        self.objects = self.graph.placeholder("objects")
+        self.seeds = self.graph.placeholder("seeds")
+        gradients = [index for index, ins in enumerate(code) if ins.func is inner_gradient]
+        self._gradients_left = len(gradients)
+
+    def place(self, value: int, name: str) -> None:
+        self.nodes[value] = self.graph.placeholder(name)
+
+    def write(self, instruction: Instruction) -> None:
+        func = instruction.func
+        if func is inner_gradient:
+            self._gradients_left -= 1
+        if func is primitives.stop and not self._gradients_left:
+            # No gradient of the loop follows that could pass through here.
+            (out,) = instruction.outs
+            assert out is not None
+            self.nodes[out] = self.nodes[instruction.args[0].index]
+            return
+        args = tuple(self._argument(a) for a in instruction.args)
+        kwargs = {key: self._argument(a) for key, a in instruction.kwargs}
+        if instruction.phased:
+            args = (self.phase, *args)
+        node = self._call(instruction, args, kwargs)
+        for new, old in instruction.aliases:
+            self.nodes[new] = self.nodes[old]
+        self._results(instruction, node)
+
+    def _call(self, instruction: Instruction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        func = instruction.func
+        if instruction.native or instruction.autocast or instruction.seed is not None:
+            wrapped = _Wrapped(func, instruction.native, instruction.autocast, instruction.seed is not None)
+            if instruction.seed is not None:
+                args = (self._item(self.seeds, instruction.seed), *args)
+            return self.graph.call_function(wrapped, args, kwargs)
+        method = _method_name(func)
+        if method is not None:
+            return self.graph.call_method(method, args, kwargs)
+        getter = _getter_name(func)
+        if getter is not None:
+            return self.graph.call_function(getattr, (args[0], getter))
+        return self.graph.call_function(_nameable(func), args, kwargs)
+
+    def _results(self, instruction: Instruction, node: fx.Node) -> None:
+        for place, out in enumerate(instruction.outs):
+            if out is not None:
+                picked = self.graph.call_function(pick, (node, place)) if instruction.many else node
+                self.nodes[out] = picked
+
+    def _argument(self, spec: Any) -> Any:
+        kind = type(spec)
+        if kind is Val:
+            return self.nodes[spec.index]
+        if kind is Num:
+            return self._item(self.numbers, spec.index)
+        if kind is Obj:
+            return self._item(self.objects, spec.index)
+        if kind is Group:
+            items = [self._argument(item) for item in spec.items]
+            if spec.kind is dict:
+                return {key: self._argument(value) for key, value in spec.items}
+            if spec.kind is slice:
+                return slice(*items)
+            return items if spec.kind is list else spec.kind(*items)
+        if kind is tuple:
+            return tuple(self._argument(item) for item in spec)
+        return spec
+
+    def _item(self, holder: fx.Node, place: int) -> fx.Node:
+        return self.graph.call_function(operator.getitem, (holder, place))
+
+    def finish(self, wanted: list[int], name: str) -> fx.GraphModule:
+        self.graph.output([self.nodes[value] for value in wanted])
+        return fx.GraphModule(torch.nn.Module(), self.graph, class_name=name)
+
+
+def _method_name(func: Callable[..., Any]) -> str | None:
+    name = getattr(func, "__name__", "")
+    return name if name and getattr(torch.Tensor, name, None) is func else None
+
+
+def _getter_name(func: Callable[..., Any]) -> str | None:
+    owner = getattr(func, "__self__", None)
+    return owner.__name__ if isinstance(owner, types.GetSetDescriptorType) else None
+
+
+class _Named:
+    """A callable that ``torch.fx`` can name."""
+
+    def __init__(self, func: Callable[..., Any], suffix: str = "") -> None:
+        self.func = func
+        self.__name__ = getattr(func, "__name__", type(func).__name__).strip("<>") + suffix
+        self.__module__ = "metaopt.capture.program"
+        self.__qualname__ = self.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.func(*args, **kwargs)
+
+
+class _Wrapped(_Named):
+    """A call under the kernels, the precision and the random numbers that it needs."""
+
+    def __init__(self, func: Callable[..., Any], native: bool, autocast: tuple[Any, ...], random: bool) -> None:
+        super().__init__(func, "_native" * native + "_autocast" * bool(autocast) + "_seeded" * random)
+        self.native = native
+        self.autocast = autocast
+        self.random = random
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.func
+        if self.native:
+            call = partial(with_native_kernels, call)
+        if self.autocast:
+            call = partial(with_autocast, self.autocast, call)
+        if self.random:
+            states, *args = args  # type: ignore[assignment]
+            call = partial(seeded, states, call)
+        return call(*args, **kwargs)
+
+
+def _nameable(func: Callable[..., Any]) -> Callable[..., Any]:
+    home = sys.modules.get(getattr(func, "__module__", None) or "")
+    found = getattr(home, getattr(func, "__name__", ""), None)
+    return func if isinstance(func, types.FunctionType) and found is func else _Named(func)

@@ -1,0 +1,78 @@
+"""One recorded iteration: a program, its constants, and the state that it started from."""
+
+from __future__ import annotations
+
+__all__ = ["Replay", "Segment"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from metaopt.capture.cells import Cell
+from metaopt.capture.primitives import Phase
+
+if TYPE_CHECKING:
+    from metaopt.capture.program import Program
+    from metaopt.capture.tape import External
+
+
+@dataclass
+class Replay:
+    """What one call of an iteration gave: its outputs, and the leaves that they were computed from."""
+
+    inputs: dict[int, Tensor]
+    externals: dict[int, Tensor]
+    outputs: list[Tensor]
+    phase: Phase
+
+
+@dataclass
+class Segment:
+    """``Φ_t`` as (reference to a shared program, this step's constants, the state ``s_{t-1}``).
+
+    ``inputs`` pairs the key of each carried tensor with its value, ``outputs`` says which key each computed value
+    belongs to afterwards. Keys are the same from one iteration to the next; they tie the iterations together.
+    """
+
+    program: Program
+    inputs: list[tuple[int, Cell]]
+    externals: list[External]
+    constants: list[Cell]
+    numbers: tuple[float, ...]
+    objects: tuple[Any, ...]
+    seeds: tuple[Any, ...]
+    outputs: dict[int, int]
+
+    def replay(self, keys: Sequence[int], *, state: dict[int, Tensor] | None = None) -> Replay:
+        """Call ``Φ_t`` at the recorded state (or another), with a graph from its inputs to the outputs named.
+
+        Args:
+            keys: which of ``outputs`` to compute.
+            state: values to use in place of the recorded ones, by key.
+        """
+        phase = Phase()
+        call = self.program.function(tuple(self.outputs[key] for key in keys))
+        state = state or {}
+        inputs = {key: variable(state.get(key, cell.value())) for key, cell in self._pick(call.inputs)}
+        chosen = [self.externals[place] for place in call.externals]
+        externals = {id(external.tensor): variable(external.tensor) for external in chosen}
+        with torch.enable_grad():
+            outputs = call(
+                phase,
+                list(inputs.values()),
+                list(externals.values()),
+                [self.constants[place].value() for place in call.constants],
+                self,
+            )
+        return Replay(inputs, externals, outputs, phase)
+
+    def _pick(self, places: Sequence[int]) -> list[tuple[int, Cell]]:
+        return [self.inputs[place] for place in places]
+
+
+def variable(value: Tensor) -> Tensor:
+    """A leaf at this value, sharing its memory."""
+    return value.detach().requires_grad_(value.dtype.is_floating_point or value.dtype.is_complex)

@@ -1,0 +1,103 @@
+"""Layers with running statistics: the buffers that they write are state of the training dynamics.
+
+torch writes them inside the kernel, where autograd does not look. The replay normalises with the batch's statistics,
+and moves the running ones by a formula of their own.
+"""
+
+from __future__ import annotations
+
+__all__ = ["batch_norm", "instance_norm", "normalize", "running_mean", "running_var"]
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from metaopt.capture.watcher import Watcher
+
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+_INSTANCE_NORM = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+
+
+def running_mean(old: Tensor, x: Tensor, momentum: float, per_instance: bool) -> Tensor:
+    """``(1 - momentum) · old + momentum · mean``, over everything but the channels."""
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    new = x.mean(axes)
+    return (1 - momentum) * old + momentum * new.to(old.dtype)
+
+
+def running_var(old: Tensor, x: Tensor, momentum: float, per_instance: bool) -> Tensor:
+    """``(1 - momentum) · old + momentum · var``, with the unbiased variance."""
+    if per_instance:
+        new = x.flatten(2).var(2, unbiased=True).mean(0)
+    else:
+        new = x.transpose(0, 1).flatten(1).var(1, unbiased=True)
+    return (1 - momentum) * old + momentum * new.to(old.dtype)
+
+
+def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Batch norm with given statistics, differentiable in them too."""
+    shape = [1, -1] + [1] * (x.dim() - 2)
+    y = (x - mean.view(shape)) * (var.view(shape) + eps).rsqrt()
+    if weight is not None:
+        y = y * weight.view(shape)
+    if bias is not None:
+        y = y + bias.view(shape)
+    return y.to(x.dtype)
+
+
+def batch_norm(watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``F.batch_norm``: its running statistics are written in training and read in evaluation."""
+    given = {"training": False, "momentum": 0.1, "eps": 1e-5, "weight": None, "bias": None}
+    given |= dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
+    return _norm(watcher, func, args, kwargs, given, given["training"], per_instance=False)
+
+
+def instance_norm(watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``F.instance_norm``, likewise."""
+    given = {"running_mean": None, "running_var": None, "use_input_stats": True, "momentum": 0.1, "eps": 1e-5}
+    given |= {"weight": None, "bias": None}
+    given |= dict(zip(_INSTANCE_NORM, args, strict=False)) | kwargs
+    return _norm(watcher, func, args, kwargs, given, given["use_input_stats"], per_instance=True)
+
+
+def _norm(
+    watcher: Watcher,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    given: dict[str, Any],
+    training: bool,
+    *,
+    per_instance: bool,
+) -> Any:
+    tape = watcher.tape
+    mean, var = given.get("running_mean"), given.get("running_var")
+    x = given["input"]
+    if mean is None or var is None:
+        return watcher.call(func, args, kwargs)
+    if not training:
+        if tape.find(mean) is None and tape.find(var) is None:
+            return watcher.call(func, args, kwargs)
+        result = func(*args, **kwargs)
+        spec = (x, mean, var, given["weight"], given["bias"], given["eps"])
+        watcher.record(normalize, spec, {}, result)
+        return result
+    live = any(tape.is_live(t) for t in (x, mean, var, given["weight"], given["bias"]) if t is not None)
+    values = [tape.read_stopped(t) for t in (mean, var, x)] if live else []
+    for buffer in (mean, var):
+        tape.before_write(buffer)
+    if not live:
+        return func(*args, **kwargs)
+    result = func(*args, **kwargs)
+    without = {"running_mean": None, "running_var": None}
+    flag = "use_input_stats" if per_instance else "training"
+    rest = {"weight": given["weight"], "bias": given["bias"], flag: True, "momentum": given["momentum"]}
+    watcher.record(func, (x,), {**without, **rest, "eps": given["eps"]}, result)
+    momentum = tape.trace.number(float(given["momentum"]))
+    for buffer, value, formula in ((mean, values[0], running_mean), (var, values[1], running_var)):
+        if tape.is_live(x) or tape.find(buffer) is not None:
+            (number,) = tape.trace.emit(formula, value, values[2], momentum, per_instance)
+            tape.define(buffer, number).buffer = 1 if per_instance else 2
+    return result

@@ -1,0 +1,479 @@
+"""The tensors that are followed, and the iteration that is being written."""
+
+from __future__ import annotations
+
+__all__ = ["BASE", "Binding", "External", "Tape", "View", "leaves_of", "nodes_of"]
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaopt.capture.cells import Cell, Cells
+from metaopt.capture.primitives import hooked, leaf, overwrite, stop
+from metaopt.capture.segment import Segment
+from metaopt.capture.trace import Group, Instruction, Num, Obj, Trace, Val, needed
+from metaopt.errors import CaptureError, StaleError
+
+_LITERALS = (str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(Ellipsis))
+_COMPACT_EVERY = 512
+
+
+class View(NamedTuple):
+    """How a view is made of its base: a call in which `BASE` stands for the base, and which of its results it is."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: int
+    position: int
+    stopped: bool
+
+
+BASE = object()
+
+
+class Binding:
+    """One tensor object that is followed: which value of the present iteration it holds.
+
+    ``value`` is that number if ``epoch`` is the present iteration; else the binding carries its value over from an
+    earlier one, and reading it makes it an input. A view knows its ``base`` and how it was made of it, since a write
+    to the one changes the other. ``inner`` says whether the loop's own gradients reach trained weights through it:
+    0 no, 1 yes, 2 they would, but through an earlier iteration's graph, which is gone. ``halted`` says that the replay's
+    value does have a graph to them, which a reader must not follow: a gradient, as ``backward`` leaves it. ``buffer``
+    says that a tensor that was no weight got a live value: 1, or 2 if it is a batch norm's statistic.
+    """
+
+    __slots__ = (
+        "base",
+        "base_value",
+        "buffer",
+        "cell",
+        "epoch",
+        "fresh",
+        "halted",
+        "inner",
+        "key",
+        "leaf",
+        "leaves",
+        "ref",
+        "value",
+        "version",
+        "via",
+    )
+
+    def __init__(self, key: int, tensor: Tensor) -> None:
+        self.key = key
+        self.ref = weakref.ref(tensor)
+        self.version = tensor._version
+        self.value = -1
+        self.epoch = -1
+        self.fresh = False
+        self.halted = False
+        self.buffer = 0
+        self.cell: Cell | None = None
+        self.inner = 0
+        self.leaf = False
+        self.leaves: list[int] = []
+        self.base: Binding | None = None
+        self.base_value = -1
+        self.via: View | None = None
+
+    @property
+    def root(self) -> Binding:
+        """The binding whose memory this one is a view of."""
+        return self if self.base is None else self.base.root
+
+
+class External:
+    """A tensor that requires grad and is not trained: a hyperparameter, or something computed from one."""
+
+    __slots__ = ("epoch", "tensor", "value", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.version = tensor._version
+        self.value = -1
+        self.epoch = -1
+
+    def check(self) -> None:
+        """Raise if the hyperparameter changed since the context began to use it."""
+        if self.tensor._version != self.version:
+            raise StaleError(
+                f"a hyperparameter of shape {tuple(self.tensor.shape)} was changed in place after the recorded steps "
+                "used it, so their derivative at its old value can't be taken. Call `run.backward` before the "
+                "hyperparameter's optimizer steps; to change hyperparameters within a context, use `metaopt.stream`."
+            )
+
+
+class Tape:
+    """Follows tensors through the loop and writes each iteration as a `Segment`."""
+
+    def __init__(self, trained: Iterable[Tensor]) -> None:
+        self.cells = Cells()
+        self.trace = Trace()
+        self.epoch = 0
+        self.externals: dict[int, External] = {}
+        self.trained: dict[int, Tensor] = {}
+        self._keys = itertools.count()
+        self._bindings: dict[int, Binding] = {}
+        self._constants: dict[int, tuple[Tensor, int, int]] = {}
+        self._constant_cells: list[Cell] = []
+        self._memory: dict[int, weakref.ref[Tensor]] = {}
+        self._stopped: dict[int, int] = {}
+        self._compact_at = _COMPACT_EVERY
+        self.escaped = False
+        self.before_first_write: Callable[[Tensor], None] | None = None
+        for tensor in trained:
+            self.train(tensor)
+
+    # -- which tensors are followed ---------------------------------------------------------------------------------
+
+    def train(self, tensor: Tensor) -> Binding:
+        """Follow a weight that the optimizer trains."""
+        self.trained[id(tensor)] = tensor
+        binding = self.bind(tensor)
+        self.own_memory(tensor)
+        binding.leaf = tensor.requires_grad
+        binding.inner = int(binding.leaf)
+        return binding
+
+    def bind(self, tensor: Tensor) -> Binding:
+        """Follow a tensor object whose value is carried over from before this iteration."""
+        binding = Binding(next(self._keys), tensor)
+        self._bindings[id(tensor)] = binding
+        return binding
+
+    def find(self, tensor: Tensor) -> Binding | None:
+        """The binding of a tensor object, if it is followed."""
+        binding = self._bindings.get(id(tensor))
+        if binding is None or binding.ref() is not tensor:
+            return None
+        return binding
+
+    def is_live(self, tensor: Tensor) -> bool:
+        """Whether the tensor depends on weights or hyperparameters."""
+        return self.find(tensor) is not None or tensor.requires_grad or self.alias(tensor) is not None
+
+    def own_memory(self, tensor: Tensor) -> None:
+        """Other tensors in this one's memory, made out of sight, are views of it."""
+        if tensor.layout is torch.strided:
+            self._memory[tensor.untyped_storage()._cdata] = weakref.ref(tensor)
+
+    def alias(self, tensor: Tensor) -> Binding | None:
+        """The binding of a tensor that was made out of sight in the memory of a weight or a followed buffer."""
+        if tensor.layout is not torch.strided:
+            return None
+        reference = self._memory.get(tensor.untyped_storage()._cdata)
+        owner = None if reference is None else reference()
+        if owner is None or owner is tensor or owner.untyped_storage()._cdata != tensor.untyped_storage()._cdata:
+            return None
+        base = self.find(owner)
+        return None if base is None else self.bind_view(tensor, owner, base)
+
+    def bind_view(self, tensor: Tensor, owner: Tensor, base: Binding) -> Binding:
+        """Follow a tensor as a view, by its strides, of another one."""
+        offset = tensor.storage_offset() - owner.storage_offset()
+        dense = owner.numel() == 0 or owner.untyped_storage().nbytes() >= owner.numel() * owner.element_size()
+        if offset < 0 or not dense or tensor.dtype != owner.dtype:
+            raise CaptureError(
+                f"a tensor of shape {tuple(tensor.shape)} shares memory with one of shape {tuple(owner.shape)} that depends on the "
+                "weights, in a way that can't be followed. Give it memory of its own (`x.clone()`)."
+            )
+        binding = self.bind(tensor)
+        binding.base = base
+        same = tensor.shape == owner.shape and tensor.stride() == owner.stride() and offset == 0
+        geometry = (tuple(tensor.shape), tensor.stride(), offset)
+        binding.via = (
+            View(stop, (BASE,), {}, 1, 0, True) if same else View(torch.as_strided, (BASE, *geometry), {}, 1, 0, True)
+        )
+        return binding
+
+    def bindings(self) -> list[Binding]:
+        """The bindings whose tensors are alive."""
+        return [binding for binding in self._bindings.values() if binding.ref() is not None]
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def read(self, tensor: Tensor) -> Val:
+        """The number of the tensor's present value, whatever kind it is."""
+        binding = self.find(tensor)
+        if binding is not None:
+            value = self.read_binding(binding, tensor)
+            return Val(self.stopped(value) if binding.halted else value)
+        if tensor.requires_grad:
+            return Val(self._read_external(tensor))
+        alias = self.alias(tensor)
+        if alias is not None:
+            return Val(self.read_binding(alias, tensor))
+        return Val(self.read_constant(tensor))
+
+    def read_binding(self, binding: Binding, tensor: Tensor | None = None) -> int:
+        """The number of a followed tensor's present value; a view is made anew where its base was written."""
+        tensor = binding.ref() if tensor is None else tensor
+        if binding.base is not None and binding.epoch != self.epoch and binding.root.ref() is None:
+            binding.base = binding.via = None  # the memory has no other name any more
+        if binding.base is not None:
+            self._refresh(binding, binding.base)
+            return binding.value
+        if tensor is not None and tensor._version != binding.version:
+            raise _unseen_write(tensor)
+        if binding.epoch != self.epoch:
+            self._enter(binding, tensor)
+        return binding.value
+
+    def inner_of(self, tensor: Tensor) -> int:
+        """Whether the loop's own gradients pass through this tensor (see `Binding`)."""
+        binding = self.find(tensor)
+        if binding is None:
+            return 0
+        root = binding.root
+        carried = not root.leaf and (root.epoch != self.epoch or not root.fresh)
+        return 2 if binding.inner and carried else binding.inner
+
+    def _refresh(self, view: Binding, base: Binding) -> None:
+        value = self.read_binding(base)
+        if view.epoch == self.epoch and view.base_value == value:
+            return
+        via = view.via
+        assert via is not None
+        number = self.make_view(via, self.stopped(value) if via.stopped and base.inner else value)
+        view.value, view.epoch, view.base_value, view.fresh = number, self.epoch, value, True
+
+    def make_view(self, via: View, base: int) -> int:
+        """Write the call that makes a view of a value."""
+
+        def spec(argument: Any) -> Any:
+            return Val(base) if argument is BASE else self.spec(argument, self.read)
+
+        number = self.trace.new()
+        outs = tuple(number if place == via.position else None for place in range(max(via.outs, 1)))
+        kwargs = tuple((key, spec(value)) for key, value in via.kwargs.items())
+        args = tuple(spec(argument) for argument in via.args)
+        self.trace.code.append(Instruction(via.func, args, kwargs, outs, many=via.outs > 1, phased=via.func is stop))
+        return number
+
+    def _enter(self, binding: Binding, tensor: Tensor | None) -> None:
+        if tensor is None:
+            raise CaptureError("a value whose tensor is gone is needed by a later step; please report this loop.")
+        number = self.trace.new()
+        self.trace.inputs.append(number)
+        self._inputs.append(binding)
+        if binding.cell is None or binding.cell.owned:
+            binding.cell = self.cells.keep(tensor)
+        self._input_cells.append(binding.cell)
+        binding.value, binding.epoch, binding.fresh = number, self.epoch, False
+        binding.halted = False
+        binding.leaves = [number] if binding.leaf else []
+        for hook in (getattr(tensor, "_backward_hooks", None) or {}).values() if binding.leaf else ():
+            self.trace.code.append(
+                Instruction(hooked, (Val(number), self.spec(hook, self.read)), phased=True, effect=True)
+            )
+
+    _inputs: list[Binding]
+    _input_cells: list[Cell]
+
+    def _read_external(self, tensor: Tensor) -> int:
+        external = self.externals.get(id(tensor))
+        if external is None:
+            self._refuse_weights(tensor)
+            external = self.externals[id(tensor)] = External(tensor)
+        external.check()
+        if external.epoch != self.epoch:
+            external.value, external.epoch = self.trace.new(), self.epoch
+            self.trace.externals.append(external.value)
+            self._external_list.append(external)
+        return external.value
+
+    _external_list: list[External]
+
+    def _refuse_weights(self, tensor: Tensor) -> None:
+        if any(id(found) in self.trained for found in leaves_of(tensor)):
+            raise CaptureError(
+                f"a tensor of shape {tuple(tensor.shape)} depends on the trained weights, but metaopt did not see how: it "
+                "was computed before the context, or by an operation that hides from torch's function modes. Compute "
+                "it inside the context with torch operations, or detach it (`x.detach()`) to hold it constant."
+            )
+
+    def read_constant(self, tensor: Tensor) -> int:
+        """The number of a value that is a constant of the step."""
+        known = self._constants.get(id(tensor))
+        if known is not None and known[0] is tensor and known[1] == tensor._version:
+            return known[2]
+        number = self.trace.new()
+        self.trace.constants.append(number)
+        self._constant_cells.append(self.cells.keep(tensor))
+        self._constants[id(tensor)] = (tensor, tensor._version, number)
+        return number
+
+    def stopped(self, value: int) -> int:
+        """The number of a value behind a `stop`."""
+        if value not in self._stopped:
+            (self._stopped[value],) = self.trace.emit(stop, Val(value), phased=True)
+        return self._stopped[value]
+
+    def read_stopped(self, tensor: Tensor) -> Val:
+        """The tensor's present value, as a constant of the loop's own gradients."""
+        value = self.read(tensor)
+        binding = self.find(tensor)
+        return Val(self.stopped(value.index)) if binding is not None and binding.inner else value
+
+    # -- arguments --------------------------------------------------------------------------------------------------
+
+    def spec(self, argument: Any, read: Callable[[Tensor], Val]) -> Any:
+        """An argument as nested tuples over values, numbers and literals."""
+        if isinstance(argument, Tensor):
+            return read(argument)
+        kind = type(argument)
+        if kind is bool or isinstance(argument, _LITERALS):
+            return argument
+        if kind is int or kind is float or kind is complex:
+            return self.trace.number(argument)
+        if kind is tuple or kind is torch.Size:
+            return tuple([self.spec(entry, read) for entry in argument])
+        if kind is list:
+            return Group(list, tuple([self.spec(entry, read) for entry in argument]))
+        if kind is slice:
+            parts = (argument.start, argument.stop, argument.step)
+            return Group(slice, tuple([self.spec(part, read) for part in parts]))
+        if kind is dict:
+            return Group(dict, tuple([(key, self.spec(entry, read)) for key, entry in argument.items()]))
+        if isinstance(argument, tuple):  # a named tuple, as PackedSequence is
+            return Group(kind, tuple([self.spec(entry, read) for entry in argument]))
+        if isinstance(argument, (int, float)):  # numpy's scalars, enums
+            return self.trace.number(argument)
+        self.trace.objects.append(argument)
+        return Obj(len(self.trace.objects) - 1)
+
+    # -- results ----------------------------------------------------------------------------------------------------
+
+    def define(self, tensor: Tensor, value: int, *, inner: int = 0, leaf: bool = False) -> Binding:
+        """The tensor object now holds this value of the present iteration."""
+        binding = self.find(tensor) or self.bind(tensor)
+        binding.cell = binding.base = binding.via = None
+        binding.halted = False
+        binding.value, binding.epoch, binding.fresh = value, self.epoch, True
+        binding.version = tensor._version
+        binding.inner, binding.leaf = inner, leaf
+        binding.leaves = [value] if leaf else []
+        return binding
+
+    def before_write(self, tensor: Tensor) -> None:
+        """Save what lies in this tensor's memory for those who still need it."""
+        if self.before_first_write is not None:
+            self.before_first_write(tensor)
+        self.cells.before_write(tensor)
+
+    def rebind_leaf(self, binding: Binding, value: int, tensor: Tensor) -> None:
+        """A weight that requires grad was written under ``no_grad``: a new value to take gradients at."""
+        (number,) = self.trace.emit(leaf, Val(value))
+        leaves = binding.leaves if binding.epoch == self.epoch else []
+        self.define(tensor, number, inner=1, leaf=True)
+        binding.leaves = [*leaves, number]
+
+    def write_whole(self, tensor: Tensor, value: Val | Num, *, inner: int = 0) -> None:
+        """The whole tensor was overwritten with a value that does not depend on what it held."""
+        binding = self.find(tensor)
+        target = (tuple(tensor.shape), tensor.dtype, tensor.device)
+        (number,) = self.trace.emit(overwrite, value, *target)
+        if binding is not None and binding.leaf:
+            self.rebind_leaf(binding, number, tensor)
+        else:
+            self.define(tensor, number, inner=inner)
+
+    # -- iterations -------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Start a new iteration."""
+        self.epoch += 1
+        self.trace = Trace()
+        self._inputs, self._input_cells, self._external_list = [], [], []
+        self._constants, self._constant_cells = {}, []
+        self._stopped = {}
+        self._compact_at = _COMPACT_EVERY
+        self._bindings = {key: b for key, b in self._bindings.items() if b.ref() is not None}
+        self._memory = {key: ref for key, ref in self._memory.items() if ref() is not None}
+
+    def end(self, seal: Callable[..., Segment]) -> Segment:
+        """Finish the iteration: what it left behind in living tensors is what it computed."""
+        outputs = sorted(
+            (b.value, b.key)
+            for b in self._bindings.values()
+            if b.epoch == self.epoch
+            and b.fresh
+            and (t := b.ref()) is not None
+            and t.dtype.is_floating_point
+            and (b.base is None or b.base.ref() is None)
+        )
+        segment = seal(
+            self.trace,
+            inputs=list(zip((b.key for b in self._inputs), self._input_cells, strict=True)),
+            externals=self._external_list,
+            constants=self._constant_cells,
+            outputs=outputs,
+        )
+        self.begin()
+        return segment
+
+    def compact(self) -> None:
+        """Forget calls whose results nobody can reach any more, so that long evaluations cost no memory."""
+        code = self.trace.code
+        if len(code) < self._compact_at:
+            return
+        wanted = {b.value for b in self._bindings.values() if b.epoch == self.epoch and b.ref() is not None}
+        for binding in self._bindings.values():
+            if binding.epoch == self.epoch and binding.ref() is not None:
+                wanted.update(binding.leaves)
+                base = binding.base
+                while base is not None:
+                    wanted.add(base.value)
+                    base = base.base
+        wanted.update(self._stopped.values())
+        keep = needed(code, wanted)
+        self.trace.code = [code[index] for index in keep]
+        used = {value for instruction in self.trace.code for value in instruction.used()} | wanted
+        self._drop_constants(used)
+        self._compact_at = max(_COMPACT_EVERY, 2 * len(self.trace.code))
+
+    def _drop_constants(self, used: set[int]) -> None:
+        pairs = [
+            (number, cell)
+            for number, cell in zip(self.trace.constants, self._constant_cells, strict=True)
+            if number in used
+        ]
+        self.trace.constants = [number for number, _ in pairs]
+        self._constant_cells = [cell for _, cell in pairs]
+        self._constants = {key: known for key, known in self._constants.items() if known[2] in used}
+
+
+def _unseen_write(tensor: Tensor) -> CaptureError:
+    return CaptureError(
+        f"a tensor of shape {tuple(tensor.shape)} that depends on the weights was modified in place by something "
+        "that metaopt does not see: code outside of the context, an extension, another thread, or code that switches torch's "
+        "function modes off. Write it with torch's own operations, inside the context; evaluate outer objectives "
+        "before anything changes what the loop left."
+    )
+
+
+def nodes_of(tensor: Tensor) -> list[Any]:
+    """The nodes of a tensor's autograd graph."""
+    seen: dict[Any, None] = {}
+    stack: list[Any] = [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen[node] = None
+        stack.extend(following for following, _ in node.next_functions)
+    return list(seen)
+
+
+def leaves_of(tensor: Tensor) -> list[Tensor]:
+    """The leaf tensors that a tensor's autograd graph leads to (itself, if it is one)."""
+    if tensor.grad_fn is None:
+        return [tensor] if tensor.requires_grad else []
+    variables = [getattr(node, "variable", None) for node in nodes_of(tensor)]
+    return [variable for variable in variables if isinstance(variable, Tensor)]

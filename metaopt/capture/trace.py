@@ -1,0 +1,130 @@
+"""One iteration of the loop as straight-line code over numbered values.
+
+A trace is structure only: tensors that enter it are numbered, the numbers and objects among a call's arguments are kept
+aside, so that two iterations that do the same have equal traces and share one program.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Group", "Instruction", "Num", "Obj", "Trace", "Val", "needed", "values_in"]
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Val(NamedTuple):
+    """A value of the trace, by its number."""
+
+    index: int
+
+
+class Num(NamedTuple):
+    """A Python number among a call's arguments, by its place in the iteration's list of numbers."""
+
+    index: int
+    kind: type
+
+
+class Obj(NamedTuple):
+    """An argument that can't be compared, by its place in the iteration's list of objects."""
+
+    index: int
+    tag: str = "object"
+
+
+class Group(NamedTuple):
+    """A list, dict or slice among the arguments; plain tuples stand for themselves."""
+
+    kind: type
+    items: tuple[Any, ...]
+
+
+class Instruction(NamedTuple):
+    """``outs = func(*args, **kwargs)``: arguments are nested tuples over `Val`, `Num` and literals.
+
+    ``outs`` has one entry per tensor of the result (``many``: of the flattened result), None where nobody follows it. ``aliases`` says which
+    values are the same tensors as earlier ones, seen after an in-place call. An ``effect`` returns nothing and belongs
+    to the value that it reads. ``seed`` is the place of the generators' states, ``autocast`` the settings in force.
+    """
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+    outs: tuple[int | None, ...] = ()
+    aliases: tuple[tuple[int, int], ...] = ()
+    many: bool = False
+    phased: bool = False
+    effect: bool = False
+    native: bool = False
+    seed: int | None = None
+    autocast: tuple[Any, ...] = ()
+
+    def defined(self) -> Iterator[int]:
+        """The values that this instruction makes."""
+        yield from (out for out in self.outs if out is not None)
+        yield from (new for new, _ in self.aliases)
+
+    def used(self) -> Iterator[int]:
+        """The values that this instruction reads."""
+        yield from values_in(self.args)
+        yield from values_in(self.kwargs)
+        yield from (old for _, old in self.aliases)
+
+
+def values_in(spec: Any) -> Iterator[int]:
+    """The numbers of the values in a nested argument."""
+    kind = type(spec)
+    if kind is Val:
+        yield spec.index
+    elif kind is not Num and isinstance(spec, tuple):
+        for entry in spec:
+            yield from values_in(entry)
+
+
+@dataclass
+class Trace:
+    """The iteration that is being written.
+
+    ``inputs``, ``externals`` and ``constants`` are the values that come from outside, by number: carried state,
+    hyperparameters, and everything else.
+    """
+
+    code: list[Instruction] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    externals: list[int] = field(default_factory=list)
+    constants: list[int] = field(default_factory=list)
+    numbers: list[float] = field(default_factory=list)
+    objects: list[Any] = field(default_factory=list)
+    seeds: list[Any] = field(default_factory=list)
+    count: int = 0
+
+    def new(self) -> int:
+        """A number for a new value."""
+        self.count += 1
+        return self.count - 1
+
+    def emit(self, func: Callable[..., Any], *args: Any, outs: int = 1, **options: Any) -> tuple[int, ...]:
+        """Write one instruction with plain positional arguments; return the numbers of its results."""
+        made = tuple(self.new() for _ in range(outs))
+        self.code.append(Instruction(func, args, outs=made, many=outs > 1, **options))
+        return made
+
+    def number(self, value: float) -> Num:
+        """Keep a Python number aside."""
+        self.numbers.append(value)
+        return Num(len(self.numbers) - 1, type(value))
+
+
+def needed(code: Sequence[Instruction], wanted: set[int]) -> list[int]:
+    """The indices of the instructions on which the wanted values depend, in order."""
+    wanted = set(wanted)
+    kept = []
+    for index in range(len(code) - 1, -1, -1):
+        instruction = code[index]
+        if not instruction.effect and any(v in wanted for v in instruction.defined()):
+            wanted.update(instruction.used())
+            kept.append(index)
+    # An effect (a gradient hook, say) belongs to a value, whoever uses that value and whenever.
+    kept += [i for i, ins in enumerate(code) if ins.effect and all(v in wanted for v in ins.used())]
+    return sorted(kept)

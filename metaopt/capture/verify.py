@@ -1,0 +1,86 @@
+"""Trust, but verify: replay an iteration where it was recorded, and compare with what the loop did."""
+
+from __future__ import annotations
+
+__all__ = ["Verifier"]
+
+import torch
+from torch import Tensor
+
+from metaopt.capture.segment import Segment
+from metaopt.capture.tape import Tape
+from metaopt.errors import CaptureError
+
+# Relative to the norm of what is compared. The replay may use other kernels than the loop did (math attention for flash
+# attention), so agreement is to some digits and not bitwise; what goes wrong goes wrong by much more.
+_TOLERANCE = {torch.float64: 1e-7, torch.float32: 5e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+
+class Verifier:
+    """Compares replays with the loop: the first of each structure, all of them, or none."""
+
+    def __init__(self, which: str) -> None:
+        if which not in ("first", "all", "never"):
+            raise ValueError(f'verify must be "first", "all" or "never", not {which!r}.')
+        self.which = which
+
+    def check(self, segment: Segment, tape: Tape, step: int) -> None:
+        """Raise `CaptureError` if the replay of a segment that has just been finished differs from the loop."""
+        if self.which == "never" or (self.which == "first" and segment.program.verified):
+            return
+        segment.program.verified = True
+        actual = {binding.key: tensor for binding in tape.bindings() if (tensor := binding.ref()) is not None}
+        keys = [key for key in segment.outputs if key in actual]
+        outputs = segment.replay(keys).outputs
+        loose = 5e-2 if segment.program.uses_autocast else 0.0
+        wrong = [
+            (actual[key], difference)
+            for key, value in zip(keys, outputs, strict=True)
+            if (difference := _difference(value, actual[key])) > max(loose, _TOLERANCE.get(value.dtype, 5e-2))
+        ]
+        if wrong:
+            raise CaptureError(_report(wrong, tape, step, len(keys)))
+
+
+def _difference(replayed: Tensor, actual: Tensor) -> float:
+    """The relative difference, with the magnitude of the larger one as the unit; values not finite on both sides agree."""
+    if replayed.shape != actual.shape:
+        return float("inf")
+    a, b = replayed.detach().double(), actual.detach().double()
+    same = (a == b) | (~torch.isfinite(a) & ~torch.isfinite(b))
+    if bool(same.all()):
+        return 0.0
+    scale = max(float(a.norm()), float(b.norm()))
+    difference = float(torch.where(same, 0.0, a - b).norm()) / max(scale, 1e-12)
+    return float("inf") if difference != difference else difference
+
+
+def _report(wrong: list[tuple[Tensor, float]], tape: Tape, step: int, count: int) -> str:
+    weights = [tensor for tensor, _ in wrong if id(tensor) in tape.trained]
+    grads = {id(weight.grad) for weight in tape.trained.values() if weight.grad is not None}
+    wrong_grads = [tensor for tensor, _ in wrong if id(tensor) in grads]
+    others = [t for t, _ in wrong if id(t) not in tape.trained and id(t) not in grads]
+    seen = ", ".join(
+        f"{len(found)} {name}"
+        for name, found in (("weights", weights), ("gradients", wrong_grads), ("other tensors", others))
+        if found
+    )
+    if any(tensor.dim() == 0 for tensor in others):
+        cause = (
+            "already the loss differs, so the forward pass depends on something that the replay does not have: an input "
+            "that was modified in place after it was used (a buffer that numpy shares, say), hidden state outside of "
+            "tensors, a Python number taken out of a tensor, or random numbers from a generator of your own"
+        )
+    elif wrong_grads:
+        cause = (
+            "the gradients differ: a backward hook that changes them, or an operation whose backward is not a function of its "
+            "tensor arguments"
+        )
+    else:
+        cause = "the weights were written behind the optimizer's back (through `.data`, numpy or an extension)"
+    worst = max(difference for _, difference in wrong)
+    return (
+        f"replaying step {step} does not give what the loop computed: {seen} of {count} values differ, by up to {worst:.1e} of "
+        f"their norm. The likely cause: {cause}. A hypergradient of this loop would be wrong. If you know the difference "
+        'to be harmless (nondeterministic kernels, say), pass verify="never".'
+    )

@@ -1,0 +1,240 @@
+"""The ``TorchFunctionMode`` that shows every torch call of the loop to the tape."""
+
+from __future__ import annotations
+
+__all__ = ["Watcher"]
+
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from metaopt.capture import calls, writes
+from metaopt.capture.primitives import flatten
+from metaopt.capture.replacements import REPLACEMENTS
+from metaopt.capture.tape import BASE, Tape, View
+from metaopt.capture.trace import Instruction
+from metaopt.errors import CaptureError, EagerWarning, HeldConstantWarning
+
+_RANDOM = re.compile(
+    "drop|rand|bernoulli|normal|multinomial|rrelu|gumbel|poisson|binomial|exponential|cauchy|uniform|geometric|"
+    "attention|lstm|gru|rnn|noise|sample|apply|fractional|dirichlet|gamma|kaiming|xavier|orthogonal|sparse_"
+)
+_NATIVE = re.compile("attention|lstm|gru|rnn")
+_NUMBERS = {"item", "tolist", "numpy", "__float__", "__int__", "__index__", "__complex__", "__array__", "__format__"}
+
+# What describes a tensor, and changes none: nothing to record.
+_PASS = {
+    getattr(Tensor, name).__get__
+    for name in (
+        "shape dtype device requires_grad is_leaf grad_fn ndim layout is_cuda is_cpu is_sparse names grad "
+        "is_quantized is_nested is_meta is_mps is_xpu itemsize nbytes output_nr _version _base _backward_hooks"
+    ).split()
+    if hasattr(getattr(Tensor, name, None), "__get__")
+} | {
+    getattr(Tensor, name)
+    for name in (
+        "size dim numel stride is_floating_point is_complex is_contiguous element_size __len__ __hash__ __repr__ "
+        "get_device storage_offset data_ptr nelement is_signed _is_view is_inference is_pinned untyped_storage "
+        "__dir__ is_same_size is_shared has_names ndimension"
+    ).split()
+    if hasattr(Tensor, name)
+}
+_PASS |= {Tensor.grad.__set__}  # type: ignore[attr-defined]
+
+
+class Watcher(TorchFunctionMode):
+    """Runs every call as it stands, then writes down those that depend on weights or hyperparameters."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+        self.paused = False
+        self._looked_for_compiler = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.paused or func in _PASS:
+            return func(*args, **kwargs)
+        self.paused = True
+        try:
+            special = calls.SPECIAL.get(func)
+            if special is not None:
+                return special(self, func, args, kwargs)
+            return self.call(func, args, kwargs)
+        finally:
+            self.paused = False
+
+    def apply(self, cls: type, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a custom ``autograd.Function``, and record it as one call."""
+        if self.paused:
+            return apply(*args, **kwargs)
+        self.paused = True
+        try:
+            return calls.apply_function(self, cls, apply, args, kwargs)
+        finally:
+            self.paused = False
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call; record it if it depends on something that is followed."""
+        tape = self.tape
+        tensors = flatten(args)
+        if kwargs:
+            flatten(kwargs.values(), tensors)
+        targets = writes.targets(func, args, kwargs)
+        if not any(tape.is_live(tensor) for tensor in tensors):
+            return self._constant_call(func, args, kwargs, targets)
+        if torch._C._are_functorch_transforms_active():
+            raise CaptureError(
+                f"`{name_of(func)}` was called on a tensor that depends on the weights inside a torch.func transform, "
+                "which can't be followed. Use `torch.autograd.grad(..., create_graph=True)` in the loop instead of "
+                "`torch.func.grad`, and a loop or a batch dimension instead of `vmap`."
+            )
+        if targets:
+            return writes.call(self, func, args, kwargs, targets)
+        seed = self.generators(func, kwargs)
+        versions = [tensor._version for tensor in tensors]
+        result = func(*args, **kwargs)
+        if versions != [tensor._version for tensor in tensors]:
+            raise CaptureError(
+                f"`{name_of(func)}` wrote one of its arguments in place, in a way that metaopt does not know and so "
+                "can't replay. Use the version of the operation that returns a new tensor."
+            )
+        self.record(func, args, kwargs, result, seed)
+        return result
+
+    def record(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        seed: Any = None,
+        *,
+        grad: bool | None = None,
+    ) -> None:
+        """Write a call without side effects, and follow its results."""
+        tape = self.tape
+        results = [result] if isinstance(result, Tensor) else flatten([result])
+        if not results:
+            self._escaped(func, args)
+            return
+        grad = torch.is_grad_enabled() if grad is None else grad
+        read = tape.read if grad else tape.read_stopped
+        sources = flatten(args) + flatten(kwargs.values())
+        inner = max((tape.inner_of(tensor) for tensor in sources), default=0) if grad else 0
+        fresh = [not any(r is s for s in sources) for r in results]
+        if not any(fresh):
+            return
+        args_spec = tuple([tape.spec(argument, read) for argument in args])
+        kwargs_spec = tuple([(key, tape.spec(value, read)) for key, value in kwargs.items()])
+        outs = tuple([tape.trace.new() if new else None for new in fresh])
+        many = not isinstance(result, Tensor)
+        called = REPLACEMENTS.get(func, func)
+        tape.trace.code.append(Instruction(called, args_spec, kwargs_spec, outs, many=many, **self.setting(func, seed)))
+        for place, (tensor, out) in enumerate(zip(results, outs, strict=True)):
+            if out is None:
+                continue
+            binding = tape.define(tensor, out, inner=inner if tensor.requires_grad else 0)
+            if tensor._is_view():
+                self._mark_view(binding, tensor, sources, View(func, args, kwargs, len(results), place, not grad))
+        tape.compact()
+        if self._looked_for_compiler < 64:
+            self._looked_for_compiler += 1
+            self._look_for_compiler()
+
+    def setting(self, func: Callable[..., Any], seed: Any) -> dict[str, Any]:
+        """What a replayed call needs around it: random numbers, precision, kernels."""
+        options: dict[str, Any] = {"native": True} if _NATIVE.search(name_of(func)) else {}
+        if torch._C._is_any_autocast_enabled():
+            options["autocast"] = tuple(
+                (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
+            )
+        if seed:
+            # One entry per call: the generators that it moved, where they stood before it.
+            moved = tuple((g, state) for g, state in seed if not torch.equal(g.get_state(), state))
+            if moved:
+                self.tape.trace.seeds.append(moved)
+                options["seed"] = len(self.tape.trace.seeds) - 1
+        return options
+
+    def generators(self, func: Callable[..., Any], kwargs: dict[str, Any]) -> list[tuple[torch.Generator, Tensor]]:
+        """The states of the generators that a call may move."""
+        if not _RANDOM.search(name_of(func)):
+            return []
+        known = [torch.default_generator]
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            known += list(torch.cuda.default_generators)
+        given = kwargs.get("generator")
+        return [(g, g.get_state()) for g in ([*known, given] if given is not None else known)]
+
+    def _mark_view(self, binding: Any, tensor: Tensor, sources: list[Tensor], view: View) -> None:
+        storage = tensor.untyped_storage()._cdata
+        for source in sources:
+            base = self.tape.find(source)
+            if base is not None and source.untyped_storage()._cdata == storage:
+                args = tuple(BASE if argument is source else argument for argument in view.args)
+                if not any(argument is BASE for argument in args):
+                    continue
+                binding.base, binding.base_value, binding.via = base, base.value, view._replace(args=args)
+                return
+
+    def _constant_call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], targets: list[Tensor]
+    ) -> Any:
+        for target in targets:
+            self.tape.before_write(target)
+        result = func(*args, **kwargs)
+        if kwargs.get("requires_grad") and isinstance(result, Tensor):
+            calls.inner_leaf(self, result)
+        return result
+
+    def _escaped(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        name = name_of(func)
+        source = args[0] if args else None
+        if name in _NUMBERS and isinstance(source, Tensor) and source.dtype.is_floating_point:
+            self.tape.escaped = True
+            warnings.warn(
+                f"`{name}` took a Python number out of a tensor that depends on the weights or hyperparameters; metaopt "
+                "holds that number constant. This is right for logging; if it goes back into the training, keep it a "
+                "tensor (`x.detach()`). To silence: `warnings.simplefilter('ignore', metaopt.HeldConstantWarning)`.",
+                HeldConstantWarning,
+                stacklevel=user_frame(),
+            )
+
+    def _look_for_compiler(self) -> None:
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_name == "compile_wrapper":
+                warnings.warn(
+                    "a compiled model or function runs eagerly inside the context: compiled code can't be "
+                    "differentiated twice.",
+                    EagerWarning,
+                    stacklevel=user_frame(),
+                )
+                self._looked_for_compiler = 64
+                return
+            frame = frame.f_back  # type: ignore[assignment]
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """A function's plain name."""
+    return getattr(func, "__name__", None) or type(func).__name__
+
+
+def user_frame() -> int:
+    """The stack level of the nearest frame outside torch and this package, for warnings."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith(("metaopt.", "torch.")):
+            break
+        frame, level = frame.f_back, level + 1
+    return level

@@ -1,0 +1,106 @@
+"""The error tree: every failure that metaopt names, and the warnings for what it does not follow.
+
+::
+
+    MetaoptError
+    ├── CaptureError (RuntimeError)        the loop did something that can't be replayed
+    ├── SweepError (RuntimeError)          the hypergradient can't be computed from what was recorded
+    │   └── StaleError                     a value changed, or was freed, after it was recorded
+    ├── RuleError (TypeError)              an optimizer without a rule, or a rule that does not fit
+    ├── DomainError (ValueError)           a setting outside the domain of its formula
+    └── MissingExtraError (ImportError)    an optional package that is not installed
+
+    MetaoptWarning (UserWarning)
+    ├── HeldConstantWarning                something that depends on the weights is held constant
+    ├── UnusedHyperparameterWarning        a hyperparameter that took no part in the loop or the objective
+    └── EagerWarning                       a compiled model runs eagerly inside a context
+
+An error's text says what was seen, why it matters, and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CaptureError",
+    "DomainError",
+    "EagerWarning",
+    "HeldConstantWarning",
+    "MetaoptError",
+    "MetaoptWarning",
+    "MissingExtraError",
+    "RuleError",
+    "StaleError",
+    "SweepError",
+    "UnusedHyperparameterWarning",
+    "require",
+]
+
+import importlib
+from types import ModuleType
+
+
+class MetaoptError(Exception):
+    """The root of everything that metaopt raises on purpose."""
+
+
+class CaptureError(MetaoptError, RuntimeError):
+    """The watched loop did something that can't be replayed as a pure function."""
+
+
+class SweepError(MetaoptError, RuntimeError):
+    """The hypergradient can't be computed from what the context recorded."""
+
+
+class StaleError(SweepError):
+    """A value that the sweep needs was changed or freed after it was recorded."""
+
+
+class RuleError(MetaoptError, TypeError):
+    """An optimizer has no rule, or its rule does not cover the setting in use."""
+
+
+class DomainError(MetaoptError, ValueError):
+    """A setting lies outside the domain in which its formula is defined."""
+
+
+class MissingExtraError(MetaoptError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+class MetaoptWarning(UserWarning):
+    """The root of metaopt's warnings."""
+
+
+class HeldConstantWarning(MetaoptWarning):
+    """A value that depends on the weights left the tensor world and is held constant."""
+
+
+class UnusedHyperparameterWarning(MetaoptWarning):
+    """A hyperparameter took no part in the loop or in the outer objective."""
+
+
+class EagerWarning(MetaoptWarning):
+    """A compiled model or function runs eagerly inside a context."""
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional package, or say which extra brings it.
+
+    Args:
+        module: the package's import name.
+        extra: the extra of this distribution that installs it.
+        purpose: what it is needed for, to finish the sentence "… is needed for".
+
+    Returns:
+        The imported module.
+
+    Raises:
+        MissingExtraError: if the package is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{module} is needed for {purpose} and is not installed; "
+            f"run `pip install 'metaopt-torch[{extra}]'` (or `pip install {module}`)."
+        ) from error

@@ -1,0 +1,214 @@
+"""Domains in which a hyperparameter is a smooth function of an unconstrained leaf."""
+
+from __future__ import annotations
+
+__all__ = ["General", "Interval", "Positive", "Simplex", "Transformed"]
+
+import inspect
+import math
+import warnings
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints, transform_to
+from torch.distributions.transforms import Transform
+
+from metaopt.errors import DomainError, MetaoptWarning
+from metaopt.hyperparameters.domains import Domain, outside, span
+from metaopt.hyperparameters.projections import widen
+
+# The share of its width by which a value on a bound moves inside: the sigmoid's slope there is 1e-3 of the
+# width, small enough to respect the wish and large enough for a hypergradient to pass.
+MARGIN = 1e-3
+
+
+class Transformed(Domain):
+    """A domain read through ``torch.distributions.transform_to``."""
+
+    @property
+    @abstractmethod
+    def constraint(self) -> constraints.Constraint:
+        """The constraint of torch that the transform meets."""
+
+    @abstractmethod
+    def admit(self, value: Tensor) -> Tensor:
+        """The value as float64, moved off the bounds that no leaf reaches; ``DomainError`` outside."""
+
+    def to_leaf(self, value: Tensor) -> Tensor:
+        # The inverse is taken in float64: close to a bound a logit or a log would lose digits of float32.
+        leaf: Tensor = _transform(self.constraint).inv(self.admit(value))
+        return leaf.to(value)
+
+    def to_value(self, leaf: Tensor) -> Tensor:
+        value: Tensor = _transform(self.constraint)(leaf)
+        return value
+
+
+@dataclass(frozen=True)
+class Positive(Transformed):
+    """The positive numbers, x = exp(leaf)."""
+
+    @property
+    def constraint(self) -> constraints.Constraint:
+        return constraints.positive
+
+    def admit(self, value: Tensor) -> Tensor:
+        if (value <= 0).any():
+            raise DomainError(
+                f"positive(value) is exp(leaf) and defined for value > 0, got {span(value)}; start from a "
+                "small positive number, or use `box(0.0, 0, None)`, which reaches 0 by projection."
+            )
+        return widen(value)
+
+    def __str__(self) -> str:
+        return "positive"
+
+
+@dataclass(frozen=True)
+class Interval(Transformed):
+    """The numbers between two bounds, x = low + (high - low) sigmoid(leaf)."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise DomainError(
+                f"{self} needs finite bounds with low < high; widen them, or use `positive` or `box`, "
+                "whose bounds may be infinite."
+            )
+
+    @property
+    def constraint(self) -> constraints.Constraint:
+        return constraints.interval(self.low, self.high)
+
+    def admit(self, value: Tensor) -> Tensor:
+        if outside(value, self.low, self.high):
+            raise DomainError(
+                f"{self} is defined for {self.low:g} <= value <= {self.high:g}, got {span(value)}; "
+                "clip the value or widen the bounds."
+            )
+        least, most, margin = self._resolved(value.dtype)
+        wide = widen(value)
+        at_low, at_high = wide <= least, wide >= most
+        if not (at_low | at_high).any():
+            return wide
+        _warn_moved(
+            f"{int((at_low | at_high).sum())} of {value.numel()} initial values of {self} lie on a bound, "
+            f"which a sigmoid can't represent and where its derivative vanishes: they start {margin:g} "
+            f"inside. Start inside, or use `box(value, {self.low:g}, {self.high:g})`, which reaches its "
+            "bounds by projection."
+        )
+        return wide.masked_fill(at_low, self.low + margin).masked_fill(at_high, self.high - margin)
+
+    def _resolved(self, dtype: torch.dtype) -> tuple[float, float, float]:
+        """The range that a sigmoid of this dtype can tell from the bounds, and the step off a bound."""
+        limits, width = torch.finfo(dtype), self.high - self.low
+        rounding = limits.eps * max(abs(self.low), abs(self.high), width)
+        if width < 64 * rounding:
+            raise DomainError(
+                f"{self} is too narrow for {dtype} to resolve so far from 0; use float64, or a "
+                "hyperparameter of width 1 that your code shifts and scales."
+            )
+        # Close to 0 floats are dense, so a low of 0 is told apart to the least normal number.
+        least = self.low + 4 * max(limits.eps * abs(self.low), limits.tiny * width)
+        return least, self.high - 4 * rounding, max(MARGIN * width, 8 * rounding)
+
+    def __str__(self) -> str:
+        return f"interval({self.low:g}, {self.high:g})"
+
+
+@dataclass(frozen=True)
+class Simplex(Transformed):
+    """The probability vectors along the last dimension, x = softmax(leaf)."""
+
+    @property
+    def constraint(self) -> constraints.Constraint:
+        return constraints.simplex
+
+    def admit(self, value: Tensor) -> Tensor:
+        wide = widen(value)
+        slack = 1e-6 + 16 * torch.finfo(value.dtype).eps
+        if value.ndim == 0 or (value < 0).any() or ((wide.sum(-1) - 1).abs() > slack).any():
+            raise DomainError(
+                "simplex(value) is defined for vectors (along the last dimension) of entries >= 0 with sum "
+                f"1, got shape {tuple(value.shape)} with {span(value)}; divide by the sum, or take a softmax "
+                "first."
+            )
+        on_face = (value <= 4 * torch.finfo(value.dtype).tiny).any(-1, keepdim=True)
+        if not on_face.any():
+            return wide
+        _warn_moved(
+            "simplex(value) has entries of 0, which a softmax can't represent and where its derivative "
+            f"vanishes: the vectors concerned start mixed with {MARGIN:g} of the uniform one. Start from "
+            "positive entries."
+        )
+        return torch.where(on_face, (1 - MARGIN) * wide + MARGIN / value.shape[-1], wide)
+
+    def __str__(self) -> str:
+        return "simplex"
+
+
+@dataclass(frozen=True)
+class General(Transformed):
+    """Any constraint of ``torch.distributions`` that has a ``transform_to``."""
+
+    rule: constraints.Constraint
+
+    def __post_init__(self) -> None:
+        try:
+            transform_to(self.rule)
+        except NotImplementedError as error:
+            raise DomainError(
+                f"{self} has no smooth transform from the reals (torch.distributions.transform_to knows "
+                "none); use another constraint, or register one with `transform_to.register`."
+            ) from error
+
+    @property
+    def constraint(self) -> constraints.Constraint:
+        return self.rule
+
+    def admit(self, value: Tensor) -> Tensor:
+        if not self._accepts(value):
+            raise DomainError(
+                f"the initial value, {span(value)} of shape {tuple(value.shape)}, is outside {self}; "
+                "start from a value of a shape and range that it accepts."
+            )
+        return widen(value)
+
+    def _accepts(self, value: Tensor) -> bool:
+        try:
+            return bool(self.rule.check(value).all())
+        except (RuntimeError, IndexError):  # a shape that it can't reduce
+            return False
+
+    def to_leaf(self, value: Tensor) -> Tensor:
+        leaf = super().to_leaf(value)
+        tolerance = 100 * torch.finfo(value.dtype).eps ** 0.75
+        if not torch.isfinite(leaf).all() or not torch.allclose(
+            self.to_value(leaf), value, rtol=tolerance, atol=tolerance
+        ):
+            raise DomainError(
+                f"the initial value, {span(value)}, is on the boundary of {self}, which its transform can't "
+                "represent; start from a value inside."
+            )
+        return leaf
+
+    def __str__(self) -> str:
+        return f"constrained({self.rule})"
+
+
+def _transform(constraint: constraints.Constraint) -> Transform:
+    # Looked up at each use, which costs microseconds: so a domain is no more than its bounds.
+    transform: Transform = transform_to(constraint)
+    return transform
+
+
+def _warn_moved(message: str) -> None:
+    # The warning points at the line that gave the value, however deep in this package it was judged.
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(__package__ or __name__):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, MetaoptWarning, stacklevel=level)

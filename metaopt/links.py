@@ -1,0 +1,117 @@
+"""Links: settings of an optimizer's param groups that come from hyperparameters."""
+
+from __future__ import annotations
+
+__all__ = ["Link", "assign", "factor", "rescale", "unlink"]
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt.errors import DomainError
+
+# What a scheduler keeps in the group besides the setting itself, in the same unit.
+_SCALED_WITH = {"lr": ("initial_lr", "max_lr", "min_lr"), "momentum": ("base_momentum", "max_momentum")}
+
+
+class Link:
+    """A setting of a param group that comes from a hyperparameter.
+
+    ``base`` is the number that the group was given; the group's number over it is the scheduler's factor.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self.source: Callable[[], Tensor] | None = getattr(value, "_metaopt_source", None)
+        self.fixed = value
+        self.base: float | None = None
+        self._current: Tensor | None = None
+        self._stamp: Any = None
+
+    def value(self) -> Tensor:
+        """The hyperparameter's present value; the same tensor object for as long as it does not change."""
+        if self.source is None:
+            return self.fixed
+        value = self.source()
+        stamp = value.detach()
+        if self._current is None or not torch.equal(stamp, self._stamp):
+            self._current, self._stamp = value, stamp.clone()
+        return self._current
+
+    def at(self, step: int) -> Tensor:
+        """The value for a step (from 0): the scalar, or that entry of a learned schedule."""
+        value = self.value()
+        if value.dim() == 0 or value.numel() == 1:
+            return value.reshape(()) if value.dim() else value
+        if value.dim() != 1:
+            raise DomainError(
+                f"a setting of an optimizer is a scalar or a vector with one entry per step, not of shape {tuple(value.shape)}."
+            )
+        if step >= len(value):
+            raise DomainError(
+                f"a learned schedule has {len(value)} entries, but the optimizer takes step {step + 1}. Make it as long as "
+                "the training, or call `run.rewind()` between hyper-iterations so that it starts again."
+            )
+        return value[step]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Link:
+        copy = Link(self.fixed)
+        copy.source, copy.base = self.source, self.base
+        return copy
+
+
+def rescale(group: dict[str, Any], name: str, ratio: float) -> None:
+    """Scale what schedulers keep in a group besides the setting itself."""
+    for key in _SCALED_WITH.get(name, ()):
+        if key in group:
+            group[key] = group[key] * ratio
+
+
+def factor(name: str, number: float, base: float | None, group: dict[str, Any]) -> float:
+    """The factor that a scheduler put on a linked setting.
+
+    Raises:
+        DomainError: if the hyperparameter is exactly 0, so that the factor can't be seen.
+    """
+    if base is None or number == base:
+        if base == 0 and name == "lr" and "initial_lr" in group:
+            raise DomainError(
+                "lr is exactly 0 under a scheduler, so the factor that the scheduler put on it can't be seen. Start from a small "
+                "positive lr."
+            )
+        return 1.0
+    if base == 0:
+        raise DomainError(
+            f"{name} is linked to a hyperparameter that is exactly 0, but a scheduler set it to {number:g}; what it should be "
+            "multiplied with can't be told. Start the hyperparameter from a small positive value."
+        )
+    return number / base
+
+
+def unlink(key: str, given: Any, links: dict[str, Link]) -> Any:
+    """The plain number for a setting; what it came from goes to ``links``, under the rule's name for it."""
+    if isinstance(given, Tensor) and given.requires_grad:
+        links[key] = Link(given)
+        return _first(given)
+    if isinstance(given, tuple) and any(isinstance(entry, Tensor) and entry.requires_grad for entry in given):
+        numbers = []
+        for place, entry in enumerate(given):
+            if isinstance(entry, Tensor) and entry.requires_grad:
+                links[f"{key.rstrip('s')}{place + 1}"] = Link(entry)
+            numbers.append(_first(entry))
+        return tuple(numbers)
+    return given
+
+
+def _first(value: Any) -> float:
+    return float(value.detach().reshape(-1)[0]) if isinstance(value, Tensor) else float(value)
+
+
+def assign(group: dict[str, Any], where: str | tuple[str, int], number: float) -> None:
+    """Put a number where a rule finds the setting."""
+    if isinstance(where, str):
+        group[where] = number
+        return
+    key, place = where
+    group[key] = tuple(number if i == place else entry for i, entry in enumerate(group[key]))

@@ -1,0 +1,401 @@
+"""The outer objective, and the adjoint ``α`` that the sweep carries back from it."""
+
+from __future__ import annotations
+
+__all__ = ["Adjoint", "Objective"]
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt.capture.segment import Segment
+from metaopt.capture.tape import leaves_of, nodes_of
+from metaopt.errors import HeldConstantWarning, StaleError, SweepError, UnusedHyperparameterWarning
+from metaopt.hyperparameters import name_of, owner_of
+from metaopt.modes.statistics import statistics_gradients
+from metaopt.step import Loop
+
+Objective = Tensor | Callable[[], Tensor] | Sequence[Any]
+
+
+class Adjoint:
+    """``α``: the derivative of ``E`` with respect to every carried tensor, and what the hyperparameters got so far.
+
+    ``carried`` is by the key of the tensor, ``external`` by the identity of the tensor that requires grad, ``direct`` is
+    ``∂E/∂λ``. With several objectives every entry has a leading dimension for them.
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop = loop
+        self.carried: dict[int, Tensor] = {}
+        self.external: dict[int, Tensor] = {}
+        self.direct: list[tuple[Tensor, Tensor]] = []
+        self.value: Tensor | None = None
+        self.batch: int | None = None
+        self._wanted: set[int] | None = None
+
+    # -- from an objective ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def of(cls, outer: Objective, loop: Loop, watched: Callable[[Callable[[], Tensor]], Tensor] | None) -> Adjoint:
+        """The adjoint at the end of the loop, ``α_T = ∇E(s_T)``.
+
+        Args:
+            outer: a scalar tensor, a function that computes one, or a list of either (their sum).
+            loop: the loop that the objective looks at.
+            watched: evaluates a function under watch; None while the loop itself is being watched.
+        """
+        if isinstance(outer, (list, tuple)):
+            if not outer:
+                raise SweepError("the list of outer objectives is empty.")
+            return cls._sum([cls.of(entry, loop, watched) for entry in outer])
+        if callable(outer) and not isinstance(outer, Tensor):
+            for weight in loop.weights():
+                _check_weight(loop, weight)
+            outer = outer() if watched is None else watched(outer)
+        if not isinstance(outer, Tensor):
+            raise SweepError(
+                f"the outer objective must be a tensor (or a function that returns one), not {type(outer)}."
+            )
+        if outer.numel() != 1 or not outer.dtype.is_floating_point:
+            raise SweepError(
+                f"the outer objective must be a floating-point scalar, not {outer.dtype} of shape {tuple(outer.shape)}; reduce "
+                "it with `.mean()` or `.sum()`."
+            )
+        adjoint = cls(loop)
+        adjoint.value = outer
+        loop.flush()
+        binding = loop.tape.find(outer)
+        if binding is not None:
+            adjoint.carried[binding.key] = torch.ones_like(outer)
+        else:
+            adjoint._from_graph(outer)
+        return adjoint
+
+    @classmethod
+    def _sum(cls, parts: list[Adjoint]) -> Adjoint:
+        result = parts[0]
+        for part in parts[1:]:
+            for key, value in part.carried.items():
+                _add(result.carried, key, value)
+            result.direct += part.direct
+            assert result.value is not None and part.value is not None
+            result.value = result.value.detach() + part.value.detach()
+        return result
+
+    @classmethod
+    def stack(cls, parts: list[Adjoint]) -> Adjoint:
+        """Several objectives side by side, for a Jacobian."""
+        if not parts:
+            raise SweepError("the list of outer objectives is empty.")
+        result = cls(parts[0].loop)
+        result.batch = len(parts)
+        for place, part in enumerate(parts):
+            for key, value in part.carried.items():
+                if key not in result.carried:
+                    result.carried[key] = value.new_zeros((len(parts), *value.shape))
+                result.carried[key][place] = value
+            for leaf, value in part.direct:
+                whole = value.new_zeros((len(parts), *value.shape))
+                whole[place] = value
+                result.direct.append((leaf, whole))
+        values = [part.value for part in parts if part.value is not None]
+        result.value = torch.stack([value.detach().reshape(()) for value in values])
+        return result
+
+    def _from_graph(self, outer: Tensor) -> None:
+        """From an objective that was computed outside of the context: its autograd graph ends at the weights."""
+        tape = self.loop.tape
+        leaves = leaves_of(outer)
+        followed = [leaf for leaf in leaves if tape.find(leaf) is not None]
+        statistics = statistics_gradients(outer, tape)
+        if not followed and not statistics:
+            raise SweepError(
+                "the outer objective does not depend on the trained weights, as the loop left them: it was computed under "
+                "`no_grad`, from a copy of the model, or before the training. Compute it from the model after the loop, with "
+                "grad enabled, or pass a function: `run.backward(lambda: loss(model(x), y))`."
+            )
+        for leaf in followed:
+            _check_weight(self.loop, leaf)
+        with _unhooked(leaves):
+            grads = torch.autograd.grad(outer, leaves, retain_graph=True, allow_unused=True)
+        for leaf, grad in zip(leaves, grads, strict=True):
+            if grad is None:
+                continue
+            binding = tape.find(leaf)
+            if binding is not None:
+                _add(self.carried, binding.key, grad)
+            else:
+                self.direct.append((leaf, grad))
+        for key, grad in statistics.items():
+            _add(self.carried, key, grad)
+        self._say_what_is_constant(outer, set(statistics))
+
+    def _say_what_is_constant(self, outer: Tensor, exact: set[int]) -> None:
+        tape = self.loop.tape
+        # Batch norm's statistics are found in the graph where they are read, unless a compiled function hides them.
+        hidden = any("CompiledFunction" in node.name() for node in nodes_of(outer))
+        known = set(tape.trained) | {id(t.grad) for t in tape.trained.values() if t.grad is not None}
+        known |= {id(v) for state in self.loop.optimizer.state.values() for v in state.values()}
+        buffers = [
+            tensor
+            for binding in tape.bindings()
+            if (tensor := binding.ref()) is not None
+            and binding.buffer
+            and (binding.buffer != 2 or hidden)
+            and binding.key not in exact
+            and id(tensor) not in known
+            and not tensor.requires_grad
+        ]
+        if buffers:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in buffers[:4])
+            warnings.warn(
+                f"the loop also wrote {len(buffers)} tensors that are not weights (buffers, averages; shapes {shapes}"
+                f"{', …' if len(buffers) > 4 else ''}). An outer objective computed outside of the context holds them constant. If it "
+                "reads them, pass it as a function, `run.backward(lambda: loss(model(x), y))`, to have it exact.",
+                HeldConstantWarning,
+                stacklevel=6,
+            )
+
+    # -- through the iterations ------------------------------------------------------------------------------------------
+
+    def want(self, wanted: Iterable[Tensor] | None) -> None:
+        """Restrict the sweep to these hyperparameters (None: all that are found)."""
+        if wanted is None:
+            self._wanted = None
+            return
+        ids = {id(leaf) for tensor in wanted for leaf in (tensor, *leaves_of(tensor))}
+        self._wanted = {
+            id(external.tensor)
+            for external in self.loop.tape.externals.values()
+            if ids & {id(leaf) for leaf in (external.tensor, *leaves_of(external.tensor))}
+        }
+
+    def pull_back(self, segment: Segment, step: float) -> None:
+        """One step of REVERSE-HG: ``g += α_t B_t``, ``α_{t-1} = α_t A_t``, both at ``(s_{t-1}, λ)``."""
+        keys = [key for key in segment.outputs if key in self.carried]
+        if not keys:
+            return
+        for external in segment.externals:
+            external.check()
+        try:
+            replay = segment.replay(keys)
+            alpha = [self.carried.pop(key) for key in keys]
+            pairs = [(out, a) for out, a in zip(replay.outputs, alpha, strict=True) if out.requires_grad]
+            if not pairs:
+                return
+            targets = [(self.carried, key, x) for key, x in replay.inputs.items() if x.requires_grad]
+            targets += [
+                (self.external, key, x)
+                for key, x in replay.externals.items()
+                if x.requires_grad and (self._wanted is None or key in self._wanted)
+            ]
+            grads = torch.autograd.grad(
+                [out for out, _ in pairs],
+                [x for _, _, x in targets],
+                [a for _, a in pairs],
+                allow_unused=True,
+                is_grads_batched=self.batch is not None,
+            )
+        except RuntimeError as error:
+            raise _retold(error, step) from error
+        for (store, key, _), grad in zip(targets, grads, strict=True):
+            if grad is not None:
+                _add(store, key, grad)
+
+    def check_value(self, segments: Iterable[tuple[float, Segment]]) -> None:
+        """Raise if the objective is not finite, and say since when the training is not."""
+        assert self.value is not None
+        if bool(torch.isfinite(self.value).all()):
+            return
+        for step, segment in segments:
+            if any(not bool(torch.isfinite(cell.tensor).all()) for _, cell in segment.inputs):
+                raise SweepError(
+                    f"the outer objective is {self.value.tolist()}: the training state is not finite after step {int(step) - 1} "
+                    "(counted from 1). Lower the learning rate, or clip the gradients."
+                )
+        raise SweepError(
+            f"the outer objective is {self.value.tolist()}, though the recorded states before the last step are finite. Look at "
+            "the last step and at the objective itself."
+        )
+
+    def sweep(self, segments: Sequence[tuple[float, Segment]], shown: Iterable[tuple[float, Segment]]) -> None:
+        """Walk back through the iterations; raise if the adjoint overflows, and say where."""
+        start = dict(self.carried)
+        for step, segment in shown:
+            self.pull_back(segment, step)
+        if self._finite():
+            return
+        self.carried, self.external = start, {}
+        for step, segment in reversed(segments):
+            self.pull_back(segment, step)
+            if not self._finite():
+                raise SweepError(
+                    f"the adjoint is not finite before step {int(step)}: the hypergradient overflows on its way back (chaotic training), "
+                    "or an operation of that step has an infinite derivative there (a root or a norm at 0). Differentiate "
+                    f"the last steps only (`last=`), lower the learning rate, or look at step {int(step)}."
+                )
+
+    def _finite(self) -> bool:
+        values = [*self.carried.values(), *self.external.values()]
+        return all(bool(torch.isfinite(value).all()) for value in values)
+
+    # -- to the hyperparameters --------------------------------------------------------------------------------------------
+
+    def gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """The hypergradient of every leaf that took part, in the order in which they were found."""
+        totals: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def add(leaf: Tensor, grad: Tensor) -> None:
+            known = totals.get(id(leaf))
+            totals[id(leaf)] = (leaf, grad if known is None else known[1] + grad)
+
+        for external in self.loop.tape.externals.values():
+            grad = self.external.get(id(external.tensor))
+            if grad is None:
+                continue
+            if external.tensor.grad_fn is None:
+                add(external.tensor, grad)
+                continue
+            leaves = leaves_of(external.tensor)
+            parts = torch.autograd.grad(
+                external.tensor,
+                leaves,
+                grad,
+                retain_graph=True,
+                allow_unused=True,
+                is_grads_batched=self.batch is not None,
+            )
+            for leaf, part in zip(leaves, parts, strict=True):
+                if part is not None:
+                    add(leaf, part)
+        for leaf, grad in self.direct:
+            add(leaf, grad)
+        return list(totals.values())
+
+    def leaves(self) -> list[Tensor]:
+        """The leaves behind everything that the loop was found to depend on."""
+        found = [leaf for external in self.loop.tape.externals.values() for leaf in leaves_of(external.tensor)]
+        return list({id(leaf): leaf for leaf in found}.values())
+
+    def accumulate(self) -> None:
+        """Add the hypergradients to the leaves' ``.grad``."""
+        gradients = self.gradients()
+        self._warn_unused({id(leaf) for leaf, _ in gradients})
+        for leaf, grad in gradients:
+            grad = grad.detach().to(leaf.dtype)
+            leaf.grad = grad.clone() if leaf.grad is None else leaf.grad + grad
+
+    def collect(self, wanted: list[Tensor]) -> tuple[Tensor, ...]:
+        """The hypergradients with respect to these tensors."""
+        gradients = {id(leaf): grad for leaf, grad in self.gradients()}
+        results = []
+        for tensor in wanted:
+            binding = self.loop.tape.find(tensor)
+            if binding is not None:
+                grad = self.carried.get(binding.key)
+            elif tensor.grad_fn is None:
+                grad = gradients.get(id(tensor))
+                if grad is None:
+                    self._warn_one(tensor)
+            else:
+                grad = _of_value(tensor, gradients)
+            shape = tensor.shape if self.batch is None else (self.batch, *tensor.shape)
+            results.append(tensor.new_zeros(shape) if grad is None else grad.detach())
+        return tuple(results)
+
+    def _warn_one(self, tensor: Tensor) -> None:
+        name = name_of(tensor) or f"a tensor of shape {tuple(tensor.shape)}"
+        warnings.warn(
+            f"the hyperparameter {name} took no part in the recorded steps nor in the outer objective; its hypergradient is "
+            "zero. Was it replaced by a copy, or turned into a Python number?",
+            UnusedHyperparameterWarning,
+            stacklevel=4,
+        )
+
+    def _warn_unused(self, used: set[int]) -> None:
+        owners = {id(o): o for leaf in self.leaves() if (o := owner_of(leaf)) is not None}
+        names = [
+            str(name_of(leaf))
+            for owner in owners.values()
+            for leaf in owner.parameters()
+            if leaf.requires_grad and id(leaf) not in used
+        ]
+        if names:
+            warnings.warn(
+                f"the hyperparameters {', '.join(names)} took no part in the recorded steps nor in the outer objective, and "
+                "get no hypergradient. Were they replaced by copies, or turned into Python numbers?",
+                UnusedHyperparameterWarning,
+                stacklevel=4,
+            )
+
+
+def _add(store: dict[int, Tensor], key: int, value: Tensor) -> None:
+    store[key] = store[key] + value if key in store else value
+
+
+@contextmanager
+def _unhooked(leaves: list[Tensor]) -> Iterator[None]:
+    """While open, the user's gradient hooks on leaves rest: they belong to the training, not to the outer objective."""
+    resting = [(hooks, dict(hooks)) for leaf in leaves if (hooks := leaf._backward_hooks)]
+    for hooks, _ in resting:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, entries in resting:
+            hooks.update(entries)
+
+
+def _check_weight(loop: Loop, weight: Tensor) -> None:
+    binding = loop.tape.find(weight)
+    if binding is not None and weight._version != binding.version:
+        raise StaleError(
+            f"a weight of shape {tuple(weight.shape)} was changed after the context ended, so the outer objective does not look "
+            "at the weights that the recorded training led to. Evaluate it, and call `backward`, before training goes on "
+            "or `rewind` is called."
+        )
+
+
+def _of_value(tensor: Tensor, gradients: dict[int, Tensor]) -> Tensor | None:
+    """The hypergradient with respect to a constrained value, from that of the leaf behind it.
+
+    The transform is elementwise, so ``dE/dvalue = dE/dleaf / (dvalue/dleaf)``.
+    """
+    leaves = leaves_of(tensor)
+    if len(leaves) != 1 or leaves[0].shape != tensor.shape or getattr(tensor, "_metaopt_source", None) is None:
+        raise SweepError(
+            "`wrt` contains a tensor that was computed from hyperparameters, and not a hyperparameter itself. Ask for its leaves "
+            "(`hyper.parameters()`), and use `torch.autograd.grad` from there."
+        )
+    grad = gradients.get(id(leaves[0]))
+    if grad is None:
+        return None
+    probe = torch.ones_like(tensor)
+    (slope,) = torch.autograd.grad(tensor, leaves[0], probe, retain_graph=True)
+    skewed = probe.clone().reshape(-1)
+    skewed[::2] *= 2
+    (other,) = torch.autograd.grad(tensor, leaves[0], skewed.view_as(probe), retain_graph=True)
+    if not torch.allclose(other, slope * skewed.view_as(probe)):
+        raise SweepError(
+            "`wrt` contains a constrained value whose entries depend on each other (a simplex, say), so it has no derivative of its "
+            "own. Ask for its leaf (`hyper.parameters()`)."
+        )
+    return grad / slope
+
+
+def _retold(error: RuntimeError, step: float) -> Exception:
+    text = str(error)
+    if isinstance(error, SweepError):
+        return error
+    hints = ("not implemented", "once_differentiable", "double backward", "does not require grad")
+    if any(hint in text for hint in hints):
+        return SweepError(
+            f"step {int(step)} can't be differentiated a second time: {text.splitlines()[0]} An operation of the loop has no second "
+            "derivative in torch. Write it with operations that have one, or detach what it computes."
+        )
+    return error

@@ -1,0 +1,239 @@
+"""REVERSE-HG: keep the states of the loop, then walk back (Franceschi et al. 2017, algorithm 1).
+
+The sweep runs to the first step: ``g = Σ_{t=1..T} α_t B_t`` with ``α_T = ∇E(s_T)``, ``α_{t-1} = α_t A_t``. As the algorithm is
+often printed, its loop ends one step early and loses ``B_1``.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Recording", "record"]
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from metaopt.capture.program import Program
+from metaopt.capture.segment import Segment
+from metaopt.errors import SweepError
+from metaopt.modes.outer import Adjoint, Objective
+from metaopt.modes.progress import progressing
+from metaopt.modes.start import Start
+from metaopt.step import Loop
+
+
+def record(
+    optimizer: Optimizer,
+    *,
+    last: int | None = None,
+    verify: str = "first",
+    progress: bool = False,
+) -> Recording:
+    """Watch the training loop inside the ``with`` block, and differentiate through it in reverse mode.
+
+    The loop runs as it would without the context, bit for bit. Each ``optimizer.step()`` ends an iteration
+    ``s_t = Φ_t(s_{t-1}, λ)``, of which the state ``s_{t-1}`` and the constants are kept; no graph is. The memory for T steps
+    is ``T · |s|`` and the batches.
+
+    Args:
+        optimizer: the optimizer that trains the weights: one of `metaopt.optim`, whose settings may be hyperparameters,
+            or a plain one of ``torch.optim``, whose numbers are constants.
+        last: differentiate through the last so many steps only (truncated back-propagation; the rest is forgotten as
+            training goes on).
+        verify: ``"first"`` replays the first iteration of each structure and compares it with the loop; ``"all"`` does so
+            for every iteration, ``"never"`` for none.
+        progress: show a progress bar during the sweep (needs tqdm).
+
+    Returns:
+        A context manager whose ``as`` target gives the hypergradients.
+
+    Raises:
+        RuleError: if there is no rule for the optimizer.
+        CaptureError: on entering, if the optimizer is watched already; inside, if the loop does what can't be replayed.
+
+    Source:
+        Franceschi, Donini, Frasconi & Pontil 2017, "Forward and Reverse Gradient-Based Hyperparameter Optimization",
+        algorithm 1 (REVERSE-HG).
+    """
+    return Recording(optimizer, last=last, verify=verify, progress=progress)
+
+
+class Recording:
+    """What `record` watches, and the hypergradients through it."""
+
+    def __init__(self, optimizer: Optimizer, *, last: int | None, verify: str, progress: bool) -> None:
+        if last is not None and last < 0:
+            raise ValueError(f"last must be at least 0, not {last}.")
+        self._loop = Loop(optimizer, self._keep, verify=verify)
+        self._segments: deque[tuple[float, Segment]] = deque()
+        self._last = last
+        self._progress = progress
+        self._start: Start | None = None
+        self._open = False
+        self._freed = False
+
+    # -- the context ------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        if self._start is not None:
+            raise SweepError(
+                "this run was used already. Write `with metaopt.record(optimizer) as run:` for each context; training goes on "
+                "from where it is, or from the start after `run.rewind()`."
+            )
+        self._loop.open()
+        self._start = Start(self._loop.optimizer)
+        self._loop.tape.before_first_write = self._start.remember
+        self._open = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open = False
+        self._loop.close(failed=kind is not None)
+        assert self._start is not None
+        self._start.close()
+        if kind is not None:
+            self._segments.clear()
+            self._freed = True
+
+    def _keep(self, segment: Segment, is_step: bool) -> None:
+        # What follows the last step (an outer objective, say) is no step: it never falls out of the window.
+        self._segments.append((self._loop.steps + (0.0 if is_step else 0.5), segment))
+        if self._last is not None:
+            while self._segments and self._segments[0][0] <= self._loop.steps - self._last:
+                self._segments.popleft()
+
+    # -- hypergradients -----------------------------------------------------------------------------------------------
+
+    def backward(self, outer: Objective, *, retain: bool = False) -> None:
+        """Add the hypergradient of the outer objective to the hyperparameters' ``.grad``, as ``loss.backward()`` does.
+
+        ``dE/dλ = ∂E/∂λ + Σ_{t=1..T} α_t B_t``. The weights' own ``.grad`` stays as it is.
+
+        Args:
+            outer: the outer objective ``E``: a scalar tensor computed from the model as the loop left it; a function
+                without arguments that computes it; or a list of either, which are summed.
+            retain: keep what was recorded, so that another objective can be differentiated.
+
+        Raises:
+            SweepError: if ``E`` does not depend on the trained weights, if nothing was recorded, or if it was freed.
+            StaleError: if weights, inputs or hyperparameters changed since they were recorded.
+        """
+        with self._loop.paused():
+            adjoint = self._adjoint(outer)
+            self._sweep(adjoint, None, retain)
+            adjoint.accumulate()
+
+    def hypergradient(
+        self, outer: Objective, wrt: Tensor | Iterable[Tensor], *, retain: bool = True
+    ) -> tuple[Tensor, ...]:
+        """The hypergradient of the outer objective, as ``torch.autograd.grad`` would return it.
+
+        Args:
+            outer: the outer objective, as for `backward`.
+            wrt: hyperparameters (the leaves, or what `metaopt.Hyperparameters` gives for their names). A trained weight
+                or a tensor of the optimizer's state stands for its value where the context began.
+            retain: keep what was recorded, so that another objective can be differentiated.
+
+        Returns:
+            One tensor for each entry of ``wrt``, of its shape; zeros (and a warning) for one that took no part.
+        """
+        wanted = [wrt] if isinstance(wrt, Tensor) else list(wrt)
+        with self._loop.paused():
+            adjoint = self._adjoint(outer)
+            self._sweep(adjoint, wanted, retain)
+            return adjoint.collect(wanted)
+
+    def jacobian(
+        self, outers: Sequence[Objective], wrt: Tensor | Iterable[Tensor], *, retain: bool = True
+    ) -> tuple[Tensor, ...]:
+        """The hypergradients of several outer objectives, in one batched sweep.
+
+        Args:
+            outers: the objectives, each as for `backward`.
+            wrt: as for `hypergradient`.
+            retain: keep what was recorded.
+
+        Returns:
+            For each entry of ``wrt`` a tensor of shape ``(len(outers), *entry.shape)``.
+        """
+        wanted = [wrt] if isinstance(wrt, Tensor) else list(wrt)
+        with self._loop.paused():
+            adjoint = Adjoint.stack([self._adjoint(outer) for outer in outers])
+            self._sweep(adjoint, wanted, retain)
+            return adjoint.collect(wanted)
+
+    def rewind(self) -> None:
+        """Put weights, buffers, the optimizer with its param groups, and the random generators back to the beginning."""
+        if self._open:
+            raise SweepError("`rewind` was called inside the context; call it after the `with` block.")
+        if self._start is None:
+            raise SweepError("`rewind` was called before the context was entered; there is no start to go back to.")
+        self._start.restore()
+
+    # -- what was recorded ------------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """The number of optimizer steps that were watched."""
+        return self._loop.steps
+
+    @property
+    def programs(self) -> list[Program]:
+        """The programs that the iterations share; print one to see what was captured."""
+        return list(self._loop.library.programs)
+
+    @property
+    def hyperparameters(self) -> list[Tensor]:
+        """The leaves that the recorded steps were found to depend on, besides the trained weights."""
+        return Adjoint(self._loop).leaves()
+
+    def __repr__(self) -> str:
+        state = "open" if self._open else "freed" if self._freed else "closed"
+        return (
+            f"Recording({type(self._loop.optimizer).__name__}, {state}: {self.steps} steps, {len(self.programs)} programs, "
+            f"{len(self._loop.tape.externals)} hyperparameters)"
+        )
+
+    # -- REVERSE-HG -----------------------------------------------------------------------------------------------------
+
+    def _adjoint(self, outer: Objective) -> Adjoint:
+        if self._start is None:
+            raise SweepError("nothing was recorded yet: run the training loop inside `with metaopt.record(optimizer)`.")
+        if self._freed:
+            raise SweepError(
+                "what the context recorded was freed, by an earlier `backward` or because the context was left by an exception. "
+                "Pass `retain=True` to the earlier call to differentiate several objectives."
+            )
+        return Adjoint.of(outer, self._loop, self._watched)
+
+    def _watched(self, outer: Callable[[], Tensor]) -> Tensor:
+        """Evaluate an objective given as a function, under watch, as a last iteration without a step."""
+        if self._open:
+            with self._loop.resumed():
+                value = outer()
+            self._loop.flush()
+            return value
+        self._loop.open()
+        try:
+            with self._loop.resumed():
+                value = outer()
+        except BaseException:
+            self._loop.close(failed=True)
+            raise
+        self._loop.close()
+        return value
+
+    def _sweep(self, adjoint: Adjoint, wanted: list[Tensor] | None, retain: bool) -> None:
+        adjoint.want(wanted)
+        segments = list(self._segments)
+        adjoint.check_value(segments)
+        shown = progressing(reversed(segments), len(segments), self._progress, "reverse sweep")
+        adjoint.sweep(segments, shown)
+        if not retain and not self._open:
+            self._segments.clear()
+            self._freed = True

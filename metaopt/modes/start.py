@@ -1,0 +1,103 @@
+"""Where a context began: what it takes to go back there."""
+
+from __future__ import annotations
+
+__all__ = ["Start"]
+
+import copy
+import random
+import weakref
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Start:
+    """The state of training when a context was entered.
+
+    Tensors are copied when they are first written, so that a context which is not rewound pays for little.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._saved: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._order: list[int] = []
+        self._open = True
+        self._groups = [{k: copy.copy(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self._grads = [(weight, weight.grad) for group in optimizer.param_groups for weight in group["params"]]
+        self._state = {weight: _shallow(state) for weight, state in optimizer.state.items()}
+        bookmark = getattr(optimizer, "bookmark", None)
+        self._bookmark = None if bookmark is None else bookmark()
+        self._random = _random_states()
+
+    def remember(self, tensor: Tensor) -> None:
+        """Copy a tensor that is about to be written for the first time."""
+        known = self._saved.get(id(tensor))
+        if not self._open or (known is not None and known[0]() is tensor):
+            return
+        self._saved[id(tensor)] = (weakref.ref(tensor), tensor.detach().clone())
+        self._order.append(id(tensor))
+        if len(self._order) > 4096:
+            self._forget_the_dead()
+
+    def _forget_the_dead(self) -> None:
+        self._saved = {key: entry for key, entry in self._saved.items() if entry[0]() is not None}
+        self._order = [key for key in dict.fromkeys(self._order) if key in self._saved]
+
+    def close(self) -> None:
+        """The context has ended: what is written from now on is not its business."""
+        self._open = False
+        self._forget_the_dead()
+
+    def restore(self) -> None:
+        """Put everything back."""
+        with torch.no_grad():
+            # Last saved first: a view that was saved before its base is right where the base's copy is not.
+            for key in reversed(self._order):
+                reference, value = self._saved[key]
+                tensor = reference()
+                if tensor is not None:
+                    tensor.copy_(value)
+        for group, numbers in zip(self.optimizer.param_groups, self._groups, strict=False):
+            for key in [key for key in group if key != "params" and key not in numbers]:
+                del group[key]
+            group.update({key: copy.copy(value) for key, value in numbers.items()})
+        for weight, grad in self._grads:
+            weight.grad = grad
+        self.optimizer.state.clear()
+        for weight, state in self._state.items():
+            self.optimizer.state[weight] = _shallow(state)
+        if self._bookmark is not None:
+            self.optimizer.go_back(self._bookmark)  # type: ignore[attr-defined]
+        _set_random_states(self._random)
+
+
+def _shallow(state: dict[str, Any]) -> dict[str, Any]:
+    # Small tensors (step counters) are copied, since the optimizer writes them out of sight; large ones are kept by
+    # reference, and copied when the tape announces a write.
+    return {
+        k: v.clone() if isinstance(v, Tensor) and v.numel() == 1 else copy.copy(v) if not isinstance(v, Tensor) else v
+        for k, v in state.items()
+    }
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    numpy.random.set_state(states["numpy"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,0 +1,215 @@
+"""Drop-in optimizers: ``torch.optim`` classes whose settings may be hyperparameters."""
+
+from __future__ import annotations
+
+__all__ = ["SGD", "Adam", "AdamW", "DifferentiableOptimizer"]
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from metaopt.links import Link, assign, factor, rescale, unlink
+from metaopt.rules import rule_of
+
+Setting = float | Tensor
+
+
+class DifferentiableOptimizer(torch.optim.Optimizer):
+    """What the drop-in optimizers share: tensors among their settings are kept as links, the groups hold numbers."""
+
+    _links: dict[int, dict[str, Link]]
+    schedule_step: int
+
+    def _link(self, **settings: Any) -> dict[str, Any]:
+        """Keep the tensors among the constructor's settings aside; return the plain numbers for torch's constructor."""
+        self._links = {}
+        self._defaults_given = settings
+        self.schedule_step = 0
+        numbers = {key: unlink(key, value, {}) for key, value in settings.items()}
+        return numbers
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; settings given as tensors that require grad are linked to it."""
+        links: dict[str, Link] = {}
+        group = dict(param_group)
+        for key, default in self._defaults_given.items():
+            group[key] = unlink(key, group.get(key, default), links)
+        super().add_param_group(group)
+        self._links[len(self.param_groups) - 1] = links
+        self._hook()
+        self._sync()
+
+    def _hook(self) -> None:
+        if _follow not in self._optimizer_step_pre_hooks.values():
+            self.register_step_pre_hook(_follow)
+            self.register_step_post_hook(_count)
+
+    def bookmark(self) -> Any:
+        """Where learned schedules and schedulers' factors are, for `go_back`."""
+        bases = {place: {name: link.base for name, link in links.items()} for place, links in self._links.items()}
+        return self.schedule_step, bases
+
+    def go_back(self, bookmark: Any) -> None:
+        """Return to a bookmark; the hyperparameters keep their present values."""
+        self.schedule_step, bases = bookmark
+        for place, links in self._links.items():
+            for name, link in links.items():
+                link.base = bases.get(place, {}).get(name)
+        self._sync()
+
+    def _before_step(self) -> None:
+        """What a subclass does before torch's step."""
+
+    def _after_step(self) -> None:
+        """What a subclass does after torch's step."""
+
+    def linked_settings(self, group: dict[str, Any]) -> dict[str, tuple[Tensor, float]]:
+        """The hyperparameter behind each linked setting of a group, at the present step, and the scheduler's factor."""
+        place = next(i for i, candidate in enumerate(self.param_groups) if candidate is group)
+        rule = rule_of(self)
+        result = {}
+        for name, link in self._links.get(place, {}).items():
+            number = float(rule.number(group, name))
+            result[name] = (link.at(self.schedule_step), factor(name, number, link.base, group))
+        return result
+
+    def _sync(self) -> None:
+        """Give the groups the hyperparameters' present numbers, times what schedulers made of the last ones."""
+        rule = rule_of(self)
+        for place, links in self._links.items():
+            group = self.param_groups[place]
+            for name, link in links.items():
+                new = float(link.at(self.schedule_step).detach())
+                if link.base is not None and new == link.base:
+                    continue
+                rule.check(name, new)
+                old = link.base
+                scheduled = 1.0 if old is None else factor(name, float(rule.number(group, name)), old, group)
+                assign(group, rule.settings[name], new * scheduled)
+                if old:
+                    rescale(group, name, new / old)
+                link.base = new
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_links", "_defaults_given", "schedule_step")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hook()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with the step that learned schedules are at."""
+        result = super().state_dict()
+        if any(link.value().numel() > 1 for links in self._links.values() for link in links.values()):
+            result["schedule_step"] = self.schedule_step
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; the linked settings keep following their hyperparameters."""
+        self.schedule_step = state_dict.get("schedule_step", 0)
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "schedule_step"})
+
+
+def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    assert isinstance(optimizer, DifferentiableOptimizer)
+    optimizer._sync()
+    optimizer._before_step()
+
+
+def _count(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    assert isinstance(optimizer, DifferentiableOptimizer)
+    optimizer._after_step()
+    optimizer.schedule_step += 1
+
+
+class SGD(DifferentiableOptimizer, torch.optim.SGD):
+    """``torch.optim.SGD`` whose ``lr``, ``momentum``, ``dampening`` and ``weight_decay`` may be hyperparameters.
+
+    Each may be a number, a tensor that requires grad (a scalar, or a vector with one entry per step), or an entry of
+    `metaopt.Hyperparameters`; param groups may have their own. A linked momentum that is exactly 0 keeps its buffers,
+    so that it has a derivative there and can leave 0.
+
+    Raises:
+        DomainError: if a setting lies outside its domain, at the start or when its hyperparameter has moved.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Setting = 1e-3,
+        momentum: Setting = 0,
+        dampening: Setting = 0,
+        weight_decay: Setting = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        settings = self._link(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+        flags = {"maximize": maximize, "foreach": foreach, "differentiable": differentiable, "fused": fused}
+        super().__init__(params, **settings, nesterov=nesterov, **flags)
+
+    _buffers: list[tuple[Tensor, Tensor]]
+
+    def _before_step(self) -> None:
+        # torch keeps no buffer while the momentum is 0. A momentum that may leave 0, or whose derivative is asked for
+        # at 0, needs the one that torch would have kept in the limit: the last gradient.
+        self._buffers = []
+        for place, group in enumerate(self.param_groups):
+            if "momentum" not in self._links.get(place, {}) or group["momentum"] != 0:
+                continue
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    grad = -weight.grad if group["maximize"] else weight.grad
+                    self._buffers.append((weight, torch.add(grad, weight.detach(), alpha=group["weight_decay"])))
+
+    def _after_step(self) -> None:
+        for weight, buffer in self._buffers:
+            self.state[weight]["momentum_buffer"] = buffer
+        self._buffers = []
+
+
+class Adam(DifferentiableOptimizer, torch.optim.Adam):
+    """``torch.optim.Adam`` whose ``lr``, ``betas``, ``eps`` and ``weight_decay`` may be hyperparameters.
+
+    Each may be a number, a tensor that requires grad (a scalar, or a vector with one entry per step), or an entry of
+    `metaopt.Hyperparameters`; either of the betas too; param groups may have their own.
+
+    Raises:
+        DomainError: if a setting lies outside its domain, at the start or when its hyperparameter has moved.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Setting = 1e-3,
+        betas: tuple[Setting, Setting] = (0.9, 0.999),
+        eps: Setting = 1e-8,
+        weight_decay: Setting = 0,
+        amsgrad: bool = False,
+        **flags: Any,
+    ) -> None:
+        settings = self._link(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, **settings, amsgrad=amsgrad, **flags)
+
+
+class AdamW(DifferentiableOptimizer, torch.optim.AdamW):
+    """``torch.optim.AdamW`` whose ``lr``, ``betas``, ``eps`` and ``weight_decay`` may be hyperparameters (see `Adam`)."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Setting = 1e-3,
+        betas: tuple[Setting, Setting] = (0.9, 0.999),
+        eps: Setting = 1e-8,
+        weight_decay: Setting = 1e-2,
+        amsgrad: bool = False,
+        **flags: Any,
+    ) -> None:
+        settings = self._link(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, **settings, amsgrad=amsgrad, **flags)

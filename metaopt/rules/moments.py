@@ -1,0 +1,55 @@
+"""What Adam and its relatives share: the two moments, their bias correction, and their domain."""
+
+from __future__ import annotations
+
+__all__ = ["ADAM_DOMAIN", "ADAM_SETTINGS", "ADAM_STATE", "moments"]
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from metaopt.rules.rule import Setting, safe_sqrt
+
+ADAM_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+ADAM_SETTINGS: Mapping[str, str | tuple[str, int]] = {
+    "lr": "lr",
+    "beta1": ("betas", 0),
+    "beta2": ("betas", 1),
+    "eps": "eps",
+    "weight_decay": "weight_decay",
+}
+ADAM_DOMAIN = {
+    "lr": (lambda x: x >= 0, "at least 0"),
+    "beta1": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    "beta2": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
+    "eps": (lambda x: x >= 0, "at least 0"),
+    "weight_decay": (lambda x: x >= 0, "at least 0"),
+}
+
+
+def moments(
+    w: Tensor,
+    g: Tensor,
+    state: Mapping[str, Tensor | None],
+    step: int,
+    *,
+    lr: Setting,
+    beta1: Setting,
+    beta2: Setting,
+    eps: Setting,
+    amsgrad: bool,
+) -> tuple[Tensor, dict[str, Tensor | None]]:
+    """The step that both share, from weights and a gradient that the decay has already been put into."""
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    m = torch.zeros_like(w) if m is None else m
+    v = torch.zeros_like(w) if v is None else v
+    m = m + (1 - beta1) * (g - m)
+    v = beta2 * v + (1 - beta2) * g * g
+    peak = state["max_exp_avg_sq"]
+    if amsgrad:
+        peak = v if peak is None else torch.maximum(peak, v)
+    root = safe_sqrt(peak if amsgrad and peak is not None else v)
+    denominator = root / (1 - beta2**step) ** 0.5 + eps
+    w = w - (lr / (1 - beta1**step)) * (m / denominator)
+    return w, {"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": peak}

@@ -1,0 +1,317 @@
+"""``Φ_t = rule ∘ gradient``: the watched loop, cut into iterations where the optimizer steps."""
+
+from __future__ import annotations
+
+__all__ = ["Loop"]
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from metaopt.capture.functions import see_functions
+from metaopt.capture.program import Library
+from metaopt.capture.segment import Segment
+from metaopt.capture.tape import Tape, leaves_of
+from metaopt.capture.trace import Group, Instruction, Val
+from metaopt.capture.verify import Verifier
+from metaopt.capture.watcher import Watcher
+from metaopt.errors import CaptureError, StaleError
+from metaopt.rules import Rule, Update, rule_of
+
+_open: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+
+
+class Loop:
+    """A training loop under watch: each ``optimizer.step()`` ends an iteration, which goes to ``on_segment``.
+
+    Args:
+        optimizer: the optimizer that trains the weights.
+        on_segment: receives every finished iteration, and whether a step ended it.
+        verify: ``"first"`` replays the first iteration of each structure and compares, ``"all"`` every one, ``"never"``
+            none.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, on_segment: Callable[[Segment, bool], None], *, verify: str = "first"
+    ) -> None:
+        self.optimizer = optimizer
+        self.rule: Rule = rule_of(optimizer)
+        self.on_segment = on_segment
+        self.steps = 0
+        self.tape = Tape(self.weights())
+        self.library = Library()
+        self.watcher = Watcher(self.tape)
+        self.verifier = Verifier(verify)
+        self._exit: ExitStack | None = None
+        self._pending: list[tuple[dict[str, Any], list[Tensor], Update, dict[str, Any]]] = []
+        self._foreign = 0
+
+    def weights(self) -> list[Tensor]:
+        """Every weight of the optimizer, in its order."""
+        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
+
+    # -- opening and closing ----------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Begin to watch."""
+        if self.optimizer in _open:
+            raise CaptureError(
+                "this optimizer is watched already: contexts on one optimizer can't be nested. Close the outer one first, or "
+                "use its run."
+            )
+        self._check_weights()
+        self.tape.begin()
+        with ExitStack() as stack:
+            _open.add(self.optimizer)
+            stack.callback(_open.discard, self.optimizer)
+            stack.enter_context(_eager())
+            for handle in (
+                self.optimizer.register_step_pre_hook(self._pre_step),
+                self.optimizer.register_step_post_hook(self._post_step),
+                register_optimizer_step_pre_hook(self._pre_foreign_step),
+                register_optimizer_step_post_hook(self._post_foreign_step),
+            ):
+                stack.callback(handle.remove)
+            stack.enter_context(see_functions(self.watcher))
+            stack.enter_context(self.watcher)
+            self._exit = stack.pop_all()
+
+    def close(self, *, failed: bool = False) -> None:
+        """Stop watching, whatever happened; the calls since the last step become a last iteration."""
+        if self._exit is not None:
+            self._exit.close()
+            self._exit = None
+        if not failed:
+            self._seal(check=False)
+
+    def flush(self) -> None:
+        """End the iteration here, without a step, so that what it computed can be differentiated."""
+        if self._exit is not None:
+            self._seal(check=False)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While open, nothing is recorded."""
+        before, self.watcher.paused = self.watcher.paused, True
+        try:
+            yield
+        finally:
+            self.watcher.paused = before
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """While open inside `paused`, calls are recorded again."""
+        self.watcher.paused = False
+        try:
+            yield
+        finally:
+            self.watcher.paused = True
+
+    def _check_weights(self) -> None:
+        for weight in self.weights():
+            if weight.is_complex():
+                raise CaptureError("complex weights are not supported; train their real and imaginary parts.")
+            if getattr(weight, "_post_accumulate_grad_hooks", None):
+                raise CaptureError(
+                    "a weight has a post-accumulate-grad hook, which runs code inside `backward` that metaopt does not see. "
+                    "Remove the hook and do the same in the loop, after `loss.backward()`."
+                )
+
+    # -- the optimizer's step -----------------------------------------------------------------------------------------
+
+    def _pre_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        self.watcher.paused = True
+        if closure is None:
+            self._before_update()
+            return None
+
+        def watched() -> Any:
+            self.watcher.paused = False
+            try:
+                with torch.enable_grad():
+                    return closure()
+            finally:
+                self.watcher.paused = True
+                self._before_update()
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": watched}
+        return (args[0], watched, *args[2:]), kwargs
+
+    def _post_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        try:
+            self._after_update()
+            self.steps += 1
+            self._seal(check=True)
+        finally:
+            self.watcher.paused = False
+
+    def _post_foreign_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if optimizer is not self.optimizer:
+            self.watcher.paused = False
+
+    def _pre_foreign_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.watcher.paused = True
+        if optimizer is self.optimizer:
+            return  # `_pre_step` follows, after the optimizer's own hooks
+        known = {id(leaf) for external in self.tape.externals.values() for leaf in leaves_of(external.tensor)}
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                if id(weight) in self.tape.trained:
+                    self.watcher.paused = False
+                    raise CaptureError(
+                        f"{type(optimizer).__name__}, which is not watched, steps weights of the watched optimizer inside the "
+                        "context. Let one optimizer train them."
+                    )
+                if id(weight) in known:
+                    self.watcher.paused = False
+                    raise StaleError(
+                        f"{type(optimizer).__name__}, which is not watched, steps inside the context and changes a tensor "
+                        f"of shape {tuple(weight.shape)} that the recorded steps depend on. If it is a hyperparameter, "
+                        "step it after `run.backward`, or use `metaopt.stream`; if it trains a part of the model, let "
+                        "the watched optimizer train it too."
+                    )
+
+    def _before_update(self) -> None:
+        """Note what the update reads, and save what it is about to overwrite."""
+        self._pending = []
+        if {id(weight) for weight in self.weights()} != set(self.tape.trained):
+            raise CaptureError(
+                "parameters were added to or removed from the optimizer inside the context. Build the optimizer before the "
+                "context, or open a new context for the new parameters."
+            )
+        for group in self.optimizer.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            self._pending.append(self._read_group(group, weights))
+        for group_entry in self._pending:
+            for weight in group_entry[1]:
+                self.tape.before_write(weight)
+                for name in self.rule.state:
+                    tensor = self.optimizer.state[weight].get(name)
+                    if tensor is not None:
+                        self.tape.before_write(tensor)
+
+    def _read_group(
+        self, group: dict[str, Any], weights: list[Tensor]
+    ) -> tuple[dict[str, Any], list[Tensor], Update, dict[str, Any]]:
+        tape, rule = self.tape, self.rule
+        grads = []
+        for weight in weights:
+            grad = weight.grad
+            assert grad is not None
+            if grad.is_sparse:
+                raise CaptureError(
+                    f"a weight of shape {tuple(weight.shape)} has a sparse gradient, which has no second derivative. Use dense "
+                    "gradients (`nn.Embedding(..., sparse=False)`)."
+                )
+            grads.append(self._raw(grad))
+        update = Update(rule, tuple((flag, bool(group.get(flag, False))) for flag in rule.flags))
+        arguments = {
+            "weights": Group(list, tuple(self._raw(weight) for weight in weights)),
+            "grads": Group(list, tuple(grads)),
+            "states": Group(list, tuple(self._states(weight) for weight in weights)),
+            "steps": Group(list, tuple(tape.trace.number(self._count(weight) + 1) for weight in weights)),
+            "settings": self._settings(group),
+        }
+        return group, weights, update, arguments
+
+    def _raw(self, tensor: Tensor) -> Val:
+        binding = self.tape.find(tensor)
+        with torch.no_grad():
+            return self.tape.read(tensor) if binding is None else Val(self.tape.read_binding(binding, tensor))
+
+    def _states(self, weight: Tensor) -> tuple[Val | None, ...]:
+        state = self.optimizer.state.get(weight, {})
+        values = []
+        for name in self.rule.state:
+            tensor = state.get(name)
+            if tensor is None:
+                values.append(None)
+                continue
+            if self.tape.find(tensor) is None:
+                self.tape.bind(tensor)
+            values.append(self._raw(tensor))
+        return tuple(values)
+
+    def _count(self, weight: Tensor) -> int:
+        step = self.optimizer.state.get(weight, {}).get("step", 0)
+        return int(step)
+
+    def _settings(self, group: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+        """Every continuous setting: its number, or the hyperparameter that it comes from times the scheduler's factor."""
+        tape, rule = self.tape, self.rule
+        linked = getattr(self.optimizer, "linked_settings", None)
+        links: dict[str, tuple[Tensor, float]] = linked(group) if linked is not None else {}
+        numbers = {name: rule.number(group, name) for name in rule.settings}
+        plain = {name: float(number) for name, number in numbers.items()}
+        for name, number in plain.items():
+            rule.check(name, number)
+        differentiable = frozenset(links) | {
+            name for name, number in numbers.items() if isinstance(number, Tensor) and self.tape.is_live(number)
+        }
+        if rule.refuse is not None:
+            rule.refuse({**group, **plain}, differentiable)
+        settings: list[tuple[str, Any]] = []
+        for name, number in numbers.items():
+            if name in links:
+                value, factor = links[name]
+                spec: Any = tape.read(value)
+                if factor != 1.0:
+                    (scaled,) = tape.trace.emit(torch.mul, spec, tape.trace.number(float(factor)))
+                    spec = Val(scaled)
+            elif isinstance(number, Tensor) and tape.is_live(number):
+                spec = self._raw(number)
+            else:
+                spec = tape.trace.number(plain[name])
+            settings.append((name, spec))
+        return tuple(settings)
+
+    def _after_update(self) -> None:
+        """Record the update, now that the optimizer has made its state."""
+        tape = self.tape
+        for _, weights, update, given in self._pending:
+            places: list[tuple[Tensor, int]] = []
+            for weight in weights:
+                places.append((weight, tape.trace.new()))
+                state = self.optimizer.state.get(weight, {})
+                for name in self.rule.state:
+                    tensor = state.get(name)
+                    if tensor is not None:
+                        places.append((tensor, tape.trace.new()))
+            args = (given["weights"], given["grads"], given["states"], given["steps"])
+            outs = tuple(value for _, value in places)
+            tape.trace.code.append(Instruction(update, args, given["settings"], outs, many=True))
+            trained = {id(weight) for weight in weights}
+            for tensor, value in places:
+                weight = id(tensor) in trained
+                tape.define(tensor, value, inner=int(weight), leaf=weight)
+        self._pending = []
+
+    # -- iterations -------------------------------------------------------------------------------------------------
+
+    def _seal(self, *, check: bool) -> None:
+        if not self.tape.trace.code:
+            self.tape.begin()
+            return
+        segment = self.tape.end(self.library.seal)
+        if not segment.outputs:
+            return
+        if check:
+            self.verifier.check(segment, self.tape, self.steps)
+        self.on_segment(segment, check)
+
+
+def _eager() -> AbstractContextManager[Any]:
+    return torch.compiler.set_stance("force_eager")

@@ -1,0 +1,743 @@
+"""Training loops of the kind that users have: each is written as one would write it, and knows nothing of metaopt.
+
+A case is called with its hyperparameters and a ``context``, a function from the optimizer to a context manager; it trains
+inside the context and returns the outer objective.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metaopt
+
+Hyper = dict[str, Tensor]
+Context = Callable[[torch.optim.Optimizer], AbstractContextManager[Any]]
+
+
+@dataclass
+class Trained:
+    """What a case leaves: its outer objective, its model and its optimizer."""
+
+    outer: Any
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Case:
+    """A loop and the values of its hyperparameters."""
+
+    name: str
+    train: Callable[[Hyper, Context], Trained]
+    values: Callable[[], Hyper]
+
+    def hyper(self, **shift: Any) -> Hyper:
+        """The hyperparameters, as fresh leaves."""
+        return {name: value.clone().requires_grad_() for name, value in self.values().items()}
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES: list[Case] = []
+
+
+def case(**values: Any) -> Callable[[Callable[[Hyper, Context], Trained]], Callable[[Hyper, Context], Trained]]:
+    """Enter a loop in the table."""
+
+    def enter(train: Callable[[Hyper, Context], Trained]) -> Callable[[Hyper, Context], Trained]:
+        def make() -> Hyper:
+            torch.manual_seed(1)
+            made = {k: v() if callable(v) else torch.tensor(float(v)) for k, v in values.items()}
+            return made
+
+        CASES.append(Case(train.__name__, train, make))
+        return train
+
+    return enter
+
+
+def data(n: int = 12, features: int = 5, classes: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs and labels, for training and for validation."""
+    torch.manual_seed(2)
+    return (
+        torch.randn(n, features),
+        torch.randint(0, classes, (n,)),
+        torch.randn(7, features),
+        torch.randint(0, classes, (7,)),
+    )
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    """A small smooth network."""
+    torch.manual_seed(3)
+    layers: list[nn.Module] = []
+    for i, o in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(i, o), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def weights(n: int) -> Callable[[], Tensor]:
+    """One weight per example."""
+
+    def make() -> Tensor:
+        torch.manual_seed(1)
+        return 0.5 + 0.5 * torch.rand(n)
+
+    return make
+
+
+def weighted(hyper: Hyper, i: Any, logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy with a weight for each example."""
+    return (hyper["weights"][i] * F.cross_entropy(logits, y, reduction="none")).mean()
+
+
+def simple(
+    model: nn.Module,
+    make: Callable[[Any], torch.optim.Optimizer],
+    hyper: Hyper,
+    context: Context,
+    steps: int = 4,
+    **more: Any,
+) -> Trained:
+    """The plain loop: zero_grad, loss, backward, step."""
+    x, y, x_val, y_val = data()
+    optimizer = make(model.parameters())
+    between = more.get("between", lambda: None)
+    after = more.get("after", lambda: None)
+    penalty = more.get("penalty", lambda: 0.0)
+    torch.manual_seed(4)
+    with context(optimizer):
+        for t in range(steps):
+            i = slice(4 * (t % 3), 4 * (t % 3) + 4)
+            optimizer.zero_grad(set_to_none=more.get("set_to_none", True))
+            loss = weighted(hyper, i, model(x[i]), y[i]) + penalty()
+            loss.backward()
+            between()
+            optimizer.step()
+            after()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+def sgd(hyper: Hyper, **more: Any) -> Callable[[Any], torch.optim.Optimizer]:
+    """SGD on whatever settings are among the hyperparameters."""
+    settings = {k: v for k, v in hyper.items() if k in ("lr", "momentum", "weight_decay", "dampening")}
+    return lambda parameters: metaopt.optim.SGD(parameters, **{"lr": 0.3, **settings, **more})
+
+
+# -- the loop and the optimizer ---------------------------------------------------------------------------------------------
+
+
+@case(lr=0.3, momentum=0.8, weight_decay=0.01, weights=weights(12))
+def sgd_momentum(hyper: Hyper, context: Context) -> Trained:
+    return simple(mlp(5, 6, 3), sgd(hyper), hyper, context)
+
+
+@case(lr=0.3, momentum=0.8, weight_decay=0.01, weights=weights(12))
+def nesterov(hyper: Hyper, context: Context) -> Trained:
+    return simple(mlp(5, 6, 3), sgd(hyper, nesterov=True), hyper, context)
+
+
+@case(lr=0.3, momentum=0.8, dampening=0.2, weights=weights(12))
+def dampening(hyper: Hyper, context: Context) -> Trained:
+    return simple(mlp(5, 6, 3), sgd(hyper), hyper, context)
+
+
+@case(lr=0.3, momentum=0.0, weights=weights(12))
+def momentum_zero(hyper: Hyper, context: Context) -> Trained:
+    return simple(mlp(5, 6, 3), sgd(hyper), hyper, context)
+
+
+@case(lr=0.3, weights=weights(12))
+def one_step(hyper: Hyper, context: Context) -> Trained:
+    return simple(mlp(5, 6, 3), sgd(hyper), hyper, context, steps=1)
+
+
+@case(weights=weights(12))
+def plain_torch_sgd(hyper: Hyper, context: Context) -> Trained:
+    make = lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.9, maximize=False)  # noqa: E731
+    return simple(mlp(5, 6, 3), make, hyper, context)
+
+
+def adam_settings(hyper: Hyper) -> dict[str, Any]:
+    """Adam's settings, from the hyperparameters."""
+    return {
+        "lr": hyper["lr"],
+        "betas": (hyper["beta1"], hyper["beta2"]),
+        "eps": hyper["eps"],
+        "weight_decay": hyper["weight_decay"],
+    }
+
+
+ADAM = {"lr": 0.05, "beta1": 0.8, "beta2": 0.95, "eps": 0.01, "weight_decay": 0.02}
+
+
+@case(**ADAM, weights=weights(12))
+def adam(hyper: Hyper, context: Context) -> Trained:
+    return simple(mlp(5, 6, 3), lambda p: metaopt.optim.Adam(p, **adam_settings(hyper)), hyper, context)
+
+
+@case(**ADAM, weights=weights(12))
+def adamw(hyper: Hyper, context: Context) -> Trained:
+    return simple(mlp(5, 6, 3), lambda p: metaopt.optim.AdamW(p, **adam_settings(hyper)), hyper, context)
+
+
+@case(**ADAM, weights=weights(12))
+def amsgrad(hyper: Hyper, context: Context) -> Trained:
+    make = lambda p: metaopt.optim.Adam(p, **adam_settings(hyper), amsgrad=True)  # noqa: E731
+    return simple(mlp(5, 6, 3), make, hyper, context, steps=2)
+
+
+@case(**ADAM, weights=weights(12))
+def maximize(hyper: Hyper, context: Context) -> Trained:
+    make = lambda p: metaopt.optim.AdamW(p, **adam_settings(hyper), maximize=True)  # noqa: E731
+    return simple(mlp(5, 6, 3), make, hyper, context, steps=2)
+
+
+@case(lr=0.3, head=0.1, momentum=0.7, weights=weights(12))
+def parameter_groups(hyper: Hyper, context: Context) -> Trained:
+    model = mlp(5, 6, 3)
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": hyper["head"]}]
+    make = lambda _: metaopt.optim.SGD(groups, lr=hyper["lr"], momentum=hyper["momentum"])  # noqa: E731
+    return simple(model, make, hyper, context)
+
+
+@case(lr=lambda: torch.tensor([0.3, 0.2, 0.1, 0.05]), momentum=0.9, weights=weights(12))
+def learned_schedule(hyper: Hyper, context: Context) -> Trained:
+    return simple(mlp(5, 6, 3), sgd(hyper), hyper, context)
+
+
+@case(lr=0.3, weights=weights(12))
+def two_models(hyper: Hyper, context: Context) -> Trained:
+    first, second = mlp(5, 4), mlp(4, 3)
+    model = nn.Sequential(first, nn.Tanh(), second)
+    make = lambda _: metaopt.optim.SGD([*first.parameters(), *second.parameters()], lr=hyper["lr"])  # noqa: E731
+    return simple(model, make, hyper, context)
+
+
+@case(lr=0.3, momentum=0.8, weights=weights(12))
+def accumulation(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            for i in (slice(0, 5), slice(5, 9), slice(9, 12)):
+                (weighted(hyper, i, model(x[i]), y[i]) / 3).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.1, weights=weights(12))
+def never_zeroed(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for t in range(3):
+            weighted(hyper, slice(4 * t, 4 * t + 4), model(x[4 * t : 4 * t + 4]), y[4 * t : 4 * t + 4]).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.3, momentum=0.8, weights=weights(12))
+def zeroed_in_place(hyper: Hyper, context: Context) -> Trained:
+    return simple(mlp(5, 6, 3), sgd(hyper), hyper, context, set_to_none=False)
+
+
+@case(lr=0.5, weights=weights(12))
+def clip_by_norm(hyper: Hyper, context: Context) -> Trained:
+    model = mlp(5, 6, 3)
+    clip = lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.3)  # noqa: E731
+    return simple(model, sgd(hyper, momentum=0.9), hyper, context, between=clip)
+
+
+@case(lr=0.5, clip=0.3, weights=weights(12))
+def clip_to_a_learned_norm(hyper: Hyper, context: Context) -> Trained:
+    model = mlp(5, 6, 3)
+
+    def clip() -> None:
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        for p in model.parameters():
+            p.grad.mul_((hyper["clip"] / norm).clamp(max=1.0).detach())
+
+    return simple(model, sgd(hyper, momentum=0.9), hyper, context, between=clip)
+
+
+@case(lr=0.5, weights=weights(12))
+def clip_by_value(hyper: Hyper, context: Context) -> Trained:
+    model = mlp(5, 6, 3)
+    return simple(
+        model, sgd(hyper), hyper, context, between=lambda: nn.utils.clip_grad_value_(model.parameters(), 0.05)
+    )
+
+
+@case(lr=0.3, decay=0.05, weights=weights(12))
+def gradient_edited_by_hand(hyper: Hyper, context: Context) -> Trained:
+    model = mlp(5, 6, 3)
+
+    def edit() -> None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.grad += hyper["decay"] * p
+        model[0].weight.grad = model[0].weight.grad * 0.5
+
+    return simple(model, sgd(hyper), hyper, context, between=edit)
+
+
+@case(lr=0.3, penalty=0.05, weights=weights(12))
+def penalty(hyper: Hyper, context: Context) -> Trained:
+    model = mlp(5, 6, 3)
+    extra = lambda: hyper["penalty"] * sum((p**2).sum() for p in model.parameters())  # noqa: E731
+    return simple(model, sgd(hyper), hyper, context, penalty=extra)
+
+
+@case(lr=0.2, momentum=0.5, weights=weights(12))
+def closure(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for t in range(3):
+            i = slice(4 * t, 4 * t + 4)
+
+            def evaluate(i: slice = i) -> Tensor:
+                optimizer.zero_grad()
+                loss = weighted(hyper, i, model(x[i]), y[i])
+                loss.backward()
+                return loss
+
+            optimizer.step(evaluate)
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+def scheduled(make_scheduler: Callable[[torch.optim.Optimizer], Any]) -> Callable[[Hyper, Context], Trained]:
+    def train(hyper: Hyper, context: Context) -> Trained:
+        x, y, x_val, y_val = data()
+        model = mlp(5, 6, 3)
+        optimizer = sgd(hyper)(model.parameters())
+        scheduler = make_scheduler(optimizer)
+        with context(optimizer):
+            for t in range(6):
+                i = slice(4 * (t % 3), 4 * (t % 3) + 4)
+                optimizer.zero_grad()
+                weighted(hyper, i, model(x[i]), y[i]).backward()
+                optimizer.step()
+                scheduler.step()
+        return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+    return train
+
+
+S = torch.optim.lr_scheduler
+for _name, _make in {
+    "step_lr": lambda o: S.StepLR(o, 2, 0.5),
+    "cosine_lr": lambda o: S.CosineAnnealingLR(o, 6),
+    "lambda_lr": lambda o: S.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "warm_up": lambda o: S.SequentialLR(o, [S.LinearLR(o, 0.2, 1.0, 2), S.ExponentialLR(o, 0.8)], [2]),
+}.items():
+    CASES.append(
+        Case(
+            _name,
+            scheduled(_make),
+            lambda: {"lr": torch.tensor(0.3), "momentum": torch.tensor(0.5), "weights": weights(12)()},
+        )
+    )
+
+
+# -- models ---------------------------------------------------------------------------------------------------------------
+
+
+class Conv(nn.Module):
+    """Train-mode batch norm used twice, dropout of several kinds, a shared convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.shared = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.drop2d = nn.Dropout2d(0.3)
+        self.drop = nn.Dropout(0.2)
+        self.alpha = nn.AlphaDropout(0.1)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.softplus(self.norm(self.first(x)))
+        x = self.drop2d(F.softplus(self.norm(self.shared(x))))
+        x = self.alpha(self.drop(self.shared(x)))
+        return self.out(F.avg_pool2d(x, 6).flatten(1))
+
+
+@case(lr=0.2, momentum=0.8, weights=weights(12))
+def convolution(hyper: Hyper, context: Context) -> Trained:
+    torch.manual_seed(2)
+    x, y = torch.randn(12, 1, 6, 6), torch.randint(0, 3, (12,))
+    model = Conv()
+    optimizer = sgd(hyper, nesterov=True)(model.parameters())
+    torch.manual_seed(5)
+    with context(optimizer):
+        for t in range(3):
+            i = slice(4 * t, 4 * t + 4)
+            optimizer.zero_grad()
+            weighted(hyper, i, model(x[i]), y[i]).backward()
+            optimizer.step()
+    model.eval()  # the outer objective reads the running statistics
+    return Trained(F.cross_entropy(model(x), y), model, optimizer)
+
+
+def sequence_case(make: Callable[[], nn.Module]) -> Callable[[Hyper, Context], Trained]:
+    def train(hyper: Hyper, context: Context) -> Trained:
+        torch.manual_seed(2)
+        x, y = torch.randint(0, 11, (12, 5)), torch.randint(0, 11, (12, 5))
+        torch.manual_seed(3)
+        model = make()
+        optimizer = metaopt.optim.Adam(model.parameters(), lr=hyper["lr"], eps=hyper["eps"])
+        torch.manual_seed(5)
+        with context(optimizer):
+            for t in range(3):
+                i = slice(4 * t, 4 * t + 4)
+                optimizer.zero_grad()
+                losses = F.cross_entropy(model(x[i]).transpose(1, 2), y[i], reduction="none").mean(1)
+                (hyper["weights"][i] * losses).mean().backward()
+                optimizer.step()
+        model.eval()
+        return Trained(F.cross_entropy(model(x).transpose(1, 2), y), model, optimizer)
+
+    return train
+
+
+class Tied(nn.Module):
+    """A transformer encoder with tied embedding and decoder, layer norm and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, activation="gelu", batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.decoder = nn.Linear(8, 11)
+        self.decoder.weight = self.embedding.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(self.embedding(x)))
+
+
+class Recurrent(nn.Module):
+    """A two-layer LSTM, a GRU, dropout between, and a parameter that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.lstm = nn.LSTM(6, 5, num_layers=2, dropout=0.2, batch_first=True)
+        self.gru = nn.GRU(5, 4, batch_first=True)
+        self.out = nn.Linear(4, 11)
+        self.unused = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.lstm(self.embedding(x))
+        x, _ = self.gru(x)
+        return self.out(x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention on its own, with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.norm = nn.LayerNorm(8)
+        self.out = nn.Linear(8, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embedding(x)
+        a, _ = self.attention(h, h, h, need_weights=False)
+        return self.out(self.norm(h + a))
+
+
+for _name, _module in {"transformer": Tied, "recurrent": Recurrent, "attention": Attention}.items():
+    CASES.append(
+        Case(
+            _name,
+            sequence_case(_module),
+            lambda: {"lr": torch.tensor(0.02), "eps": torch.tensor(0.05), "weights": weights(12)()},
+        )
+    )
+
+
+@case(lr=0.3, weights=weights(12))
+def frozen(hyper: Hyper, context: Context) -> Trained:
+    model = mlp(5, 6, 6, 3)
+    model[0].requires_grad_(False)
+    model[2].bias.requires_grad_(False)
+    return simple(model, sgd(hyper, weight_decay=0.1), hyper, context)
+
+
+@case(lr=0.3, weights=weights(12))
+def used_twice(hyper: Hyper, context: Context) -> Trained:
+    torch.manual_seed(3)
+    block = nn.Linear(5, 5)
+    model = nn.Sequential(block, nn.Tanh(), block, nn.Tanh(), nn.Linear(5, 3))
+    return simple(model, sgd(hyper, momentum=0.5), hyper, context)
+
+
+@case(lr=0.1, weights=weights(12))
+def weight_norm_and_in_place(hyper: Hyper, context: Context) -> Trained:
+    torch.manual_seed(3)
+    first = nn.utils.parametrizations.weight_norm(nn.Linear(5, 6))
+    model = nn.Sequential(first, nn.ELU(inplace=True), nn.Linear(6, 3))
+    return simple(model, sgd(hyper), hyper, context)
+
+
+@case(lr=0.1, weights=weights(12))
+def spectral_norm(hyper: Hyper, context: Context) -> Trained:
+    torch.manual_seed(3)
+    first = nn.utils.parametrizations.spectral_norm(nn.Linear(5, 6))
+    model = nn.Sequential(first, nn.Tanh(), nn.Linear(6, 3))
+    x, y, x_val, y_val = data()
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), model(x), y).backward()
+            optimizer.step()
+    model.eval()
+    return Trained(lambda: F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+# -- what stops a gradient, and what does not -------------------------------------------------------------------------------
+
+
+@case(lr=0.3, momentum=0.5, temperature=2.0, weights=weights(12))
+def pseudo_labels(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for t in range(4):
+            i = slice(4 * (t % 3), 4 * (t % 3) + 4)
+            with torch.no_grad():
+                target = (hyper["temperature"] * model(x_val)).softmax(-1)
+            optimizer.zero_grad()
+            loss = weighted(hyper, i, model(x[i]), y[i]) - (target * model(x_val).log_softmax(-1)).sum(-1).mean()
+            loss.backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.3, weights=weights(12))
+def detached_norm(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            logits = model(x)
+            logits = logits / logits.detach().norm(dim=1, keepdim=True)
+            (weighted(hyper, slice(None), logits, y) * (1 + logits.data.mean())).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.3, decay=0.7, weights=weights(12))
+def teacher(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    teacher = copy.deepcopy(model).requires_grad_(False)
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = weighted(hyper, slice(None), model(x), y) + F.mse_loss(model(x_val), teacher(x_val))
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                for slow, fast in zip(teacher.parameters(), model.parameters(), strict=True):
+                    slow.mul_(hyper["decay"]).add_((1 - hyper["decay"]) * fast)
+    return Trained(
+        lambda: F.cross_entropy(teacher(x_val) + model(x_val), y_val), model, optimizer, {"teacher": teacher}
+    )
+
+
+@case(lr=0.3, rho=0.1, weights=weights(12))
+def sharpness_aware(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper, momentum=0.5)(model.parameters())
+    with context(optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), model(x), y).backward()
+            with torch.no_grad():
+                norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+                moves = [hyper["rho"] * p.grad / norm for p in model.parameters()]
+                for p, move in zip(model.parameters(), moves, strict=True):
+                    p.add_(move)
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), model(x), y).backward()
+            with torch.no_grad():
+                for p, move in zip(model.parameters(), moves, strict=True):
+                    p.sub_(move)
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.3, strength=0.1, weights=weights(12))
+def adversarial(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for _ in range(3):
+            near = x.clone().requires_grad_()
+            (g,) = torch.autograd.grad(F.cross_entropy(model(near), y), near)
+            near = (x + hyper["strength"] * g / g.norm()).detach()
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), model(near), y).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.2, penalty=0.3, weights=weights(12))
+def gradient_penalty(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for _ in range(3):
+            points = x.clone().requires_grad_()
+            loss = weighted(hyper, slice(None), model(points), y)
+            (g,) = torch.autograd.grad(loss, points, create_graph=True)
+            optimizer.zero_grad()
+            (loss + hyper["penalty"] * (g**2).sum()).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.3, noise=0.2, weights=weights(12))
+def augmentation(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    torch.manual_seed(6)
+    with context(optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            noisy = x + hyper["noise"] * torch.randn_like(x)
+            weighted(hyper, slice(None), model(noisy), y).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.3, scale=0.7, weights=weights(12))
+def initial_weights(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper, momentum=0.9)(model.parameters())
+    with context(optimizer):
+        with torch.no_grad():
+            model[0].weight.copy_(hyper["scale"] * model[0].weight)
+            model[2].weight.mul_(hyper["scale"])
+            model[2].bias[1] = hyper["scale"]
+        for _ in range(3):
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), model(x), y).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.3, rate=0.2, weights=weights(12))
+def writes_through_views_and_data(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    memory = torch.zeros(3, 6)
+    outside = model[0].weight.data[:2]
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for t in range(3):
+            optimizer.zero_grad()
+            hidden = torch.zeros(12, 6)
+            hidden[:, 1:] = model[0](x)[:, 1:]
+            row = memory[t]
+            row.add_(hidden.detach().mean(0))
+            loss = weighted(hyper, slice(None), model[2](torch.tanh(hidden + memory.sum(0))), y)
+            loss.backward()
+            optimizer.step()
+            model[2].weight.data.mul_(1 - hyper["rate"].detach())
+            model[0].bias.data[0] = 0.1
+            outside.mul_(0.9)
+    return Trained(lambda: F.cross_entropy(model(x_val) + memory[:, :3].mean(0), y_val), model, optimizer)
+
+
+class Squash(torch.autograd.Function):
+    """A hand-written backward, bound before any context as people do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.atan().detach() + 0.0 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return grad / (1 + x**2)
+
+
+squash = Squash.apply
+
+
+@case(lr=0.3, weights=weights(12))
+def custom_function(hyper: Hyper, context: Context) -> Trained:
+    torch.manual_seed(3)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(squash(self.first(x))))
+
+    return simple(Net(), sgd(hyper), hyper, context)
+
+
+@case(lr=0.3, weights=weights(12))
+def gradient_hooks(hyper: Hyper, context: Context) -> Trained:
+    model = mlp(5, 6, 3)
+    model[0].weight.register_hook(lambda g: g * 0.5 + 0.1 * g**2)
+    model[2].register_forward_hook(lambda module, args, out: out * 1.5)
+    return simple(model, sgd(hyper), hyper, context)
+
+
+@case(lr=0.3, weights=weights(12))
+def checkpointed(hyper: Hyper, context: Context) -> Trained:
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(3)
+    inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.3))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner, self.last = nn.Linear(5, 6), inner, nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(checkpoint(self.inner, self.first(x), use_reentrant=False))
+
+    model = Net()
+    trained = simple(model, sgd(hyper), hyper, context)
+    model.eval()
+    x, y, x_val, y_val = data()
+    trained.outer = F.cross_entropy(model(x_val), y_val)
+    return trained

@@ -1,0 +1,54 @@
+"""Every loop of the table: its hypergradients are those of the bare loop, and its training is the bare training."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+import metaopt
+from tests.cases import CASES, Case, Trained
+from tests.oracles import entries, finite_difference
+
+
+def recorded(case: Case, **options: Any) -> tuple[metaopt.Recording, Trained, dict[str, torch.Tensor]]:
+    runs: list[metaopt.Recording] = []
+
+    def context(optimizer: torch.optim.Optimizer) -> metaopt.Recording:
+        runs.append(metaopt.record(optimizer, **options))
+        return runs[0]
+
+    hyper = case.hyper()
+    return (trained := case.train(hyper, context)) and (runs[0], trained, hyper)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_reverse_is_finite_differences(case: Case) -> None:
+    run, trained, hyper = recorded(case, verify="all")
+    run.backward(trained.outer)
+    for name, leaf in hyper.items():
+        assert leaf.grad is not None, name
+        for index in entries(leaf):
+            expected = finite_difference(case, name, index)
+            found = leaf.grad.reshape(-1)[index].item()
+            assert found == pytest.approx(expected, rel=1e-5, abs=1e-7), (name, index)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_watching_changes_nothing(case: Case) -> None:
+    bare = case.train(case.hyper(), lambda optimizer: nullcontext())
+    bare_rng = torch.get_rng_state()
+    _, watched, hyper = recorded(case)
+    assert torch.equal(bare_rng, torch.get_rng_state())
+    assert all(leaf.grad is None for leaf in hyper.values())
+    pairs = zip(bare.model.state_dict().items(), watched.model.state_dict().values(), strict=True)
+    for (name, before), after in pairs:
+        assert torch.equal(before, after), name
+    one, other = bare.optimizer.state_dict(), watched.optimizer.state_dict()
+    assert one["param_groups"] == other["param_groups"]
+    for key, state in one["state"].items():
+        for name, tensor in state.items():
+            if tensor is not None:
+                assert torch.equal(tensor, other["state"][key][name]), name
