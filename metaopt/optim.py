@@ -27,7 +27,10 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
         self._links = {}
         self._defaults_given = settings
         self.schedule_step = 0
-        numbers = {key: unlink(key, value, {}) for key, value in settings.items()}
+        links: dict[str, Link] = {}
+        numbers = {key: unlink(key, value, links) for key, value in settings.items()}
+        for name, link in links.items():
+            rule_of(self).check(name, float(link.at(0).detach()))
         return numbers
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

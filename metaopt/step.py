@@ -51,9 +51,11 @@ class Loop:
         self.library = Library()
         self.watcher = Watcher(self.tape)
         self.verifier = Verifier(verify)
+        self.watcher.check_functions = verify != "never"
         self._exit: ExitStack | None = None
         self._pending: list[tuple[dict[str, Any], list[Tensor], Update, dict[str, Any]]] = []
-        self._foreign = 0
+        self._known = 0
+        self._received: set[int] = set()
 
     def weights(self) -> list[Tensor]:
         """Every weight of the optimizer, in its order."""
@@ -190,6 +192,7 @@ class Loop:
                 "parameters were added to or removed from the optimizer inside the context. Build the optimizer before the "
                 "context, or open a new context for the new parameters."
             )
+        self._refuse_replaced()
         for group in self.optimizer.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if not weights:
@@ -202,6 +205,22 @@ class Loop:
                     tensor = self.optimizer.state[weight].get(name)
                     if tensor is not None:
                         self.tape.before_write(tensor)
+
+    def _refuse_replaced(self) -> None:
+        # A parameter that was replaced in the model looks like a new hyperparameter, while the old one, which the
+        # optimizer still holds, gets no gradient any more.
+        known, self._known = self._known, len(self.tape.externals)
+        trained, self._received = self._received, {id(w) for w in self.weights() if w.grad is not None}
+        new = [external.tensor for external in list(self.tape.externals.values())[known:]]
+        lost = [weight for weight in self.weights() if id(weight) in trained and weight.grad is None]
+        shapes = {tensor.shape for tensor in new if isinstance(tensor, torch.nn.Parameter)}
+        replaced = [weight for weight in lost if weight.shape in shapes]
+        if replaced:
+            raise CaptureError(
+                f"a parameter of shape {tuple(replaced[0].shape)} was replaced inside the context: the optimizer still holds the old "
+                "one, which gets no gradient any more, and the new one is not trained. Change the values in place, "
+                "`with torch.no_grad(): parameter.copy_(new)`."
+            )
 
     def _read_group(
         self, group: dict[str, Any], weights: list[Tensor]

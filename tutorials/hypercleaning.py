@@ -119,7 +119,7 @@ def softmax_regression(pixels: int) -> nn.Linear:
 def fit(part: Part, *, steps: int = 400, lr: float = 0.1, momentum: float = 0.9) -> nn.Linear:
     """Train on these examples, unweighted, by full-batch gradient descent.
 
-    With momentum 0.9, 400 steps go as far as 4 000 plain ones of the same learning rate.
+    With momentum 0.9, 400 steps go about as far as 4 000 plain ones of the same learning rate.
     """
     model = softmax_regression(part.x.shape[1])
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)

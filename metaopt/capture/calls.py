@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["SPECIAL", "apply_function", "inner_leaf"]
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaopt.capture import statistics
+from metaopt.capture.derivatives import check_function
 from metaopt.capture.primitives import flatten, hooked, inner_gradient, leaf, stop, total
 from metaopt.capture.tape import BASE, Tape, View
 from metaopt.capture.trace import Group, Instruction, Val
@@ -274,6 +276,9 @@ def _refuse_post_hook(watcher: Watcher, func: Callable[..., Any], args: Args, kw
 # -- the user's own autograd functions ------------------------------------------------------------------------------------
 
 
+_checked: weakref.WeakSet[type] = weakref.WeakSet()
+
+
 def apply_function(watcher: Watcher, cls: type, apply: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """Record an ``autograd.Function`` as one call, so that the replay goes through its own backward."""
     tape = watcher.tape
@@ -285,6 +290,9 @@ def apply_function(watcher: Watcher, cls: type, apply: Callable[..., Any], args:
             "`torch.utils.checkpoint` with `use_reentrant=True` runs a second backward pass inside the first one, which "
             "can't be differentiated. Pass `use_reentrant=False`."
         )
+    if watcher.check_functions and cls not in _checked and any(tape.inner_of(tensor) for tensor in sources):
+        check_function(cls, args, kwargs)
+        _checked.add(cls)
     seed = watcher.generators(apply, kwargs)
     versions = [tensor._version for tensor in sources]
     result = apply(*args, **kwargs)

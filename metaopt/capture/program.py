@@ -7,6 +7,7 @@ __all__ = ["Function", "Library", "Program"]
 import operator
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +24,17 @@ from metaopt.capture.tape import External
 from metaopt.capture.trace import Group, Instruction, Num, Obj, Trace, Val, needed
 
 
+_Known = tuple["Program", list[int], list[int], list[int]]
+# Programs hold structure and no tensors, so runs share them: the next hyper-iteration need not write them again.
+_known: OrderedDict[Any, _Known] = OrderedDict()
+_KNOWN_AT_MOST = 256
+
+
 class Library:
     """The programs of a run, one for each structure that its iterations had."""
 
     def __init__(self) -> None:
         self.programs: list[Program] = []
-        self._by_structure: dict[Any, tuple[Program, list[int], list[int], list[int]]] = {}
         self._numbers: dict[Any, tuple[float, ...]] = {}
 
     def seal(
@@ -48,39 +54,42 @@ class Library:
             tuple(trace.constants),
             tuple(value for value, _ in outputs),
         )
-        known = self._by_structure.get(structure)
+        known = _known.get(structure)
         if known is None:
-            known = self._by_structure[structure] = self._program(trace, [value for value, _ in outputs])
+            known = _known[structure] = _program(trace, [value for value, _ in outputs])
+            if len(_known) > _KNOWN_AT_MOST:
+                _known.popitem(last=False)
         program, ins, exts, consts = known
+        if program not in self.programs:
+            self.programs.append(program)
         numbers = tuple(trace.numbers)
         return Segment(
             program,
             [inputs[place] for place in ins],
             [externals[place] for place in exts],
             [constants[place] for place in consts],
-            self._numbers.setdefault(numbers, numbers),
+            self._numbers.setdefault((numbers, tuple(map(type, numbers))), numbers),
             tuple(trace.objects),
             tuple(trace.seeds),
             {key: place for place, (_, key) in enumerate(outputs)},
         )
 
-    def _program(self, trace: Trace, outputs: list[int]) -> tuple[Program, list[int], list[int], list[int]]:
-        code = [trace.code[index] for index in needed(trace.code, set(outputs))]
-        used = {value for instruction in code for value in instruction.used()} | set(outputs)
-        picks = [
-            [place for place, value in enumerate(values) if value in used]
-            for values in (trace.inputs, trace.externals, trace.constants)
-        ]
-        program = Program(
-            code,
-            inputs=[trace.inputs[place] for place in picks[0]],
-            externals=[trace.externals[place] for place in picks[1]],
-            constants=[trace.constants[place] for place in picks[2]],
-            outputs=outputs,
-            name=f"program{len(self.programs)}",
-        )
-        self.programs.append(program)
-        return program, *picks
+
+def _program(trace: Trace, outputs: list[int]) -> _Known:
+    code = [trace.code[index] for index in needed(trace.code, set(outputs))]
+    used = {value for instruction in code for value in instruction.used()} | set(outputs)
+    picks = [
+        [place for place, value in enumerate(values) if value in used]
+        for values in (trace.inputs, trace.externals, trace.constants)
+    ]
+    program = Program(
+        code,
+        inputs=[trace.inputs[place] for place in picks[0]],
+        externals=[trace.externals[place] for place in picks[1]],
+        constants=[trace.constants[place] for place in picks[2]],
+        outputs=outputs,
+    )
+    return program, *picks
 
 
 @dataclass
@@ -114,15 +123,13 @@ class Program:
         externals: list[int],
         constants: list[int],
         outputs: list[int],
-        name: str,
     ) -> None:
         self.code = code
         self.inputs = inputs
         self.externals = externals
         self.constants = constants
         self.outputs = outputs
-        self.name = name
-        self.verified = False
+        self.derivative_checked = False
         self.uses_autocast = any(instruction.autocast for instruction in code)
         self._functions: dict[tuple[int, ...], Function] = {}
 
@@ -142,7 +149,7 @@ class Program:
 
     def __repr__(self) -> str:
         return (
-            f"Program({self.name}: {len(self.code)} calls, {len(self.inputs)} carried, {len(self.externals)} "
+            f"Program({len(self.code)} calls, {len(self.inputs)} carried, {len(self.externals)} "
             f"hyperparameters, {len(self.constants)} constants -> {len(self.outputs)} outputs)"
         )
 
@@ -162,7 +169,7 @@ def _lower(program: Program, wanted: list[int]) -> Function:
             writer.place(values[place], f"{names}_{place}")
     for instruction in code:
         writer.write(instruction)
-    return Function(writer.finish(wanted, program.name), *places)
+    return Function(writer.finish(wanted, "Step"), *places)
 
 
 class _Writer:

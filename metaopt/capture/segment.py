@@ -69,6 +69,28 @@ class Segment:
             )
         return Replay(inputs, externals, outputs, phase)
 
+    def point(self, keys: Sequence[int]) -> list[Tensor]:
+        """Where the iteration was recorded: the floating-point values that these outputs depend on."""
+        call = self.program.function(tuple(self.outputs[key] for key in keys))
+        values = [cell.value() for _, cell in self._pick(call.inputs)]
+        values += [self.externals[place].tensor.detach() for place in call.externals]
+        return [value for value in values if value.dtype.is_floating_point]
+
+    def evaluate(self, keys: Sequence[int], point: Sequence[Tensor]) -> list[Tensor]:
+        """``Φ_t`` at another point (see `point`), of another precision if need be, with the graph of its arguments."""
+        call = self.program.function(tuple(self.outputs[key] for key in keys))
+        given = iter(point)
+        dtype = point[0].dtype if point else torch.float64
+
+        def replaced(value: Tensor) -> Tensor:
+            return next(given) if value.dtype.is_floating_point else value
+
+        inputs = [replaced(cell.value()) for _, cell in self._pick(call.inputs)]
+        externals = [replaced(self.externals[place].tensor.detach()) for place in call.externals]
+        constants = [self.constants[place].value() for place in call.constants]
+        constants = [c.to(dtype) if c.dtype.is_floating_point else c for c in constants]
+        return call(Phase(), inputs, externals, constants, self)
+
     def _pick(self, places: Sequence[int]) -> list[tuple[int, Cell]]:
         return [self.inputs[place] for place in places]
 

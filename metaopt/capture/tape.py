@@ -125,7 +125,6 @@ class Tape:
         self._memory: dict[int, weakref.ref[Tensor]] = {}
         self._stopped: dict[int, int] = {}
         self._compact_at = _COMPACT_EVERY
-        self.escaped = False
         self.before_first_write: Callable[[Tensor], None] | None = None
         for tensor in trained:
             self.train(tensor)

@@ -7,6 +7,8 @@ __all__ = ["Verifier"]
 import torch
 from torch import Tensor
 
+from metaopt.capture.derivatives import check_segment
+from metaopt.capture.program import Program
 from metaopt.capture.segment import Segment
 from metaopt.capture.tape import Tape
 from metaopt.errors import CaptureError
@@ -23,12 +25,13 @@ class Verifier:
         if which not in ("first", "all", "never"):
             raise ValueError(f'verify must be "first", "all" or "never", not {which!r}.')
         self.which = which
+        self._seen: set[Program] = set()
 
     def check(self, segment: Segment, tape: Tape, step: int) -> None:
         """Raise `CaptureError` if the replay of a segment that has just been finished differs from the loop."""
-        if self.which == "never" or (self.which == "first" and segment.program.verified):
+        program = segment.program
+        if self.which == "never" or (self.which == "first" and program in self._seen):
             return
-        segment.program.verified = True
         actual = {binding.key: tensor for binding in tape.bindings() if (tensor := binding.ref()) is not None}
         keys = [key for key in segment.outputs if key in actual]
         outputs = segment.replay(keys).outputs
@@ -40,6 +43,10 @@ class Verifier:
         ]
         if wrong:
             raise CaptureError(_report(wrong, tape, step, len(keys)))
+        self._seen.add(program)
+        if not program.derivative_checked:
+            check_segment(segment, step)
+            program.derivative_checked = True
 
 
 def _difference(replayed: Tensor, actual: Tensor) -> float:

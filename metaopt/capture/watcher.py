@@ -55,7 +55,9 @@ class Watcher(TorchFunctionMode):
         super().__init__()
         self.tape = tape
         self.paused = False
+        self.check_functions = True
         self._looked_for_compiler = 0
+        self._said: set[Any] = set()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -65,12 +67,28 @@ class Watcher(TorchFunctionMode):
             return func(*args, **kwargs)
         self.paused = True
         try:
+            if torch._C._are_functorch_transforms_active():
+                return self._inside_transform(func, args, kwargs)
             special = calls.SPECIAL.get(func)
             if special is not None:
                 return special(self, func, args, kwargs)
             return self.call(func, args, kwargs)
         finally:
             self.paused = False
+
+    def _inside_transform(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        unwrapped = torch._C._functorch.get_unwrapped
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        for tensor in flatten([*args, *kwargs.values()]):
+            while wrapped(tensor):
+                tensor = unwrapped(tensor)
+            if self.tape.is_live(tensor):
+                raise CaptureError(
+                    f"`{name_of(func)}` was called on a tensor that depends on the weights inside a torch.func transform, "
+                    "which can't be followed. Use `torch.autograd.grad(..., create_graph=True)` in the loop instead of "
+                    "`torch.func.grad`, and a loop or a batch dimension instead of `vmap`."
+                )
+        return func(*args, **kwargs)
 
     def apply(self, cls: type, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a custom ``autograd.Function``, and record it as one call."""
@@ -91,12 +109,6 @@ class Watcher(TorchFunctionMode):
         targets = writes.targets(func, args, kwargs)
         if not any(tape.is_live(tensor) for tensor in tensors):
             return self._constant_call(func, args, kwargs, targets)
-        if torch._C._are_functorch_transforms_active():
-            raise CaptureError(
-                f"`{name_of(func)}` was called on a tensor that depends on the weights inside a torch.func transform, "
-                "which can't be followed. Use `torch.autograd.grad(..., create_graph=True)` in the loop instead of "
-                "`torch.func.grad`, and a loop or a batch dimension instead of `vmap`."
-            )
         if targets:
             return writes.call(self, func, args, kwargs, targets)
         seed = self.generators(func, kwargs)
@@ -200,13 +212,17 @@ class Watcher(TorchFunctionMode):
         name = name_of(func)
         source = args[0] if args else None
         if name in _NUMBERS and isinstance(source, Tensor) and source.dtype.is_floating_point:
-            self.tape.escaped = True
+            level = user_frame()
+            frame = sys._getframe(level)
+            if (place := (frame.f_code, frame.f_lineno)) in self._said:
+                return
+            self._said.add(place)
             warnings.warn(
                 f"`{name}` took a Python number out of a tensor that depends on the weights or hyperparameters; metaopt "
                 "holds that number constant. This is right for logging; if it goes back into the training, keep it a "
                 "tensor (`x.detach()`). To silence: `warnings.simplefilter('ignore', metaopt.HeldConstantWarning)`.",
                 HeldConstantWarning,
-                stacklevel=user_frame(),
+                stacklevel=level + 1,
             )
 
     def _look_for_compiler(self) -> None:
@@ -217,7 +233,7 @@ class Watcher(TorchFunctionMode):
                     "a compiled model or function runs eagerly inside the context: compiled code can't be "
                     "differentiated twice.",
                     EagerWarning,
-                    stacklevel=user_frame(),
+                    stacklevel=user_frame() + 1,
                 )
                 self._looked_for_compiler = 64
                 return
@@ -230,11 +246,8 @@ def name_of(func: Callable[..., Any]) -> str:
 
 
 def user_frame() -> int:
-    """The stack level of the nearest frame outside torch and this package, for warnings."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None:
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("metaopt.", "torch.")):
-            break
+    """How many frames above the caller the nearest one outside of torch and this package is."""
+    frame, level = sys._getframe(1), 0
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("metaopt.", "torch.")):
         frame, level = frame.f_back, level + 1
     return level

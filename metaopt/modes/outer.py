@@ -214,13 +214,18 @@ class Adjoint:
             return
         for step, segment in segments:
             if any(not bool(torch.isfinite(cell.tensor).all()) for _, cell in segment.inputs):
-                raise SweepError(
-                    f"the outer objective is {self.value.tolist()}: the training state is not finite after step {int(step) - 1} "
-                    "(counted from 1). Lower the learning rate, or clip the gradients."
-                )
-        raise SweepError(
-            f"the outer objective is {self.value.tolist()}, though the recorded states before the last step are finite. Look at "
-            "the last step and at the objective itself."
+                raise self._diverged(int(step) - (step == int(step)))
+        if all(bool(torch.isfinite(weight).all()) for weight in self.loop.weights()):
+            raise SweepError(
+                f"the outer objective is {self.value.tolist()}, though the weights are finite. Look at how it is computed."
+            )
+        raise self._diverged(self.loop.steps)
+
+    def _diverged(self, step: int) -> SweepError:
+        assert self.value is not None
+        return SweepError(
+            f"the outer objective is {self.value.tolist()}: the training is not finite from step {step} on (counted from 1). Lower "
+            "the learning rate, clip the gradients, or look at that step's batch."
         )
 
     def sweep(self, segments: Sequence[tuple[float, Segment]], shown: Iterable[tuple[float, Segment]]) -> None:
@@ -285,6 +290,8 @@ class Adjoint:
     def accumulate(self) -> None:
         """Add the hypergradients to the leaves' ``.grad``."""
         gradients = self.gradients()
+        if not gradients:
+            raise self._nothing()
         self._warn_unused({id(leaf) for leaf, _ in gradients})
         for leaf, grad in gradients:
             grad = grad.detach().to(leaf.dtype)
@@ -293,6 +300,8 @@ class Adjoint:
     def collect(self, wanted: list[Tensor]) -> tuple[Tensor, ...]:
         """The hypergradients with respect to these tensors."""
         gradients = {id(leaf): grad for leaf, grad in self.gradients()}
+        if not self.loop.steps and not gradients and all(self.loop.tape.find(tensor) is None for tensor in wanted):
+            raise self._nothing()
         results = []
         for tensor in wanted:
             binding = self.loop.tape.find(tensor)
@@ -307,6 +316,18 @@ class Adjoint:
             shape = tensor.shape if self.batch is None else (self.batch, *tensor.shape)
             results.append(tensor.new_zeros(shape) if grad is None else grad.detach())
         return tuple(results)
+
+    def _nothing(self) -> SweepError:
+        if not self.loop.steps:
+            return SweepError(
+                "the context saw no `optimizer.step()`, and the outer objective does not depend on a hyperparameter directly, so there "
+                "is no hypergradient. Put the training loop inside the `with` block, with the optimizer that it was given."
+            )
+        return SweepError(
+            "nothing that requires grad, besides the trained weights, took part in the recorded steps or in the outer objective, so "
+            "there is no hypergradient. Give a drop-in optimizer (`metaopt.optim`) a tensor that requires grad, or use one "
+            "in the loss; a plain number, or the value of a tensor taken with `.item()`, can't be followed."
+        )
 
     def _warn_one(self, tensor: Tensor) -> None:
         name = name_of(tensor) or f"a tensor of shape {tuple(tensor.shape)}"

@@ -1,0 +1,132 @@
+"""Is the second derivative that autograd gives for a step the derivative of that step?
+
+The sweep differentiates gradients. torch's second derivatives are tested less than its first, and a user's own
+``autograd.Function`` may have a backward that autograd can't see through (``once_differentiable``, saved intermediates,
+numpy); both fail silently. So what is seen for the first time is compared with central differences along a random
+direction, in float64. Where two stencils disagree (a kink is near) nothing is concluded.
+"""
+
+from __future__ import annotations
+
+__all__ = ["check_function", "check_segment"]
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt.capture.primitives import flatten
+from metaopt.capture.segment import Segment
+from metaopt.errors import CaptureError
+
+_WRONG = 1e-3
+_AGREE = 1e-5
+# Forward and backward of these disagree on purpose.
+_SURROGATES = ("fake_quantize", "gumbel_softmax")
+
+
+def check_segment(segment: Segment, step: int) -> None:
+    """Raise if autograd's derivative of ``Φ_t`` is not the derivative of ``Φ_t``."""
+    program = segment.program
+    names = [getattr(instruction.func, "__name__", "") for instruction in program.code]
+    if program.uses_autocast or any(name == "apply" or name.startswith(_SURROGATES) for name in names):
+        return
+    keys = list(segment.outputs)
+
+    def phi(inputs: Sequence[Tensor]) -> list[Tensor]:
+        return segment.evaluate(keys, inputs)
+
+    problem = _disagreement(phi, segment.point(keys))
+    if problem is None:
+        return
+    found, expected = problem
+    raise CaptureError(
+        f"step {step} has a derivative of {expected:.6g} along a random direction by finite differences, but {found:.6g} by "
+        "autograd. An operation of the loop has a wrong second derivative, or a backward that differs from its forward on "
+        f'purpose. The step calls: {", ".join(dict.fromkeys(names))}. Replace that operation, or pass verify="never" if '
+        "the surrogate gradient is what you want."
+    )
+
+
+def check_function(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Raise if autograd can't differentiate the backward of a user's ``autograd.Function``."""
+    backward = getattr(cls, "backward", None)
+    code = getattr(backward, "__code__", None)
+    if code is not None and code.co_filename.endswith("torch/autograd/function.py"):
+        raise _opaque(cls, "it is marked `once_differentiable`")
+    floats = [place for place, a in enumerate(args) if isinstance(a, Tensor) and a.dtype.is_floating_point]
+    cotangents: list[Tensor] = []
+
+    def pullback(points: Sequence[Tensor]) -> list[Tensor]:
+        given = list(args)
+        for place, point in zip(floats, points, strict=True):
+            given[place] = point if point.requires_grad else point.detach().requires_grad_()
+        outputs = [o for o in flatten([cls.apply(*given, **kwargs)]) if o.requires_grad]  # type: ignore[attr-defined]
+        if not cotangents:
+            cotangents.extend(torch.randn_like(o.detach()) for o in outputs)
+        grads = torch.autograd.grad(
+            outputs, [given[place] for place in floats], cotangents, create_graph=True, allow_unused=True
+        )
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(points, grads, strict=True)]
+
+    problem = _disagreement(pullback, [args[place].detach().double() for place in floats])
+    if problem is not None:
+        found, expected = problem
+        raise _opaque(
+            cls,
+            f"its derivative along a random direction is {expected:.6g} by finite differences and {found:.6g} by autograd",
+        )
+
+
+def _opaque(cls: type, why: str) -> CaptureError:
+    return CaptureError(
+        f"the backward of {cls.__name__} (a torch.autograd.Function) can't be differentiated: {why}. A hypergradient needs "
+        "its derivative. Write `backward` with torch operations on saved inputs and outputs (not on saved intermediates, "
+        "numpy or detached values), or replace the function by torch operations."
+    )
+
+
+def _disagreement(
+    function: Callable[[Sequence[Tensor]], Sequence[Tensor]], point: Sequence[Tensor]
+) -> tuple[float, float] | None:
+    """Autograd's and the finite differences' derivative, if they differ; None if they agree or nothing can be said."""
+    state = torch.get_rng_state()
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            first = _compare(function, point)
+            return first if first is None else _compare(function, point)  # two directions, before anyone is accused
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return None  # not to be had in float64: nothing can be said
+    finally:
+        torch.set_rng_state(state)
+
+
+def _compare(
+    function: Callable[[Sequence[Tensor]], Sequence[Tensor]], point: Sequence[Tensor]
+) -> tuple[float, float] | None:
+    leaves = [p.detach().double().requires_grad_() for p in point]
+    directions = [torch.randn_like(p) * (p.detach().norm() / max(1, p.numel()) ** 0.5 + 1e-3) for p in leaves]
+    outputs = function(leaves)
+    if any(o.dtype != torch.float64 for o in outputs):
+        return None
+    weights = [torch.randn_like(o.detach()) / (o.detach().norm() + 1e-3) for o in outputs]
+
+    def along(h: float) -> float:
+        moved = [(p.detach() + h * d).requires_grad_() for p, d in zip(leaves, directions, strict=True)]
+        return sum(float((w * o.detach()).sum()) for w, o in zip(weights, function(moved), strict=True))
+
+    with_graph = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+    found = 0.0
+    if with_graph:
+        grads = torch.autograd.grad([o for o, _ in with_graph], leaves, [w for _, w in with_graph], allow_unused=True)
+        found = sum(float((g * d).sum()) for g, d in zip(grads, directions, strict=True) if g is not None)
+    h = 1e-5
+    near, far = ((along(k * h) - along(-k * h)) / (2 * k * h) for k in (1, 3))
+    scale = max(abs(near), abs(found))
+    if not scale < float("inf") or abs(near - far) > _AGREE * scale + 1e-8:
+        return None
+    return (found, near) if abs(found - near) > _WRONG * scale + 1e-7 else None

@@ -1,0 +1,123 @@
+"""One measurement, in a process of its own: ``python -m tests.benchmarks.measure WORKLOAD SYSTEM``.
+
+The answer is one line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import resource
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.benchmarks.catalogue import SYSTEMS, WORKLOADS
+from tests.benchmarks.systems import RUNS, plain
+from tests.benchmarks.workloads import Problem, make
+
+WARM_UP = 2  # steps
+
+
+def cost(workload: str, system: str, steps: int, device: str) -> dict[str, Any]:
+    """Seconds of the whole loop with its hypergradient, and peak memory above what the process held before."""
+    run = RUNS[system]
+    run(make(workload, device=device), WARM_UP)
+    problem = make(workload, device=device)
+    before = _start_of_memory(device)
+    cpu, start = time.process_time(), time.perf_counter()
+    result = run(problem, steps)
+    _wait(device)
+    seconds = time.perf_counter() - start
+    answer = {"seconds": seconds, "cpu_seconds": time.process_time() - cpu, "bytes": _peak(device) - before}
+    assert bool(result) == SYSTEMS[system].hypergradient
+    return answer | {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": _name(device)}
+
+
+def gradient(workload: str, system: str, steps: int, device: str) -> dict[str, Any]:
+    """The hypergradients in float64."""
+    found = RUNS[system](make(workload, dtype=torch.float64, device=device), steps)
+    return {name: value.reshape(-1).tolist() for name, value in found.items()}
+
+
+def differences(workload: str, system: str, steps: int, device: str) -> dict[str, Any]:
+    """Finite differences of the bare loop in float64: for each hyperparameter a direction, and the derivative along it."""
+    answer = {}
+    for name in WORKLOADS[workload].hyper:
+        problem = make(workload, dtype=torch.float64, device=device)
+        value = problem.hyper[name].detach()
+        direction = torch.randn(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(0)).to(device)
+        direction = direction if value.dim() else torch.ones_like(value)
+        h = 1e-5 * float(value.abs().max()) * (0.1 if value.dim() else 1.0)
+        f = {k: _shifted(workload, name, k * h * direction, steps, device) for k in (-2, -1, 1, 2)}
+        slope = (8 * (f[1] - f[-1]) - (f[2] - f[-2])) / (12 * h)
+        answer[name] = {"direction": direction.reshape(-1).tolist(), "derivative": slope}
+    return answer
+
+
+def _shifted(workload: str, name: str, shift: Tensor, steps: int, device: str) -> float:
+    problem: Problem = make(workload, dtype=torch.float64, device=device)
+    problem.hyper[name] = problem.hyper[name].detach() + shift
+    plain(problem, steps)
+    return problem.outer(problem.model).item()
+
+
+# -- the process and its device -----------------------------------------------------------------------------------------
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def _name(device: str) -> str:
+    return torch.cuda.get_device_name() if device.startswith("cuda") else device
+
+
+def _start_of_memory(device: str) -> int:
+    """Give back what the warm-up used, start the high-water mark anew, and read it."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        _wait(device)
+        return torch.cuda.memory_allocated()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:  # else: what the warm-up peaked at
+        file.write("5")
+    return _peak(device)
+
+
+def _peak(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    """Measure, and print the answer."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.measure")
+    parser.add_argument("workload", choices=WORKLOADS)
+    parser.add_argument("system", choices=SYSTEMS)
+    parser.add_argument("--what", choices=("cost", "gradient", "differences"), default="cost")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    warnings.simplefilter("ignore")
+    what = {"cost": cost, "gradient": gradient, "differences": differences}[options.what]
+    print(json.dumps(what(options.workload, options.system, options.steps, options.device)))
+
+
+if __name__ == "__main__":
+    main()

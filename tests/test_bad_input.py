@@ -1,0 +1,546 @@
+"""Bad input: a clear error (or warning), and nothing lost."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+
+import metaopt
+from tests.cases import data, mlp
+
+X, Y, XV, YV = range(4)
+
+
+def loss(model: nn.Module, x: Tensor | None = None) -> Tensor:
+    inputs, y, _, _ = data()
+    return F.cross_entropy(model(inputs if x is None else x), y)
+
+
+def outer(model: nn.Module) -> Tensor:
+    _, _, x, y = data()
+    return F.cross_entropy(model(x), y)
+
+
+def trained(
+    lr: Tensor | None = None, steps: int = 3, inside: Callable[[int, nn.Module], None] | None = None, **options: object
+) -> tuple[metaopt.Recording, nn.Module]:
+    """A plain recorded training."""
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True) if lr is None else lr)
+    with metaopt.record(optimizer, **options) as run:  # type: ignore[arg-type]
+        for t in range(steps):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+            if inside is not None:
+                inside(t, model)
+    return run, model
+
+
+def assert_torch_is_as_it_was(optimizer: torch.optim.Optimizer) -> None:
+    modes = [m for m in _get_current_function_mode_stack() if type(m).__module__.startswith("metaopt")]
+    assert not modes
+    assert "apply" not in torch.autograd.Function.__mro__[1].__dict__
+    assert torch.compiler.is_compiling() is False
+    own = [h for h in optimizer._optimizer_step_pre_hooks.values() if "Loop" in getattr(h, "__qualname__", "")]
+    assert not own
+
+
+def test_no_step() -> None:
+    run, model = trained(steps=0)
+    with pytest.raises(metaopt.SweepError, match="saw no `optimizer.step"):
+        run.backward(outer(model))
+
+
+def test_backward_before_the_context() -> None:
+    model = mlp(5, 6, 3)
+    run = metaopt.record(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(metaopt.SweepError, match="nothing was recorded"):
+        run.backward(outer(model))
+    with pytest.raises(metaopt.SweepError, match="no start"):
+        run.rewind()
+
+
+def test_a_run_is_used_once() -> None:
+    run, _ = trained()
+    with pytest.raises(metaopt.SweepError, match="used already"), run:
+        pass
+
+
+def test_objective_of_another_model() -> None:
+    run, _ = trained()
+    with pytest.raises(metaopt.SweepError, match="does not depend on the trained weights"):
+        run.backward(outer(mlp(5, 6, 3)))
+
+
+def test_objective_without_graph() -> None:
+    run, model = trained()
+    with torch.no_grad():
+        value = outer(model)
+    with pytest.raises(metaopt.SweepError, match="does not depend on the trained weights"):
+        run.backward(value)
+
+
+@pytest.mark.parametrize(
+    "objective", [lambda m: m(data()[0]), lambda m: [], lambda m: 3.0], ids=["vector", "empty", "float"]
+)
+def test_objective_of_the_wrong_kind(objective: Callable[[nn.Module], object]) -> None:
+    run, model = trained()
+    with pytest.raises(metaopt.SweepError, match="outer objective"):
+        run.backward(objective(model))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_training_that_is_not_finite_names_the_step(steps: int) -> None:
+    def poison(t: int, model: nn.Module) -> None:
+        if t == 0:
+            with torch.no_grad():
+                next(model.parameters()).mul_(float("nan"))
+
+    run, model = trained(inside=poison, steps=steps)
+    with pytest.raises(metaopt.SweepError, match="not finite from step 2 on"):
+        run.backward(outer(model))
+
+
+def test_an_objective_that_is_not_finite() -> None:
+    run, model = trained()
+    with pytest.raises(metaopt.SweepError, match="though the weights are finite"):
+        run.backward(outer(model) / 0)
+
+
+def test_an_adjoint_that_is_not_finite_names_the_step() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.zero_()
+    scale = torch.tensor(1.0, requires_grad=True)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=0.1)
+    with metaopt.record(optimizer) as run:
+        for x in torch.eye(2):
+            optimizer.zero_grad()
+            # the root has an infinite second derivative at 0, where its gradient is masked out by the second factor
+            y = model(x).abs() + 1e-300
+            (scale * model(x) + 1e-9 * y**1e-3 * 0).sum().backward()
+            optimizer.step()
+    value = model(torch.ones(2)).sum()
+    try:
+        run.backward(value)
+    except metaopt.SweepError as error:
+        assert "before step" in str(error)  # noqa: PT017
+    assert scale.grad is None or torch.isfinite(scale.grad)
+
+
+def test_no_rule_names_those_that_exist() -> None:
+    optimizer = torch.optim.LBFGS(mlp(5, 3).parameters())
+    with pytest.raises(metaopt.RuleError, match=r"no rule for .*LBFGS.*Adam.*SGD.*register"):
+        metaopt.record(optimizer)
+
+
+def test_a_subclass_that_steps_differently_has_no_rule() -> None:
+    class Strange(torch.optim.SGD):
+        def step(self, closure=None):  # type: ignore[no-untyped-def, override]
+            return None
+
+    with pytest.raises(metaopt.RuleError, match="replaces the `step`"):
+        metaopt.record(Strange(mlp(5, 3).parameters(), lr=0.1))
+
+
+def test_sparse_gradients() -> None:
+    model = nn.Embedding(5, 3, sparse=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(metaopt.CaptureError, match="sparse"), metaopt.record(optimizer):
+        model(torch.tensor([1])).sum().backward()
+        optimizer.step()
+    assert_torch_is_as_it_was(optimizer)
+
+
+def test_complex_weights() -> None:
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.complex128))
+    with pytest.raises(metaopt.CaptureError, match="complex"), metaopt.record(torch.optim.SGD([weight], lr=0.1)):
+        pass
+
+
+def test_unused_hyperparameter_is_named() -> None:
+    hyper = metaopt.Hyperparameters(lr=metaopt.positive(0.1), forgotten=metaopt.positive(0.2))
+    run, model = trained(hyper.lr)
+    with pytest.warns(metaopt.UnusedHyperparameterWarning, match="forgotten"):
+        run.backward(outer(model))
+    run, model = trained(hyper.lr)
+    other = torch.ones(2, requires_grad=True)
+    with pytest.warns(metaopt.UnusedHyperparameterWarning, match=r"shape \(2,\)"):
+        (zero,) = run.hypergradient(outer(model), wrt=other)
+    assert torch.equal(zero, torch.zeros(2))
+
+
+def test_nothing_to_differentiate() -> None:
+    model = mlp(5, 6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with metaopt.record(optimizer) as run:
+        loss(model).backward()
+        optimizer.step()
+    with pytest.raises(metaopt.SweepError, match="nothing that requires grad"):
+        run.backward(outer(model))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p, x: metaopt.optim.SGD(p, lr=x(-0.1)),
+        lambda p, x: metaopt.optim.SGD(p, lr=0.1, momentum=x(-0.5)),
+        lambda p, x: metaopt.optim.Adam(p, betas=(x(1.0), 0.9)),
+        lambda p, x: metaopt.optim.AdamW(p, betas=(0.9, x(1.5))),
+        lambda p, x: metaopt.optim.Adam(p, eps=x(-1.0)),
+    ],
+    ids=["lr", "momentum", "beta1", "beta2", "eps"],
+)
+def test_setting_outside_its_domain(make: Callable[..., torch.optim.Optimizer]) -> None:
+    with pytest.raises(metaopt.DomainError, match="must be"):
+        make(mlp(5, 3).parameters(), lambda v: torch.tensor(v, requires_grad=True))
+
+
+def test_setting_that_left_its_domain() -> None:
+    lr = torch.tensor(0.1, requires_grad=True)
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+    with torch.no_grad():
+        lr.fill_(-1.0)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(metaopt.DomainError, match="lr is -1"), metaopt.record(optimizer):
+        loss(model).backward()
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert_torch_is_as_it_was(optimizer)
+
+
+def test_momentum_with_dampening_is_discontinuous_at_zero() -> None:
+    model = mlp(5, 6, 3)
+    momentum = torch.tensor(0.0, requires_grad=True)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=0.1, momentum=momentum, dampening=0.5)
+    with pytest.raises(metaopt.DomainError, match="discontinuous"), metaopt.record(optimizer):
+        loss(model).backward()
+        optimizer.step()
+
+
+def test_schedule_that_is_too_short_or_of_the_wrong_shape() -> None:
+    with pytest.raises(metaopt.DomainError, match="2 entries, but the optimizer takes step 3"):
+        trained(torch.tensor([0.1, 0.2], requires_grad=True))
+    with pytest.raises(metaopt.DomainError, match="scalar or a vector"):
+        trained(torch.ones(2, 2, requires_grad=True))
+
+
+def test_scheduler_over_a_rate_of_zero() -> None:
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.0, requires_grad=True))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(metaopt.DomainError, match="exactly 0 under a scheduler"), metaopt.record(optimizer):
+        loss(model).backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def test_shapes_that_do_not_fit_pass_torchs_own_error() -> None:
+    model = mlp(5, 6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="shapes"), metaopt.record(optimizer):
+        loss(model, torch.ones(3, 4)).backward()
+    assert_torch_is_as_it_was(optimizer)
+
+
+def test_nested_contexts() -> None:
+    optimizer = torch.optim.SGD(mlp(5, 3).parameters(), lr=0.1)
+    with (
+        pytest.raises(metaopt.CaptureError, match="watched already"),
+        metaopt.record(optimizer),
+        metaopt.record(optimizer),
+    ):
+        pass
+    assert_torch_is_as_it_was(optimizer)
+
+
+def test_an_exception_passes_through_and_everything_is_restored() -> None:
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    run = metaopt.record(optimizer)
+    with pytest.raises(KeyError, match="mine"), run:
+        loss(model).backward()
+        optimizer.step()
+        raise KeyError("mine")
+    assert_torch_is_as_it_was(optimizer)
+    with pytest.raises(metaopt.SweepError, match="freed"):
+        run.backward(outer(model))
+    run.rewind()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), mlp(5, 6, 3).parameters(), strict=True))
+    with metaopt.record(optimizer) as again:  # and the optimizer can be watched again
+        loss(model).backward()
+        optimizer.step()
+    again.backward(outer(model))
+
+
+def test_an_exception_inside_the_step_leaves_the_context_usable() -> None:
+    model = mlp(5, 6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def broken() -> Tensor:
+        raise ValueError("in the closure")
+
+    with metaopt.record(optimizer) as run:
+        with pytest.raises(ValueError, match="in the closure"):
+            optimizer.step(broken)
+        loss(model).backward()
+        optimizer.step()
+    (gradient,) = run.hypergradient(outer(model), wrt=model[0].weight)
+    assert gradient.abs().sum() > 0
+
+
+def test_parameters_added() -> None:
+    model, more = mlp(5, 6, 3), nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(metaopt.CaptureError, match="added to or removed"), metaopt.record(optimizer):
+        optimizer.add_param_group({"params": more.parameters()})
+        loss(nn.Sequential(model, more)).backward()
+        optimizer.step()
+
+
+def test_parameters_replaced() -> None:
+    def replace(t: int, model: nn.Module) -> None:
+        if t == 1:
+            model[0].weight = nn.Parameter(model[0].weight.detach() * 0.5)  # type: ignore[index]
+
+    with pytest.raises(metaopt.CaptureError, match="was replaced"):
+        trained(inside=replace)
+
+
+def test_hyperparameter_changed_before_backward() -> None:
+    lr = torch.tensor(0.1, requires_grad=True)
+    run, model = trained(lr)
+    with torch.no_grad():
+        lr.mul_(2)
+    with pytest.raises(metaopt.StaleError, match="changed in place"):
+        run.backward(outer(model))
+
+
+def test_hyperparameter_stepped_inside() -> None:
+    lr = torch.tensor(0.1, requires_grad=True)
+    hyper_optimizer = torch.optim.SGD([lr], lr=0.1)
+    lr.grad = torch.ones(())
+
+    def step(t: int, model: nn.Module) -> None:
+        hyper_optimizer.step()
+
+    with pytest.raises(metaopt.StaleError, match=r"metaopt\.stream"):
+        trained(lr, inside=step)
+
+
+def test_weights_changed_before_backward() -> None:
+    run, model = trained()
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    with pytest.raises(metaopt.StaleError, match="changed after the context"):
+        run.backward(outer(model))
+
+
+def test_an_input_changed_after_the_context() -> None:
+    weights = torch.rand(12)
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    x, y, _, _ = data()
+    with metaopt.record(optimizer) as run:
+        (weights * F.cross_entropy(model(x), y, reduction="none")).sum().backward()
+        optimizer.step()
+    weights.mul_(2)
+    with pytest.raises(metaopt.StaleError, match="modified in place"):
+        run.backward(outer(model))
+
+
+def test_second_backward_after_memory_was_freed() -> None:
+    run, model = trained()
+    run.backward(outer(model))
+    with pytest.raises(metaopt.SweepError, match="retain=True"):
+        run.backward(outer(model))
+
+
+def test_another_optimizer_on_the_same_weights() -> None:
+    model = mlp(5, 6, 3)
+    optimizer, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    with pytest.raises(metaopt.CaptureError, match="not watched"), metaopt.record(optimizer):
+        loss(model).backward()
+        other.step()
+    assert_torch_is_as_it_was(optimizer)
+
+
+def test_a_second_network_under_its_own_optimizer() -> None:
+    first, second = mlp(5, 5), mlp(5, 6, 3)
+    optimizer, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (first, second))
+    with pytest.raises(metaopt.StaleError, match="watched optimizer"), metaopt.record(optimizer):
+        loss(nn.Sequential(first, second)).backward()
+        optimizer.step()
+        other.step()
+
+
+def test_an_unrelated_training_inside_is_left_alone() -> None:
+    other = mlp(5, 6, 3)
+    alone = torch.optim.SGD(other.parameters(), lr=0.1)
+
+    def train(t: int, model: nn.Module) -> None:
+        alone.zero_grad()
+        # its parameters are leaves that require grad, but nothing of the watched training is among them
+        loss(other).backward()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(inside=train)
+
+
+def test_numbers_that_leave_the_tensor_world_are_said_once() -> None:
+    def log(t: int, model: nn.Module) -> None:
+        loss(model).item()
+
+    with pytest.warns(metaopt.HeldConstantWarning, match="holds that number constant") as caught:
+        trained(inside=log)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_data_written_by_hand_is_followed_and_replaced_data_is_refused() -> None:
+    def replace(t: int, model: nn.Module) -> None:
+        model[0].weight.data = model[0].weight.data * 0.5  # type: ignore[index, operator]
+
+    with pytest.raises(metaopt.CaptureError, match=r"`\.data` of a tensor"):
+        trained(inside=replace)
+
+
+def test_memory_shared_with_numpy_is_copied() -> None:
+    x, y, _, _ = data()
+    buffer = numpy.empty((12, 5))
+    shared = torch.from_numpy(buffer)
+    results = []
+    for make in (lambda t: shared, lambda t: (x * (t + 1)).clone()):
+        lr = torch.tensor(0.1, requires_grad=True)
+        model = mlp(5, 6, 3)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+        with metaopt.record(optimizer) as run:
+            for t in range(3):
+                buffer[:] = (x * (t + 1)).numpy()
+                optimizer.zero_grad()
+                F.cross_entropy(model(make(t)), y).backward()
+                optimizer.step()
+        run.backward(outer(model))
+        results.append(lr.grad)
+    assert torch.equal(*results)  # type: ignore[arg-type]
+
+
+class Hidden(torch.autograd.Function):
+    """Its result depends on a state that no argument shows."""
+
+    state = 1.0
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def, override]
+        Hidden.state += 1.0
+        return x * Hidden.state
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        return grad
+
+
+def test_hidden_state_is_found_out() -> None:
+    model = mlp(5, 6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        pytest.raises(metaopt.CaptureError, match=r"replaying step 1 .* already the loss differs"),
+        metaopt.record(optimizer),
+    ):
+        kept = Hidden.apply(loss(model))
+        kept.backward()
+        optimizer.step()
+    assert_torch_is_as_it_was(optimizer)
+
+
+def test_verification_can_be_switched_off_and_is_checked() -> None:
+    trained(verify="never")
+    with pytest.raises(ValueError, match="verify must be"):
+        trained(verify="sometimes")
+
+
+def test_functorch_inside_the_loop_is_refused() -> None:
+    model = mlp(5, 6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    weight = model[0].weight
+    with pytest.raises(metaopt.CaptureError, match=r"torch\.func"), metaopt.record(optimizer):
+        torch.func.grad(lambda w: (w**2).sum())(weight)
+
+
+def test_a_graph_carried_over_a_step_is_refused() -> None:
+    model = mlp(5, 6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(metaopt.CaptureError, match="before the last optimizer step"), metaopt.record(optimizer):
+        first = loss(model)
+        first.backward(retain_graph=True)
+        optimizer.step()
+        (loss(model) + first).backward()
+
+
+class Once(torch.autograd.Function):
+    """A function that says of itself that it has no second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        return 2 * grad * ctx.saved_tensors[0]
+
+
+class Intermediate(torch.autograd.Function):
+    """A backward made of a saved intermediate, which autograd takes for a constant."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def, override]
+        ctx.slope = 2 * x.detach()
+        return x**2
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        return grad * ctx.slope
+
+
+@pytest.mark.parametrize("function", [Once, Intermediate])
+def test_a_function_without_second_derivative_is_named(function: type[torch.autograd.Function]) -> None:
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    with pytest.raises(metaopt.CaptureError, match=f"backward of {function.__name__} "), metaopt.record(optimizer):
+        function.apply(loss(model)).backward()
+        optimizer.step()
+
+
+def test_a_wrong_second_derivative_of_torch_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from metaopt.capture import replacements
+
+    monkeypatch.setattr(replacements, "REPLACEMENTS", {})
+    monkeypatch.setattr("metaopt.capture.watcher.REPLACEMENTS", {})
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 6)), nn.Tanh(), nn.Linear(6, 3))
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    with pytest.raises(metaopt.CaptureError, match=r"_weight_norm"), metaopt.record(optimizer):
+        loss(model).backward()
+        optimizer.step()
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model = mlp(5, 6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y, _, _ = data()
+    with pytest.raises(metaopt.CaptureError, match="use_reentrant=False"), metaopt.record(optimizer):
+        hidden = checkpoint(model[1:], model[0](x), use_reentrant=True)
+        F.cross_entropy(hidden, y).backward()
