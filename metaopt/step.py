@@ -248,8 +248,7 @@ class Loop:
 
     def _raw(self, tensor: Tensor) -> Val:
         binding = self.tape.find(tensor)
-        with torch.no_grad():
-            return self.tape.read(tensor) if binding is None else Val(self.tape.read_binding(binding, tensor))
+        return self.tape.read(tensor) if binding is None else Val(self.tape.read_binding(binding, tensor))
 
     def _states(self, weight: Tensor) -> tuple[Val | None, ...]:
         state = self.optimizer.state.get(weight, {})
@@ -274,7 +273,7 @@ class Loop:
         linked = getattr(self.optimizer, "linked_settings", None)
         links: dict[str, tuple[Tensor, float]] = linked(group) if linked is not None else {}
         numbers = {name: rule.number(group, name) for name in rule.settings}
-        plain = {name: float(number) for name, number in numbers.items()}
+        plain = {n: float(v.detach() if isinstance(v, Tensor) else v) for n, v in numbers.items()}
         for name, number in plain.items():
             rule.check(name, number)
         differentiable = frozenset(links) | {

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from tests.cases import Case, Hyper
+from tests.strategies import Loop
 
 
 def value(case: Case, hyper: Hyper) -> float:
@@ -41,3 +46,147 @@ def finite_difference(case: Case, name: str, index: int) -> float:
 def entries(tensor: Tensor) -> list[int]:
     """Some entries of a hyperparameter to look at: the first, one in the middle, the last."""
     return sorted({0, tensor.numel() // 2, tensor.numel() - 1})
+
+
+# -- naively unrolled autograd ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Unrolled:
+    """A loop as one long autograd graph: its outer objective, and the leaves besides the hyperparameters.
+
+    ``weights`` are the initial ones in the order of ``model.parameters()``, those that are trained; ``states`` the optimizer's
+    before the loop, by weight.
+    """
+
+    outer: Tensor
+    second: Tensor
+    weights: dict[str, Tensor]
+    states: dict[str, dict[str, Tensor]]
+
+    def gradients(self, wanted: Sequence[Tensor], outer: Tensor | None = None) -> list[Tensor]:
+        """The derivative of the outer objective, zeros where there is none."""
+        outer = self.outer if outer is None else outer
+        if not outer.requires_grad:
+            return [torch.zeros_like(x) for x in wanted]
+        grads = torch.autograd.grad(outer, wanted, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(wanted, grads, strict=True)]
+
+
+def unrolled(loop: Loop, hyper: Mapping[str, Tensor], *, last: int | None = None) -> Unrolled:
+    """Run a loop on tensors that require grad and keep the whole graph; nothing of metaopt is called.
+
+    Args:
+        loop: the loop; only its data, its model and its inner objective are used.
+        hyper: the hyperparameters.
+        last: detach what the steps before the last so many leave behind.
+    """
+    model = loop.model(plain=True) if loop.network == "normalised" else loop.model()
+    named = dict(model.named_parameters())
+    buffers = dict(model.named_buffers())
+    trained = {name: w.detach().clone().requires_grad_() for name, w in named.items() if w.requires_grad}
+    frozen = {name: w for name, w in named.items() if not w.requires_grad}
+    weights: dict[str, Tensor] = dict(trained)
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in trained}
+    grads: dict[str, Tensor | None] = dict.fromkeys(trained)
+    counts = dict.fromkeys(trained, 0)
+    for place, name in enumerate(named):
+        if loop.loaded and name in trained:
+            states[name] = {key: x.requires_grad_() for key, x in loop.state(place, named[name]).items()}
+            grads[name], counts[name] = loop.grad(place, named[name]), 3
+    initial = {name: dict(state) for name, state in states.items()}
+    group_of = {name: place for place, group in enumerate(loop.split(list(named))) for name in group}
+
+    torch.manual_seed(loop.seed)
+    if "scale" in hyper:
+        first = next(iter(named))
+        weights[first] = weights[first] * hyper["scale"]
+    x, y, _, _ = loop.data()
+    for t in range(loop.steps):
+        if last is not None and t == loop.steps - last:
+            weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
+            buffers = {name: b.detach() for name, b in buffers.items()}
+            grads = {name: None if g is None else g.detach() for name, g in grads.items()}
+            states = {name: {key: s.detach() for key, s in state.items()} for name, state in states.items()}
+        if loop.zero != "never":
+            gone = loop.zero == "none"
+            grads = {name: None if gone or g is None else torch.zeros_like(g) for name, g in grads.items()}
+        for batch in range(loop.batches):
+            part = slice(batch, None, loop.batches)
+            everything = {**weights, **frozen, **buffers}
+            out = functional_call(model.train(), everything, (x[part], t))
+            buffers = {name: everything[name] for name in buffers}
+            loss = loop.loss(hyper, out, y, part, iter(weights.values()))
+            new = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
+            for name, g in zip(weights, new, strict=True):
+                old = grads[name]
+                grads[name] = old if g is None else g if old is None else old + g
+        for name, g in grads.items():
+            if g is None:
+                continue
+            counts[name] += 1
+            numbers = _numbers(loop, hyper, group_of[name], t)
+            update = _sgd if loop.settings.name == "SGD" else _adam
+            weights[name], states[name] = update(loop, numbers, weights[name], g, states[name], counts[name])
+    if last == 0:
+        weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
+        buffers = {name: b.detach() for name, b in buffers.items()}
+    _, _, x, y = loop.data()
+    everything = {**weights, **frozen, **buffers}
+    out = functional_call(model.eval(), everything, (x, 0))
+    return Unrolled(((out - y) ** 2).mean(), (out - 4 - y).abs().mean(), trained, initial)
+
+
+def _numbers(loop: Loop, hyper: Mapping[str, Tensor], group: int, t: int) -> dict[str, Tensor | float]:
+    """The settings of a group at step ``t`` (from 0)."""
+    numbers: dict[str, Tensor | float] = {}
+    for name, number in loop.settings.numbers.items():
+        value = hyper.get(f"{name}.{group}" if group else name, hyper.get(name))
+        numbers[name] = number if value is None else value[t] if value.dim() else value
+    if loop.scheduler:
+        numbers["lr"] = numbers["lr"] * 0.8**t
+    return numbers
+
+
+State = dict[str, Tensor]
+
+
+def _sgd(
+    loop: Loop, numbers: dict[str, Any], w: Tensor, g: Tensor, state: State, count: int
+) -> tuple[Tensor, State]:
+    """The pseudo-code of torch.optim.SGD's documentation; a momentum that is a plain 0 is no momentum."""
+    momentum, dampening = numbers["momentum"], numbers["dampening"]
+    g = -g if loop.settings.flags["maximize"] else g
+    g = g + numbers["weight_decay"] * w
+    if isinstance(momentum, Tensor) or momentum:
+        old = state.get("momentum_buffer")
+        b = g if old is None else momentum * old + (1 - dampening) * g
+        state = {"momentum_buffer": b}
+        g = g + momentum * b if loop.settings.flags["nesterov"] else b
+    return w - numbers["lr"] * g, state
+
+
+def _adam(
+    loop: Loop, numbers: dict[str, Any], w: Tensor, g: Tensor, state: State, count: int
+) -> tuple[Tensor, State]:
+    """The pseudo-code of torch.optim.Adam's and AdamW's documentation."""
+    lr, decay, beta1, beta2 = numbers["lr"], numbers["weight_decay"], numbers["beta1"], numbers["beta2"]
+    g = -g if loop.settings.flags["maximize"] else g
+    if loop.settings.name == "AdamW":
+        w = w - lr * decay * w
+    else:
+        g = g + decay * w
+    zero = torch.zeros_like(w)
+    m = beta1 * state.get("exp_avg", zero) + (1 - beta1) * g
+    v = beta2 * state.get("exp_avg_sq", zero) + (1 - beta2) * g**2
+    after = {"exp_avg": m, "exp_avg_sq": v}
+    first, second = m / (1 - beta1**count), v / (1 - beta2**count)
+    if loop.settings.flags["amsgrad"]:
+        # torch keeps the largest v, and corrects its bias with the present factor.
+        old = state.get("max_exp_avg_sq", zero)
+        after["max_exp_avg_sq"] = torch.where(v >= old, v, old)
+        second = after["max_exp_avg_sq"] / (1 - beta2**count)
+    # The root of an exact 0 has no derivative, but m is 0 there too, and of the first order.
+    positive = second > 0
+    root = torch.where(positive, second, 1.0) ** 0.5 * positive
+    return w - lr * first / (root + numbers["eps"]), after

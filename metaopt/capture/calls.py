@@ -191,8 +191,7 @@ def _detach(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwar
     tape = watcher.tape
     if not tape.is_live(source):
         return result
-    with torch.no_grad():
-        value = tape.read(source)
+    value = tape.read(source)
     base = tape.find(source)
     (out,) = tape.trace.emit(stop, value, phased=True)
     binding = tape.define(result, out)
@@ -246,8 +245,7 @@ def _deepcopy(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kw
     tape = watcher.tape
     if not tape.is_live(source) or result is source:
         return result
-    with torch.no_grad():
-        (out,) = tape.trace.emit(torch.clone, tape.read_stopped(source))
+    (out,) = tape.trace.emit(torch.clone, tape.read_stopped(source))
     tape.define(result, out)
     if result.requires_grad:
         inner_leaf(watcher, result)

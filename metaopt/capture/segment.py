@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from metaopt.capture.tape import External
 
 
-@dataclass
+@dataclass(slots=True)
 class Replay:
     """What one call of an iteration gave: its outputs, and the leaves that they were computed from."""
 
@@ -29,7 +29,7 @@ class Replay:
     phase: Phase
 
 
-@dataclass
+@dataclass(slots=True)
 class Segment:
     """``Φ_t`` as (reference to a shared program, this step's constants, the state ``s_{t-1}``).
 

@@ -10,20 +10,45 @@ __all__ = ["Group", "Instruction", "Num", "Obj", "Trace", "Val", "needed", "valu
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 
-class Val(NamedTuple):
-    """A value of the trace, by its number."""
+class Val:
+    """A value of the trace, by its number. There is one object a number: traces are made of thousands."""
 
+    __slots__ = ("index",)
     index: int
+    _made: ClassVar[list[Val]] = []
+
+    def __new__(cls, index: int) -> Val:
+        made = cls._made
+        while index >= len(made):
+            value = super().__new__(cls)
+            value.index = len(made)
+            made.append(value)
+        return made[index]
+
+    def __repr__(self) -> str:
+        return f"Val({self.index})"
 
 
-class Num(NamedTuple):
-    """A Python number among a call's arguments, by its place in the iteration's list of numbers."""
+class Num:
+    """A Python number among a call's arguments, by its place in the iteration's list of numbers; one object a place."""
 
+    __slots__ = ("index", "kind")
     index: int
     kind: type
+    _made: ClassVar[dict[tuple[int, type], Num]] = {}
+
+    def __new__(cls, index: int, kind: type) -> Num:
+        value = cls._made.get((index, kind))
+        if value is None:
+            value = cls._made[index, kind] = super().__new__(cls)
+            value.index, value.kind = index, kind
+        return value
+
+    def __repr__(self) -> str:
+        return f"Num({self.index}: {self.kind.__name__})"
 
 
 class Obj(NamedTuple):
@@ -77,7 +102,7 @@ def values_in(spec: Any) -> Iterator[int]:
     kind = type(spec)
     if kind is Val:
         yield spec.index
-    elif kind is not Num and isinstance(spec, tuple):
+    elif isinstance(spec, tuple):
         for entry in spec:
             yield from values_in(entry)
 

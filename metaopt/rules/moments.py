@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from metaopt.rules.rule import Setting, safe_sqrt
+from metaopt.rules.rule import Setting, add_scaled, safe_sqrt
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 ADAM_SETTINGS: Mapping[str, str | tuple[str, int]] = {
@@ -44,12 +44,12 @@ def moments(
     m, v = state["exp_avg"], state["exp_avg_sq"]
     m = torch.zeros_like(w) if m is None else m
     v = torch.zeros_like(w) if v is None else v
-    m = m + (1 - beta1) * (g - m)
-    v = beta2 * v + (1 - beta2) * g * g
+    m = torch.lerp(m, g, 1 - beta1)
+    v = add_scaled(beta2 * v, g * g, 1 - beta2)
     peak = state["max_exp_avg_sq"]
     if amsgrad:
         peak = v if peak is None else torch.maximum(peak, v)
     root = safe_sqrt(peak if amsgrad and peak is not None else v)
     denominator = root / (1 - beta2**step) ** 0.5 + eps
-    w = w - (lr / (1 - beta1**step)) * (m / denominator)
+    w = add_scaled(w, m / denominator, -lr / (1 - beta1**step))
     return w, {"exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": peak}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Rule", "Update", "safe_sqrt"]
+__all__ = ["Rule", "Setting", "Update", "add_scaled", "safe_sqrt"]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -87,6 +87,11 @@ class Update:
             results.append(new)
             results += [value for name in self.rule.state if (value := after.get(name)) is not None]
         return results
+
+
+def add_scaled(x: Tensor, y: Tensor, factor: Setting) -> Tensor:
+    """``x + factor · y``, in one pass over the memory, differentiable in all three."""
+    return torch.addcmul(x, y, factor) if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
 
 
 def safe_sqrt(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from metaopt.errors import DomainError
-from metaopt.rules.rule import Rule, Setting
+from metaopt.rules.rule import Rule, Setting, add_scaled
 
 
 def update(
@@ -36,12 +36,13 @@ def update(
     """One step of SGD."""
     g = -g if maximize else g
     if isinstance(weight_decay, Tensor) or weight_decay != 0:
-        g = g + weight_decay * w
+        g = add_scaled(g, w, weight_decay)
     v = state["momentum_buffer"]
     if isinstance(momentum, Tensor) or momentum != 0:
-        v = g if v is None else momentum * v + (1 - dampening) * g
-        g = g + momentum * v if nesterov else v
-    return w - lr * g, {"momentum_buffer": v}
+        undamped = not isinstance(dampening, Tensor) and dampening == 0
+        v = g if v is None else add_scaled(g if undamped else (1 - dampening) * g, v, momentum)
+        g = add_scaled(g, v, momentum) if nesterov else v
+    return add_scaled(w, g, -lr), {"momentum_buffer": v}
 
 
 def refuse(settings: Mapping[str, Any], differentiable: frozenset[str]) -> None:

@@ -53,7 +53,7 @@ WORKLOADS = {
         "softmax regression 784-10, full batch of 5000 weighted examples, gradient descent", 200, 10, ("lr", "weights")
     ),
     "W2": Workload("MLP 784-256-256-10, batch 128, SGD with momentum", 100, 8, ("lr", "momentum", "weights")),
-    "W3": Workload("CNN on 28×28 (409 thousand weights), batch 64, Adam", 20, 4, ("lr", "beta1", "beta2", "weights")),
+    "W3": Workload("CNN on 28×28, batch 64, Adam", 20, 4, ("lr", "beta1", "beta2", "weights")),
 }
 
 PLAIN = "plain"  # what times are divided by

@@ -49,22 +49,29 @@ def gradient(workload: str, system: str, steps: int, device: str) -> dict[str, A
 
 
 def differences(workload: str, system: str, steps: int, device: str) -> dict[str, Any]:
-    """Finite differences of the bare loop in float64: for each hyperparameter a direction, and the derivative along it."""
+    """For each hyperparameter the derivative along some direction, by the system and by finite differences.
+
+    The differences are those of the bare loop, in float64, with a stencil of fourth order.
+    """
     answer = {}
+    found = RUNS[system](_smooth(workload, device), steps)
     for name in WORKLOADS[workload].hyper:
-        problem = make(workload, dtype=torch.float64, device=device)
-        value = problem.hyper[name].detach()
+        value = _smooth(workload, device).hyper[name].detach()
         direction = torch.randn(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(0)).to(device)
         direction = direction if value.dim() else torch.ones_like(value)
         h = 1e-5 * float(value.abs().max()) * (0.1 if value.dim() else 1.0)
         f = {k: _shifted(workload, name, k * h * direction, steps, device) for k in (-2, -1, 1, 2)}
         slope = (8 * (f[1] - f[-1]) - (f[2] - f[-2])) / (12 * h)
-        answer[name] = {"direction": direction.reshape(-1).tolist(), "derivative": slope}
+        answer[name] = [float((found[name] * direction).sum()), slope]
     return answer
 
 
+def _smooth(workload: str, device: str) -> Problem:
+    return make(workload, dtype=torch.float64, device=device, smooth=True)
+
+
 def _shifted(workload: str, name: str, shift: Tensor, steps: int, device: str) -> float:
-    problem: Problem = make(workload, dtype=torch.float64, device=device)
+    problem = _smooth(workload, device)
     problem.hyper[name] = problem.hyper[name].detach() + shift
     plain(problem, steps)
     return problem.outer(problem.model).item()

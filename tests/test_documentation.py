@@ -1,0 +1,36 @@
+"""The code in the pages runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import metaopt
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(page: str) -> str:
+    return "\n\n".join(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
+
+
+def test_extending(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_default_dtype(torch.float32)
+    exec(compile(blocks("docs/extending.md"), "docs/extending.md", "exec"), {"__name__": "extending"})
+    assert "tensor(" in capsys.readouterr().out
+
+
+def test_readme() -> None:
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    n, model = 12, torch.nn.Linear(5, 3)
+    x, y = torch.randn(n, 5), torch.randint(0, 3, (n,))
+    loader = [(torch.arange(i, i + 4), x[i : i + 4], y[i : i + 4]) for i in range(0, n, 4)]
+    names = {"__name__": "readme", "n": n, "model": model, "loader": loader, "x_val": x, "y_val": y}
+    exec(compile(blocks("README.md"), "README.md", "exec"), names)
+    hyper = names["hyper"]
+    assert isinstance(hyper, metaopt.Hyperparameters)
+    assert all(leaf.grad is not None and leaf.grad.abs().sum() > 0 for leaf in hyper.parameters())
