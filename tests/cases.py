@@ -535,6 +535,25 @@ def pseudo_labels(hyper: Hyper, context: Context) -> Trained:
     return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
 
 
+@case(lr=0.1, weights=weights(12))
+def inference_mode(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for _ in range(3):
+            with torch.inference_mode():
+                target = model(x_val).softmax(-1)
+            target = target.clone()
+            optimizer.zero_grad()
+            loss = weighted(hyper, slice(None), model(x), y) - (target * model(x_val).log_softmax(-1)).sum(-1).mean()
+            loss.backward()
+            optimizer.step()
+            with torch.inference_mode():
+                model(x_val).argmax(-1).eq(y_val).float().mean()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
 @case(lr=0.3, weights=weights(12))
 def detached_norm(hyper: Hyper, context: Context) -> Trained:
     x, y, x_val, y_val = data()

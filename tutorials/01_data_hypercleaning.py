@@ -77,9 +77,8 @@ SETTINGS = {
     "MNIST": Settings((2000, 1000, 10_000), (400,)),
     "digits": Settings((800, 200, 740), (160,), lr=0.5, fit_steps=200),
 }
-PAPER = Settings(
-    (5000, 5000, 10_000), (1000, 1500, 2000, 2500), steps=100, lr=0.1, hyper_steps=60, fit_steps=400
-)  # sizes and radii are the paper's; it does not print T, and its authors' code has several
+# Sizes and radii are the paper's. It does not print T, and its authors' code has several.
+PAPER = Settings((5000, 5000, 10_000), (1000, 1500, 2000, 2500), steps=100, hyper_steps=60, fit_steps=400)
 
 
 # 2. Cleaning

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaopt.capture import statistics
+from metaopt.capture.cells import version_of
 from metaopt.capture.derivatives import check_function
 from metaopt.capture.primitives import flatten, hooked, inner_gradient, leaf, stop, total
 from metaopt.capture.tape import BASE, Tape, View
@@ -292,9 +293,9 @@ def apply_function(watcher: Watcher, cls: type, apply: Callable[..., Any], args:
         check_function(cls, args, kwargs)
         _checked.add(cls)
     seed = watcher.generators(apply, kwargs)
-    versions = [tensor._version for tensor in sources]
+    versions = [version_of(tensor) for tensor in sources]
     result = apply(*args, **kwargs)
-    if versions != [tensor._version for tensor in sources]:
+    if versions != [version_of(tensor) for tensor in sources]:
         raise CaptureError(
             f"`{cls.__name__}` (a torch.autograd.Function) writes its arguments in place; let it return new tensors."
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Cell", "Cells"]
+__all__ = ["Cell", "Cells", "version_of"]
 
 import weakref
 
@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 from metaopt.errors import StaleError
+
+
+def version_of(tensor: Tensor) -> int:
+    """The count of writes into a tensor's memory; tensors made under ``inference_mode`` keep none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Cell:
@@ -22,7 +27,7 @@ class Cell:
 
     def __init__(self, tensor: Tensor, *, owned: bool = False) -> None:
         self.tensor = tensor
-        self.version = tensor._version
+        self.version = version_of(tensor)
         self.owned = owned
 
     def commit(self) -> None:
@@ -34,7 +39,7 @@ class Cell:
 
     def check(self) -> None:
         """Raise if the tensor was overwritten without the cell being told."""
-        if not self.owned and self.tensor._version != self.version:
+        if not self.owned and version_of(self.tensor) != self.version:
             raise StaleError(
                 f"a tensor of shape {tuple(self.tensor.shape)} was modified in place after the loop used it, and its "
                 "earlier value is needed to differentiate that step. Leave the loop's inputs, the weights and the "
@@ -44,7 +49,7 @@ class Cell:
     def value(self) -> Tensor:
         """The value, detached from every graph; shares the tensor's memory."""
         self.check()
-        return self.tensor.detach()
+        return self.tensor.clone() if self.tensor.is_inference() else self.tensor.detach()
 
 
 def _storage(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaopt.capture.cells import Cell, Cells
+from metaopt.capture.cells import Cell, Cells, version_of
 from metaopt.capture.primitives import hooked, leaf, overwrite, stop
 from metaopt.capture.segment import Segment
 from metaopt.capture.trace import Group, Instruction, Num, Obj, Trace, Val, needed
@@ -68,7 +68,7 @@ class Binding:
     def __init__(self, key: int, tensor: Tensor) -> None:
         self.key = key
         self.ref = weakref.ref(tensor)
-        self.version = tensor._version
+        self.version = version_of(tensor)
         self.value = -1
         self.epoch = -1
         self.fresh = False
@@ -95,13 +95,13 @@ class External:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self.version = tensor._version
+        self.version = version_of(tensor)
         self.value = -1
         self.epoch = -1
 
     def check(self) -> None:
         """Raise if the hyperparameter changed since the context began to use it."""
-        if self.tensor._version != self.version:
+        if version_of(self.tensor) != self.version:
             raise StaleError(
                 f"a hyperparameter of shape {tuple(self.tensor.shape)} was changed in place after the recorded steps "
                 "used it, so their derivative at its old value can't be taken. Call `run.backward` before the "
@@ -218,7 +218,7 @@ class Tape:
         if binding.base is not None:
             self._refresh(binding, binding.base)
             return binding.value
-        if tensor is not None and tensor._version != binding.version:
+        if tensor is not None and version_of(tensor) != binding.version:
             raise _unseen_write(tensor)
         if binding.epoch != self.epoch:
             self._enter(binding, tensor)
@@ -300,12 +300,12 @@ class Tape:
     def read_constant(self, tensor: Tensor) -> int:
         """The number of a value that is a constant of the step."""
         known = self._constants.get(id(tensor))
-        if known is not None and known[0] is tensor and known[1] == tensor._version:
+        if known is not None and known[0] is tensor and known[1] == version_of(tensor):
             return known[2]
         number = self.trace.new()
         self.trace.constants.append(number)
         self._constant_cells.append(self.cells.keep(tensor))
-        self._constants[id(tensor)] = (tensor, tensor._version, number)
+        self._constants[id(tensor)] = (tensor, version_of(tensor), number)
         return number
 
     def stopped(self, value: int) -> int:
@@ -355,7 +355,7 @@ class Tape:
         binding.cell = binding.base = binding.via = None
         binding.halted = False
         binding.value, binding.epoch, binding.fresh = value, self.epoch, True
-        binding.version = tensor._version
+        binding.version = version_of(tensor)
         binding.inner, binding.leaf = inner, leaf
         binding.leaves = [value] if leaf else []
         return binding

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from metaopt.capture import calls, writes
+from metaopt.capture.cells import version_of
 from metaopt.capture.primitives import flatten
 from metaopt.capture.replacements import REPLACEMENTS
 from metaopt.capture.tape import BASE, Tape, View
@@ -112,9 +113,9 @@ class Watcher(TorchFunctionMode):
         if targets:
             return writes.call(self, func, args, kwargs, targets)
         seed = self.generators(func, kwargs)
-        versions = [tensor._version for tensor in tensors]
+        versions = [version_of(tensor) for tensor in tensors]
         result = func(*args, **kwargs)
-        if versions != [tensor._version for tensor in tensors]:
+        if versions != [version_of(tensor) for tensor in tensors]:
             raise CaptureError(
                 f"`{name_of(func)}` wrote one of its arguments in place, in a way that metaopt does not know and so "
                 "can't replay. Use the version of the operation that returns a new tensor."
