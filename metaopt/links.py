@@ -46,12 +46,13 @@ class Link:
             return value.reshape(()) if value.dim() else value
         if value.dim() != 1:
             raise DomainError(
-                f"a setting of an optimizer is a scalar or a vector with one entry per step, not of shape {tuple(value.shape)}."
+                "a setting of an optimizer is a scalar or a vector with one entry per step, not of shape "
+                f"{tuple(value.shape)}."
             )
         if step >= len(value):
             raise DomainError(
-                f"a learned schedule has {len(value)} entries, but the optimizer takes step {step + 1}. Make it as long as "
-                "the training, or call `run.rewind()` between hyper-iterations so that it starts again."
+                f"a learned schedule has {len(value)} entries, but the optimizer takes step {step + 1}. Make it as "
+                "long as the training, or call `run.rewind()` between hyper-iterations so that it starts again."
             )
         return value[step]
 
@@ -77,14 +78,14 @@ def factor(name: str, number: float, base: float | None, group: dict[str, Any]) 
     if base is None or number == base:
         if base == 0 and name == "lr" and "initial_lr" in group:
             raise DomainError(
-                "lr is exactly 0 under a scheduler, so the factor that the scheduler put on it can't be seen. Start from a small "
-                "positive lr."
+                "lr is exactly 0 under a scheduler, so the factor that the scheduler put on it can't be seen. Start "
+                "from a small positive lr."
             )
         return 1.0
     if base == 0:
         raise DomainError(
-            f"{name} is linked to a hyperparameter that is exactly 0, but a scheduler set it to {number:g}; what it should be "
-            "multiplied with can't be told. Start the hyperparameter from a small positive value."
+            f"{name} is linked to a hyperparameter that is exactly 0, but a scheduler set it to {number:g}; what it "
+            "should be multiplied with can't be told. Start the hyperparameter from a small positive value."
         )
     return number / base
 

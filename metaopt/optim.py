@@ -154,7 +154,12 @@ class SGD(DifferentiableOptimizer, torch.optim.SGD):
         fused: bool | None = None,
     ) -> None:
         settings = self._link(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
-        flags = {"maximize": maximize, "foreach": foreach, "differentiable": differentiable, "fused": fused}
+        flags: dict[str, Any] = {
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
         super().__init__(params, **settings, nesterov=nesterov, **flags)
 
     _buffers: list[tuple[Tensor, Tensor]]
@@ -202,7 +207,7 @@ class Adam(DifferentiableOptimizer, torch.optim.Adam):
 
 
 class AdamW(DifferentiableOptimizer, torch.optim.AdamW):
-    """``torch.optim.AdamW`` whose ``lr``, ``betas``, ``eps`` and ``weight_decay`` may be hyperparameters (see `Adam`)."""
+    """``torch.optim.AdamW``, whose ``lr``, ``betas``, ``eps`` and ``weight_decay`` may be hyperparameters."""
 
     def __init__(
         self,

@@ -67,8 +67,8 @@ class Loop:
         """Begin to watch."""
         if self.optimizer in _open:
             raise CaptureError(
-                "this optimizer is watched already: contexts on one optimizer can't be nested. Close the outer one first, or "
-                "use its run."
+                "this optimizer is watched already: contexts on one optimizer can't be nested. Close the outer one "
+                "first, or use its run."
             )
         self._check_weights()
         self.tape.begin()
@@ -124,8 +124,8 @@ class Loop:
                 raise CaptureError("complex weights are not supported; train their real and imaginary parts.")
             if getattr(weight, "_post_accumulate_grad_hooks", None):
                 raise CaptureError(
-                    "a weight has a post-accumulate-grad hook, which runs code inside `backward` that metaopt does not see. "
-                    "Remove the hook and do the same in the loop, after `loss.backward()`."
+                    "a weight has a post-accumulate-grad hook, which runs code inside `backward` that metaopt does "
+                    "not see. Remove the hook and do the same in the loop, after `loss.backward()`."
                 )
 
     # -- the optimizer's step -----------------------------------------------------------------------------------------
@@ -172,16 +172,16 @@ class Loop:
                 if id(weight) in self.tape.trained:
                     self.watcher.paused = False
                     raise CaptureError(
-                        f"{type(optimizer).__name__}, which is not watched, steps weights of the watched optimizer inside the "
-                        "context. Let one optimizer train them."
+                        f"{type(optimizer).__name__}, which is not watched, steps weights of the watched optimizer "
+                        "inside the context. Let one optimizer train them."
                     )
                 if id(weight) in known:
                     self.watcher.paused = False
                     raise StaleError(
-                        f"{type(optimizer).__name__}, which is not watched, steps inside the context and changes a tensor "
-                        f"of shape {tuple(weight.shape)} that the recorded steps depend on. If it is a hyperparameter, "
-                        "step it after `run.backward`, or use `metaopt.stream`; if it trains a part of the model, let "
-                        "the watched optimizer train it too."
+                        f"{type(optimizer).__name__}, which is not watched, steps inside the context and changes a "
+                        f"tensor of shape {tuple(weight.shape)} that the recorded steps depend on. If it is a "
+                        "hyperparameter, step it after `run.backward`, or use `metaopt.stream`; if it trains a part "
+                        "of the model, let the watched optimizer train it too."
                     )
 
     def _before_update(self) -> None:
@@ -189,8 +189,8 @@ class Loop:
         self._pending = []
         if {id(weight) for weight in self.weights()} != set(self.tape.trained):
             raise CaptureError(
-                "parameters were added to or removed from the optimizer inside the context. Build the optimizer before the "
-                "context, or open a new context for the new parameters."
+                "parameters were added to or removed from the optimizer inside the context. Build the optimizer "
+                "before the context, or open a new context for the new parameters."
             )
         self._refuse_replaced()
         for group in self.optimizer.param_groups:
@@ -217,9 +217,9 @@ class Loop:
         replaced = [weight for weight in lost if weight.shape in shapes]
         if replaced:
             raise CaptureError(
-                f"a parameter of shape {tuple(replaced[0].shape)} was replaced inside the context: the optimizer still holds the old "
-                "one, which gets no gradient any more, and the new one is not trained. Change the values in place, "
-                "`with torch.no_grad(): parameter.copy_(new)`."
+                f"a parameter of shape {tuple(replaced[0].shape)} was replaced inside the context: the optimizer "
+                "still holds the old one, which gets no gradient any more, and the new one is not trained. Change "
+                "the values in place, `with torch.no_grad(): parameter.copy_(new)`."
             )
 
     def _read_group(
@@ -232,8 +232,8 @@ class Loop:
             assert grad is not None
             if grad.is_sparse:
                 raise CaptureError(
-                    f"a weight of shape {tuple(weight.shape)} has a sparse gradient, which has no second derivative. Use dense "
-                    "gradients (`nn.Embedding(..., sparse=False)`)."
+                    f"a weight of shape {tuple(weight.shape)} has a sparse gradient, which has no second derivative. "
+                    "Use dense gradients (`nn.Embedding(..., sparse=False)`)."
                 )
             grads.append(self._raw(grad))
         update = Update(rule, tuple((flag, bool(group.get(flag, False))) for flag in rule.flags))
@@ -252,7 +252,7 @@ class Loop:
 
     def _states(self, weight: Tensor) -> tuple[Val | None, ...]:
         state = self.optimizer.state.get(weight, {})
-        values = []
+        values: list[Val | None] = []
         for name in self.rule.state:
             tensor = state.get(name)
             if tensor is None:
@@ -268,7 +268,7 @@ class Loop:
         return int(step)
 
     def _settings(self, group: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-        """Every continuous setting: its number, or the hyperparameter that it comes from times the scheduler's factor."""
+        """Every continuous setting: a number, or its hyperparameter times the scheduler's factor."""
         tape, rule = self.tape, self.rule
         linked = getattr(self.optimizer, "linked_settings", None)
         links: dict[str, tuple[Tensor, float]] = linked(group) if linked is not None else {}
@@ -313,8 +313,8 @@ class Loop:
             tape.trace.code.append(Instruction(update, args, given["settings"], outs, many=True))
             trained = {id(weight) for weight in weights}
             for tensor, value in places:
-                weight = id(tensor) in trained
-                tape.define(tensor, value, inner=int(weight), leaf=weight)
+                is_weight = id(tensor) in trained
+                tape.define(tensor, value, inner=int(is_weight), leaf=is_weight)
         self._pending = []
 
     # -- iterations -------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Training loops of the kind that users have: each is written as one would write it, and knows nothing of metaopt.
 
-A case is called with its hyperparameters and a ``context``, a function from the optimizer to a context manager; it trains
-inside the context and returns the outer objective.
+A case is called with its hyperparameters and a ``context``, a function from the optimizer to a context manager; it
+trains inside the context and returns the outer objective.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def sgd(hyper: Hyper, **more: Any) -> Callable[[Any], torch.optim.Optimizer]:
     return lambda parameters: metaopt.optim.SGD(parameters, **{"lr": 0.3, **settings, **more})
 
 
-# -- the loop and the optimizer ---------------------------------------------------------------------------------------------
+# -- the loop and the optimizer --------------------------------------------------------------------------------------
 
 
 @case(lr=0.3, momentum=0.8, weight_decay=0.01, weights=weights(12))
@@ -355,7 +355,7 @@ for _name, _make in {
     )
 
 
-# -- models ---------------------------------------------------------------------------------------------------------------
+# -- models ----------------------------------------------------------------------------------------------------------
 
 
 class Conv(nn.Module):
@@ -515,7 +515,7 @@ def spectral_norm(hyper: Hyper, context: Context) -> Trained:
     return Trained(lambda: F.cross_entropy(model(x_val), y_val), model, optimizer)
 
 
-# -- what stops a gradient, and what does not -------------------------------------------------------------------------------
+# -- what stops a gradient, and what does not ------------------------------------------------------------------------
 
 
 @case(lr=0.3, momentum=0.5, temperature=2.0, weights=weights(12))

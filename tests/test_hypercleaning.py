@@ -279,6 +279,12 @@ def test_full_needs_mnist_and_says_what_to_get(monkeypatch: pytest.MonkeyPatch) 
         tutorial.main(["--full"])
 
 
+def test_full_on_digits_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        tutorial.main(["--full", "--data", "digits"])
+    assert "leave out one of" in capsys.readouterr().err
+
+
 def test_the_table_puts_the_posters_figures_beside_ours_at_the_same_share_of_weight() -> None:
     scores = {
         "Oracle": hypercleaning.Scores(88.0, 1.0),

@@ -61,7 +61,7 @@ class Settings:
         hyper_steps: how often the example weights are moved. They start at R / N, so
             `hyper_steps * hyper_lr` must be well above that, or none can reach zero.
         hyper_lr: Adam's learning rate for them.
-        fit_steps: the steps of the four final fits.
+        fit_steps: the steps of the final, unweighted fits, the same for every method.
     """
 
     sizes: tuple[int, int, int]
@@ -77,7 +77,7 @@ SETTINGS = {
     "MNIST": Settings((2000, 1000, 10_000), (400,)),
     "digits": Settings((800, 200, 740), (160,), lr=0.5, fit_steps=200),
 }
-# Sizes and radii are the paper's. It does not print T, and its authors' code has several.
+# Sizes and radii are the paper's; T and the hyper-iterations are fewer than in its authors' code (T from 128 up).
 PAPER = Settings((5000, 5000, 10_000), (1000, 1500, 2000, 2500), steps=100, hyper_steps=60, fit_steps=400)
 
 
@@ -137,7 +137,7 @@ def references(problem: Problem, steps: int) -> dict[str, Scores]:
     """What cleaning is to be compared with.
 
     The oracle knows which labels are wrong and leaves them out; the baseline trains on everything. "V only" throws the
-    whole training set away and trains on the clean validation examples alone: a control that the paper did not print.
+    whole training set away and trains on the clean validation examples alone: a control that the poster lacks.
     """
     everything = torch.ones(len(problem.truth), dtype=torch.bool)
     oracle = fit(join(problem.train, ~problem.corrupted, problem.val), steps=steps)
@@ -217,7 +217,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--no-figure", dest="figure", action="store_false", help="print only")
     parser.add_argument("--threads", type=int, default=1, help="for torch; 0: as it likes (default: %(default)s)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.full and options.data == "digits":
+        parser.error("--full is the paper's setting, and that is MNIST's; leave out one of --full and --data digits.")
+    return options
 
 
 if __name__ == "__main__":

@@ -108,6 +108,8 @@ def remarks(scores: dict[str, Scores]) -> str:
     alone = scores["V only"]
     return (
         "F1: corrupted examples are the positives; found are those whose weight fell below 0.001.\n"
+        "The poster's figures are not of this run: they were published for the larger setting that is named above\n"
+        "them, and stand beside the radius that is the same share of the training set.\n"
         f"V only is a control: a model trained on the clean validation examples alone reaches {alone.accuracy:.2f} %,\n"
         f"and the training labels that it disagrees with are the corrupted ones with an F1 of {alone.f1:.4f}, without\n"
         "any hypergradient. So no number in this table proves that the hypergradient is right. The tests do: they\n"

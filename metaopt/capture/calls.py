@@ -27,7 +27,7 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 
 
-# -- the loop's own gradients -------------------------------------------------------------------------------------------
+# -- the loop's own gradients ----------------------------------------------------------------------------------------
 
 
 def _tensor_backward(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> None:
@@ -94,9 +94,9 @@ def _backward(
 def _refuse_lost(tape: Tape, losses: Sequence[Tensor]) -> None:
     if any(tape.inner_of(loss) == 2 for loss in losses):
         raise CaptureError(
-            "`backward` was called on a loss that uses a tensor computed, with its graph, before the last optimizer step: the "
-            "gradient would reach weights that no longer exist. Detach what is carried from one step to the next "
-            "(`x.detach()`), or compute it again after the step."
+            "`backward` was called on a loss that uses a tensor computed, with its graph, before the last optimizer "
+            "step: the gradient would reach weights that no longer exist. Detach what is carried from one step to "
+            "the next (`x.detach()`), or compute it again after the step."
         )
 
 
@@ -147,9 +147,9 @@ def _points(tape: Tape, tensor: Tensor) -> list[int]:
     binding = tape.find(tensor)
     if binding is None or binding.epoch != tape.epoch:
         raise CaptureError(
-            f"a weight of shape {tuple(tensor.shape)} received a gradient, but metaopt saw no operation of this step use it. "
-            "It was used by code that hides from torch's function modes, or its graph was built before the context or "
-            "before the last step."
+            f"a weight of shape {tuple(tensor.shape)} received a gradient, but metaopt saw no operation of this step "
+            "use it. It was used by code that hides from torch's function modes, or its graph was built before the "
+            "context or before the last step."
         )
     return list(binding.leaves) if binding.leaf else [binding.value]
 
@@ -183,7 +183,7 @@ def _autograd_grad(watcher: Watcher, func: Callable[..., Any], args: Args, kwarg
     return result
 
 
-# -- what stops and what starts a gradient --------------------------------------------------------------------------------
+# -- what stops and what starts a gradient ---------------------------------------------------------------------------
 
 
 def _detach(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -207,8 +207,8 @@ def _set_data(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kw
     tape = watcher.tape
     if tape.find(target) is not None or tape.is_live(source):
         raise CaptureError(
-            f"`.data` of a tensor of shape {tuple(target.shape)} was replaced inside the context; afterwards two tensors share "
-            "memory and neither knows. Write `with torch.no_grad(): x.copy_(new)` instead."
+            f"`.data` of a tensor of shape {tuple(target.shape)} was replaced inside the context; afterwards two "
+            "tensors share memory and neither knows. Write `with torch.no_grad(): x.copy_(new)` instead."
         )
     tape.before_write(target)
     return func(*args, **kwargs)
@@ -266,13 +266,13 @@ def _hook(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs
 def _refuse_post_hook(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     if watcher.tape.is_live(args[0]):
         raise CaptureError(
-            "`register_post_accumulate_grad_hook` runs code inside `backward` that metaopt does not see. Do the same after "
-            "`loss.backward()`, in the loop."
+            "`register_post_accumulate_grad_hook` runs code inside `backward` that metaopt does not see. Do the same "
+            "after `loss.backward()`, in the loop."
         )
     return func(*args, **kwargs)
 
 
-# -- the user's own autograd functions ------------------------------------------------------------------------------------
+# -- the user's own autograd functions -------------------------------------------------------------------------------
 
 
 _checked: weakref.WeakSet[type] = weakref.WeakSet()
@@ -286,8 +286,8 @@ def apply_function(watcher: Watcher, cls: type, apply: Callable[..., Any], args:
         return apply(*args, **kwargs)
     if cls.__name__ == "CheckpointFunction":
         raise CaptureError(
-            "`torch.utils.checkpoint` with `use_reentrant=True` runs a second backward pass inside the first one, which "
-            "can't be differentiated. Pass `use_reentrant=False`."
+            "`torch.utils.checkpoint` with `use_reentrant=True` runs a second backward pass inside the first one, "
+            "which can't be differentiated. Pass `use_reentrant=False`."
         )
     if watcher.check_functions and cls not in _checked and any(tape.inner_of(tensor) for tensor in sources):
         check_function(cls, args, kwargs)
@@ -303,7 +303,7 @@ def apply_function(watcher: Watcher, cls: type, apply: Callable[..., Any], args:
     return result
 
 
-# -- layers with running statistics -----------------------------------------------------------------------------------------
+# -- layers with running statistics ----------------------------------------------------------------------------------
 
 
 def _batch_norm(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -326,7 +326,8 @@ def _embedding(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: K
             )
         if given.get("sparse"):
             raise CaptureError(
-                "an embedding with `sparse=True` gives sparse gradients, which have no second derivative. Use `sparse=False`."
+                "an embedding with `sparse=True` gives sparse gradients, which have no second derivative. Use "
+                "`sparse=False`."
             )
     return watcher.call(func, args, kwargs)
 

@@ -43,10 +43,10 @@ def check_segment(segment: Segment, step: int) -> None:
         return
     found, expected = problem
     raise CaptureError(
-        f"step {step} has a derivative of {expected:.6g} along a random direction by finite differences, but {found:.6g} by "
-        "autograd. An operation of the loop has a wrong second derivative, or a backward that differs from its forward on "
-        f'purpose. The step calls: {", ".join(dict.fromkeys(names))}. Replace that operation, or pass verify="never" if '
-        "the surrogate gradient is what you want."
+        f"step {step} has a derivative of {expected:.6g} along a random direction by finite differences, but "
+        f"{found:.6g} by autograd. An operation of the loop has a wrong second derivative, or a backward that differs "
+        f"from its forward on purpose. The step calls: {', '.join(dict.fromkeys(names))}. Replace that operation, or "
+        "pass `verify='never'` if the surrogate gradient is what you want."
     )
 
 
@@ -76,15 +76,16 @@ def check_function(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> No
         found, expected = problem
         raise _opaque(
             cls,
-            f"its derivative along a random direction is {expected:.6g} by finite differences and {found:.6g} by autograd",
+            f"its derivative along a random direction is {expected:.6g} by finite differences and {found:.6g} by "
+            "autograd",
         )
 
 
 def _opaque(cls: type, why: str) -> CaptureError:
     return CaptureError(
-        f"the backward of {cls.__name__} (a torch.autograd.Function) can't be differentiated: {why}. A hypergradient needs "
-        "its derivative. Write `backward` with torch operations on saved inputs and outputs (not on saved intermediates, "
-        "numpy or detached values), or replace the function by torch operations."
+        f"the backward of {cls.__name__} (a torch.autograd.Function) can't be differentiated: {why}. A hypergradient "
+        "needs its derivative. Write `backward` with torch operations on saved inputs and outputs (not on saved "
+        "intermediates, numpy or detached values), or replace the function by torch operations."
     )
 
 

@@ -26,7 +26,7 @@ _NEXT: Any = Function.__mro__[1]
 
 
 def _apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-    original = super(_NEXT, cls).apply  # type: ignore[misc]
+    original = super(_NEXT, cls).apply
     active = getattr(_watchers, "stack", None)
     if not active:
         return original(*args, **kwargs)

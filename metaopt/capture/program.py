@@ -23,7 +23,6 @@ from metaopt.capture.segment import Segment
 from metaopt.capture.tape import External
 from metaopt.capture.trace import Group, Instruction, Num, Obj, Trace, Val, needed
 
-
 _Known = tuple["Program", list[int], list[int], list[int]]
 # Programs hold structure and no tensors, so runs share them: the next hyper-iteration need not write them again.
 _known: OrderedDict[Any, _Known] = OrderedDict()
@@ -89,7 +88,7 @@ def _program(trace: Trace, outputs: list[int]) -> _Known:
         constants=[trace.constants[place] for place in picks[2]],
         outputs=outputs,
     )
-    return program, *picks
+    return program, picks[0], picks[1], picks[2]
 
 
 @dataclass
@@ -235,7 +234,7 @@ class _Writer:
         if kind is Num:
             return self._item(self.numbers, spec.index)
         if kind is Obj:
-            return self._item(self.objects, spec.index)
+            return self._item(self.objects, spec.place)
         if kind is Group:
             items = [self._argument(item) for item in spec.items]
             if spec.kind is dict:

@@ -1,7 +1,7 @@
 """Functions of torch whose second derivative is wrong, and what the replay calls in their place.
 
-``torch._weight_norm`` (behind ``nn.utils.weight_norm`` and its parametrization): its backward treats the norms that the forward
-saved as constants, so its second derivative lacks a term (torch 2.13, seen against finite differences).
+``torch._weight_norm`` (behind ``nn.utils.weight_norm`` and its parametrization): its backward treats the norms that
+the forward saved as constants, so its second derivative lacks a term (torch 2.13, seen against finite differences).
 """
 
 from __future__ import annotations

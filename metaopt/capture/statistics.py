@@ -49,14 +49,14 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias:
 
 def batch_norm(watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``F.batch_norm``: its running statistics are written in training and read in evaluation."""
-    given = {"training": False, "momentum": 0.1, "eps": 1e-5, "weight": None, "bias": None}
+    given: dict[str, Any] = {"training": False, "momentum": 0.1, "eps": 1e-5, "weight": None, "bias": None}
     given |= dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
     return _norm(watcher, func, args, kwargs, given, given["training"], per_instance=False)
 
 
 def instance_norm(watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``F.instance_norm``, likewise."""
-    given = {"running_mean": None, "running_var": None, "use_input_stats": True, "momentum": 0.1, "eps": 1e-5}
+    given: dict[str, Any] = {"running_mean": None, "running_var": None, "use_input_stats": True, "momentum": 0.1, "eps": 1e-5}
     given |= {"weight": None, "bias": None}
     given |= dict(zip(_INSTANCE_NORM, args, strict=False)) | kwargs
     return _norm(watcher, func, args, kwargs, given, given["use_input_stats"], per_instance=True)

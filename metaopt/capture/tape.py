@@ -42,9 +42,9 @@ class Binding:
     ``value`` is that number if ``epoch`` is the present iteration; else the binding carries its value over from an
     earlier one, and reading it makes it an input. A view knows its ``base`` and how it was made of it, since a write
     to the one changes the other. ``inner`` says whether the loop's own gradients reach trained weights through it:
-    0 no, 1 yes, 2 they would, but through an earlier iteration's graph, which is gone. ``halted`` says that the replay's
-    value does have a graph to them, which a reader must not follow: a gradient, as ``backward`` leaves it. ``buffer``
-    says that a tensor that was no weight got a live value: 1, or 2 if it is a batch norm's statistic.
+    0 no, 1 yes, 2 they would, but through an earlier iteration's graph, which is gone. ``halted`` says that the
+    replay's value does have a graph to them, which a reader must not follow: a gradient, as ``backward`` leaves it.
+    ``buffer`` says that a tensor that was no weight got a live value: 1, or 2 if it is a batch norm's statistic.
     """
 
     __slots__ = (
@@ -179,8 +179,8 @@ class Tape:
         dense = owner.numel() == 0 or owner.untyped_storage().nbytes() >= owner.numel() * owner.element_size()
         if offset < 0 or not dense or tensor.dtype != owner.dtype:
             raise CaptureError(
-                f"a tensor of shape {tuple(tensor.shape)} shares memory with one of shape {tuple(owner.shape)} that depends on the "
-                "weights, in a way that can't be followed. Give it memory of its own (`x.clone()`)."
+                f"a tensor of shape {tuple(tensor.shape)} shares memory with one of shape {tuple(owner.shape)} that "
+                "depends on the weights, in a way that can't be followed. Give it memory of its own (`x.clone()`)."
             )
         binding = self.bind(tensor)
         binding.base = base
@@ -292,9 +292,10 @@ class Tape:
     def _refuse_weights(self, tensor: Tensor) -> None:
         if any(id(found) in self.trained for found in leaves_of(tensor)):
             raise CaptureError(
-                f"a tensor of shape {tuple(tensor.shape)} depends on the trained weights, but metaopt did not see how: it "
-                "was computed before the context, or by an operation that hides from torch's function modes. Compute "
-                "it inside the context with torch operations, or detach it (`x.detach()`) to hold it constant."
+                f"a tensor of shape {tuple(tensor.shape)} depends on the trained weights, but metaopt did not see "
+                "how: it was computed before the context, or by an operation that hides from torch's function modes. "
+                "Compute it inside the context with torch operations, or detach it (`x.detach()`) to hold it "
+                "constant."
             )
 
     def read_constant(self, tensor: Tensor) -> int:
@@ -450,10 +451,10 @@ class Tape:
 
 def _unseen_write(tensor: Tensor) -> CaptureError:
     return CaptureError(
-        f"a tensor of shape {tuple(tensor.shape)} that depends on the weights was modified in place by something "
-        "that metaopt does not see: code outside of the context, an extension, another thread, or code that switches torch's "
-        "function modes off. Write it with torch's own operations, inside the context; evaluate outer objectives "
-        "before anything changes what the loop left."
+        f"a tensor of shape {tuple(tensor.shape)} that depends on the weights was modified in place by something that "
+        "metaopt does not see: code outside of the context, an extension, another thread, or code that switches "
+        "torch's function modes off. Write it with torch's own operations, inside the context; evaluate outer "
+        "objectives before anything changes what the loop left."
     )
 
 

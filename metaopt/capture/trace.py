@@ -54,7 +54,7 @@ class Num:
 class Obj(NamedTuple):
     """An argument that can't be compared, by its place in the iteration's list of objects."""
 
-    index: int
+    place: int
     tag: str = "object"
 
 
@@ -68,9 +68,10 @@ class Group(NamedTuple):
 class Instruction(NamedTuple):
     """``outs = func(*args, **kwargs)``: arguments are nested tuples over `Val`, `Num` and literals.
 
-    ``outs`` has one entry per tensor of the result (``many``: of the flattened result), None where nobody follows it. ``aliases`` says which
-    values are the same tensors as earlier ones, seen after an in-place call. An ``effect`` returns nothing and belongs
-    to the value that it reads. ``seed`` is the place of the generators' states, ``autocast`` the settings in force.
+    ``outs`` has one entry per tensor of the result (``many``: of the flattened result), None where nobody follows it.
+    ``aliases`` says which values are the same tensors as earlier ones, seen after an in-place call. An ``effect``
+    returns nothing and belongs to the value that it reads. ``seed`` is the place of the generators' states,
+    ``autocast`` the settings in force.
     """
 
     func: Callable[..., Any]

@@ -50,7 +50,7 @@ class Verifier:
 
 
 def _difference(replayed: Tensor, actual: Tensor) -> float:
-    """The relative difference, with the magnitude of the larger one as the unit; values not finite on both sides agree."""
+    """The difference relative to the larger magnitude; values that are not finite on both sides agree."""
     if replayed.shape != actual.shape:
         return float("inf")
     a, b = replayed.detach().double(), actual.detach().double()
@@ -74,20 +74,22 @@ def _report(wrong: list[tuple[Tensor, float]], tape: Tape, step: int, count: int
     )
     if any(tensor.dim() == 0 for tensor in others):
         cause = (
-            "already the loss differs, so the forward pass depends on something that the replay does not have: an input "
-            "that was modified in place after it was used (a buffer that numpy shares, say), hidden state outside of "
-            "tensors, a Python number taken out of a tensor, or random numbers from a generator of your own"
+            "already the loss differs, so the forward pass depends on something that the replay does not have: an "
+            "input that was modified in place after it was used (a buffer that numpy shares, say), hidden state "
+            "outside of tensors, a Python number taken out of a tensor, or random numbers from a generator of your "
+            "own"
         )
     elif wrong_grads:
         cause = (
-            "the gradients differ: a backward hook that changes them, or an operation whose backward is not a function of its "
-            "tensor arguments"
+            "the gradients differ: a backward hook that changes them, or an operation whose backward is not a "
+            "function of its tensor arguments"
         )
     else:
         cause = "the weights were written behind the optimizer's back (through `.data`, numpy or an extension)"
     worst = max(difference for _, difference in wrong)
     return (
-        f"replaying step {step} does not give what the loop computed: {seen} of {count} values differ, by up to {worst:.1e} of "
-        f"their norm. The likely cause: {cause}. A hypergradient of this loop would be wrong. If you know the difference "
+        f"replaying step {step} does not give what the loop computed: {seen} of {count} values differ, by up to "
+        f"{worst:.1e} of their norm. The likely cause: {cause}. A hypergradient of this loop would be wrong. If you "
+        "know the difference "
         'to be harmless (nondeterministic kernels, say), pass verify="never".'
     )

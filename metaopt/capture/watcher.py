@@ -46,7 +46,7 @@ _PASS = {
     ).split()
     if hasattr(Tensor, name)
 }
-_PASS |= {Tensor.grad.__set__}  # type: ignore[attr-defined]
+_PASS |= {Tensor.grad.__set__}  # type: ignore[union-attr]
 
 
 class Watcher(TorchFunctionMode):
@@ -85,9 +85,9 @@ class Watcher(TorchFunctionMode):
                 tensor = unwrapped(tensor)
             if self.tape.is_live(tensor):
                 raise CaptureError(
-                    f"`{name_of(func)}` was called on a tensor that depends on the weights inside a torch.func transform, "
-                    "which can't be followed. Use `torch.autograd.grad(..., create_graph=True)` in the loop instead of "
-                    "`torch.func.grad`, and a loop or a batch dimension instead of `vmap`."
+                    f"`{name_of(func)}` was called on a tensor that depends on the weights inside a torch.func "
+                    "transform, which can't be followed. Use `torch.autograd.grad(..., create_graph=True)` in the "
+                    "loop instead of `torch.func.grad`, and a loop or a batch dimension instead of `vmap`."
                 )
         return func(*args, **kwargs)
 
@@ -219,9 +219,10 @@ class Watcher(TorchFunctionMode):
                 return
             self._said.add(place)
             warnings.warn(
-                f"`{name}` took a Python number out of a tensor that depends on the weights or hyperparameters; metaopt "
-                "holds that number constant. This is right for logging; if it goes back into the training, keep it a "
-                "tensor (`x.detach()`). To silence: `warnings.simplefilter('ignore', metaopt.HeldConstantWarning)`.",
+                f"`{name}` took a Python number out of a tensor that depends on the weights or hyperparameters; "
+                "metaopt holds that number constant. This is right for logging; if it goes back into the training, "
+                "keep it a tensor (`x.detach()`). To silence: `warnings.simplefilter('ignore', "
+                "metaopt.HeldConstantWarning)`.",
                 HeldConstantWarning,
                 stacklevel=level + 1,
             )

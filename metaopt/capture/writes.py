@@ -1,7 +1,7 @@
 """Calls that write their arguments in place.
 
-The replay writes to a clone and gives the tensor its new value: what was saved for a derivative stays as it was, and the
-same program can run many times.
+The replay writes to a clone and gives the tensor its new value: what was saved for a derivative stays as it was, and
+the same program can run many times.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def call(
     name = getattr(func, "__name__", "")
     if name in _RESHAPING:
         raise CaptureError(
-            f"`{name}` changed a tensor that depends on the weights; metaopt can't replay it. Make a new tensor instead."
+            f"`{name}` changed a tensor that depends on the weights; metaopt can't replay it. Make a new tensor "
+            "instead."
         )
     for target in written:
         if tape.find(target) is None:
@@ -66,8 +67,8 @@ def _follow(tape: Tape, target: Tensor) -> None:
     # A constant is about to receive a live value: from here on it is carried like any state.
     if target.requires_grad and target.is_leaf:
         raise CaptureError(
-            f"a hyperparameter of shape {tuple(target.shape)} is overwritten inside the context with a value that depends on "
-            "the weights or on other hyperparameters; only weights and buffers can be."
+            f"a hyperparameter of shape {tuple(target.shape)} is overwritten inside the context with a value that "
+            "depends on the weights or on other hyperparameters; only weights and buffers can be."
         )
     if tape.alias(target) is not None:
         return
@@ -212,7 +213,8 @@ def _clone(tape: Tape, root: Binding, stopped: bool) -> int:
     if stopped and root.inner and not root.leaf:
         raise CaptureError(
             "a tensor with a graph back to the weights was written under `no_grad` or through `.detach()`/`.data`: its "
-            "value and its gradient then disagree, and metaopt can't follow both. Compute the new value as a new tensor."
+            "value and its gradient then disagree, and metaopt can't follow both. Compute the new value as a new "
+            "tensor."
         )
     value = tape.read_binding(root, tensor)
     source = tape.stopped(value) if stopped and root.inner else value

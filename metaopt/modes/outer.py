@@ -25,8 +25,8 @@ Objective = Tensor | Callable[[], Tensor] | Sequence[Any]
 class Adjoint:
     """``α``: the derivative of ``E`` with respect to every carried tensor, and what the hyperparameters got so far.
 
-    ``carried`` is by the key of the tensor, ``external`` by the identity of the tensor that requires grad, ``direct`` is
-    ``∂E/∂λ``. With several objectives every entry has a leading dimension for them.
+    ``carried`` is by the key of the tensor, ``external`` by the identity of the tensor that requires grad, ``direct``
+    is ``∂E/∂λ``. With several objectives every entry has a leading dimension for them.
     """
 
     def __init__(self, loop: Loop) -> None:
@@ -63,8 +63,8 @@ class Adjoint:
             )
         if outer.numel() != 1 or not outer.dtype.is_floating_point:
             raise SweepError(
-                f"the outer objective must be a floating-point scalar, not {outer.dtype} of shape {tuple(outer.shape)}; reduce "
-                "it with `.mean()` or `.sum()`."
+                f"the outer objective must be a floating-point scalar, not {outer.dtype} of shape "
+                f"{tuple(outer.shape)}; reduce it with `.mean()` or `.sum()`."
             )
         adjoint = cls(loop)
         adjoint.value = outer
@@ -83,7 +83,8 @@ class Adjoint:
             for key, value in part.carried.items():
                 _add(result.carried, key, value)
             result.direct += part.direct
-            assert result.value is not None and part.value is not None
+            assert result.value is not None
+            assert part.value is not None
             result.value = result.value.detach() + part.value.detach()
         return result
 
@@ -115,9 +116,9 @@ class Adjoint:
         statistics = statistics_gradients(outer, tape)
         if not followed and not statistics:
             raise SweepError(
-                "the outer objective does not depend on the trained weights, as the loop left them: it was computed under "
-                "`no_grad`, from a copy of the model, or before the training. Compute it from the model after the loop, with "
-                "grad enabled, or pass a function: `run.backward(lambda: loss(model(x), y))`."
+                "the outer objective does not depend on the trained weights, as the loop left them: it was computed "
+                "under `no_grad`, from a copy of the model, or before the training. Compute it from the model after "
+                "the loop, with grad enabled, or pass a function: `run.backward(lambda: loss(model(x), y))`."
             )
         for leaf in followed:
             _check_weight(self.loop, leaf)
@@ -154,14 +155,15 @@ class Adjoint:
         if buffers:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in buffers[:4])
             warnings.warn(
-                f"the loop also wrote {len(buffers)} tensors that are not weights (buffers, averages; shapes {shapes}"
-                f"{', …' if len(buffers) > 4 else ''}). An outer objective computed outside of the context holds them constant. If it "
-                "reads them, pass it as a function, `run.backward(lambda: loss(model(x), y))`, to have it exact.",
+                f"the loop also wrote {len(buffers)} tensors that are not weights (buffers, averages; shapes "
+                f"{shapes}{', …' if len(buffers) > 4 else ''}). An outer objective computed outside of the context "
+                "holds them constant. If it reads them, pass it as a function, `run.backward(lambda: loss(model(x), "
+                "y))`, to have it exact.",
                 HeldConstantWarning,
                 stacklevel=6,
             )
 
-    # -- through the iterations ------------------------------------------------------------------------------------------
+    # -- through the iterations --------------------------------------------------------------------------------------
 
     def want(self, wanted: Iterable[Tensor] | None) -> None:
         """Restrict the sweep to these hyperparameters (None: all that are found)."""
@@ -217,15 +219,16 @@ class Adjoint:
                 raise self._diverged(int(step) - (step == int(step)))
         if all(bool(torch.isfinite(weight).all()) for weight in self.loop.weights()):
             raise SweepError(
-                f"the outer objective is {self.value.tolist()}, though the weights are finite. Look at how it is computed."
+                f"the outer objective is {self.value.tolist()}, though the weights are finite. Look at how it is "
+                "computed."
             )
         raise self._diverged(self.loop.steps)
 
     def _diverged(self, step: int) -> SweepError:
         assert self.value is not None
         return SweepError(
-            f"the outer objective is {self.value.tolist()}: the training is not finite from step {step} on (counted from 1). Lower "
-            "the learning rate, clip the gradients, or look at that step's batch."
+            f"the outer objective is {self.value.tolist()}: the training is not finite from step {step} on (counted "
+            "from 1). Lower the learning rate, clip the gradients, or look at that step's batch."
         )
 
     def sweep(self, segments: Sequence[tuple[float, Segment]], shown: Iterable[tuple[float, Segment]]) -> None:
@@ -240,16 +243,17 @@ class Adjoint:
             self.pull_back(segment, step)
             if not self._finite():
                 raise SweepError(
-                    f"the adjoint is not finite before step {int(step)}: the hypergradient overflows on its way back (chaotic training), "
-                    "or an operation of that step has an infinite derivative there (a root or a norm at 0). Differentiate "
-                    f"the last steps only (`last=`), lower the learning rate, or look at step {int(step)}."
+                    f"the adjoint is not finite before step {int(step)}: the hypergradient overflows on its way back "
+                    "(chaotic training), or an operation of that step has an infinite derivative there (a root or a "
+                    "norm at 0). Differentiate the last steps only (`last=`), lower the learning rate, or look at "
+                    f"step {int(step)}."
                 )
 
     def _finite(self) -> bool:
         values = [*self.carried.values(), *self.external.values()]
         return all(bool(torch.isfinite(value).all()) for value in values)
 
-    # -- to the hyperparameters --------------------------------------------------------------------------------------------
+    # -- to the hyperparameters --------------------------------------------------------------------------------------
 
     def gradients(self) -> list[tuple[Tensor, Tensor]]:
         """The hypergradient of every leaf that took part, in the order in which they were found."""
@@ -320,20 +324,22 @@ class Adjoint:
     def _nothing(self) -> SweepError:
         if not self.loop.steps:
             return SweepError(
-                "the context saw no `optimizer.step()`, and the outer objective does not depend on a hyperparameter directly, so there "
-                "is no hypergradient. Put the training loop inside the `with` block, with the optimizer that it was given."
+                "the context saw no `optimizer.step()`, and the outer objective does not depend on a hyperparameter "
+                "directly, so there is no hypergradient. Put the training loop inside the `with` block, with the "
+                "optimizer that it was given."
             )
         return SweepError(
-            "nothing that requires grad, besides the trained weights, took part in the recorded steps or in the outer objective, so "
-            "there is no hypergradient. Give a drop-in optimizer (`metaopt.optim`) a tensor that requires grad, or use one "
-            "in the loss; a plain number, or the value of a tensor taken with `.item()`, can't be followed."
+            "nothing that requires grad, besides the trained weights, took part in the recorded steps or in the "
+            "outer objective, so there is no hypergradient. Give a drop-in optimizer (`metaopt.optim`) a tensor that "
+            "requires grad, or use one in the loss; a plain number, or the value of a tensor taken with `.item()`, "
+            "can't be followed."
         )
 
     def _warn_one(self, tensor: Tensor) -> None:
         name = name_of(tensor) or f"a tensor of shape {tuple(tensor.shape)}"
         warnings.warn(
-            f"the hyperparameter {name} took no part in the recorded steps nor in the outer objective; its hypergradient is "
-            "zero. Was it replaced by a copy, or turned into a Python number?",
+            f"the hyperparameter {name} took no part in the recorded steps nor in the outer objective; its "
+            "hypergradient is zero. Was it replaced by a copy, or turned into a Python number?",
             UnusedHyperparameterWarning,
             stacklevel=4,
         )
@@ -348,8 +354,8 @@ class Adjoint:
         ]
         if names:
             warnings.warn(
-                f"the hyperparameters {', '.join(names)} took no part in the recorded steps nor in the outer objective, and "
-                "get no hypergradient. Were they replaced by copies, or turned into Python numbers?",
+                f"the hyperparameters {', '.join(names)} took no part in the recorded steps nor in the outer "
+                "objective, and get no hypergradient. Were they replaced by copies, or turned into Python numbers?",
                 UnusedHyperparameterWarning,
                 stacklevel=4,
             )
@@ -376,9 +382,9 @@ def _check_weight(loop: Loop, weight: Tensor) -> None:
     binding = loop.tape.find(weight)
     if binding is not None and weight._version != binding.version:
         raise StaleError(
-            f"a weight of shape {tuple(weight.shape)} was changed after the context ended, so the outer objective does not look "
-            "at the weights that the recorded training led to. Evaluate it, and call `backward`, before training goes on "
-            "or `rewind` is called."
+            f"a weight of shape {tuple(weight.shape)} was changed after the context ended, so the outer objective "
+            "does not look at the weights that the recorded training led to. Evaluate it, and call `backward`, "
+            "before training goes on or `rewind` is called."
         )
 
 
@@ -390,8 +396,8 @@ def _of_value(tensor: Tensor, gradients: dict[int, Tensor]) -> Tensor | None:
     leaves = leaves_of(tensor)
     if len(leaves) != 1 or leaves[0].shape != tensor.shape or getattr(tensor, "_metaopt_source", None) is None:
         raise SweepError(
-            "`wrt` contains a tensor that was computed from hyperparameters, and not a hyperparameter itself. Ask for its leaves "
-            "(`hyper.parameters()`), and use `torch.autograd.grad` from there."
+            "`wrt` contains a tensor that was computed from hyperparameters, and not a hyperparameter itself. Ask "
+            "for its leaves (`hyper.parameters()`), and use `torch.autograd.grad` from there."
         )
     grad = gradients.get(id(leaves[0]))
     if grad is None:
@@ -403,8 +409,8 @@ def _of_value(tensor: Tensor, gradients: dict[int, Tensor]) -> Tensor | None:
     (other,) = torch.autograd.grad(tensor, leaves[0], skewed.view_as(probe), retain_graph=True)
     if not torch.allclose(other, slope * skewed.view_as(probe)):
         raise SweepError(
-            "`wrt` contains a constrained value whose entries depend on each other (a simplex, say), so it has no derivative of its "
-            "own. Ask for its leaf (`hyper.parameters()`)."
+            "`wrt` contains a constrained value whose entries depend on each other (a simplex, say), so it has no "
+            "derivative of its own. Ask for its leaf (`hyper.parameters()`)."
         )
     return grad / slope
 
@@ -416,7 +422,7 @@ def _retold(error: RuntimeError, step: float) -> Exception:
     hints = ("not implemented", "once_differentiable", "double backward", "does not require grad")
     if any(hint in text for hint in hints):
         return SweepError(
-            f"step {int(step)} can't be differentiated a second time: {text.splitlines()[0]} An operation of the loop has no second "
-            "derivative in torch. Write it with operations that have one, or detach what it computes."
+            f"step {int(step)} can't be differentiated a second time: {text.splitlines()[0]} An operation of the loop "
+            "has no second derivative in torch. Write it with operations that have one, or detach what it computes."
         )
     return error

@@ -1,7 +1,7 @@
 """REVERSE-HG: keep the states of the loop, then walk back (Franceschi et al. 2017, algorithm 1).
 
-The sweep runs to the first step: ``g = Σ_{t=1..T} α_t B_t`` with ``α_T = ∇E(s_T)``, ``α_{t-1} = α_t A_t``. As the algorithm is
-often printed, its loop ends one step early and loses ``B_1``.
+The sweep runs to the first step: ``g = Σ_{t=1..T} α_t B_t`` with ``α_T = ∇E(s_T)``, ``α_{t-1} = α_t A_t``. As the
+algorithm is often printed, its loop ends one step early and loses ``B_1``.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def record(
     """Watch the training loop inside the ``with`` block, and differentiate through it in reverse mode.
 
     The loop runs as it would without the context, bit for bit. Each ``optimizer.step()`` ends an iteration
-    ``s_t = Φ_t(s_{t-1}, λ)``, of which the state ``s_{t-1}`` and the constants are kept; no graph is. The memory for T steps
-    is ``T · |s|`` and the batches.
+    ``s_t = Φ_t(s_{t-1}, λ)``, of which the state ``s_{t-1}`` and the constants are kept; no graph is. The memory for
+    T steps is ``T · |s|`` and the batches.
 
     Args:
         optimizer: the optimizer that trains the weights: one of `metaopt.optim`, whose settings may be hyperparameters,
             or a plain one of ``torch.optim``, whose numbers are constants.
         last: differentiate through the last so many steps only (truncated back-propagation; the rest is forgotten as
             training goes on).
-        verify: ``"first"`` replays the first iteration of each structure and compares it with the loop; ``"all"`` does so
-            for every iteration, ``"never"`` for none.
+        verify: ``"first"`` replays the first iteration of each structure and compares it with the loop; ``"all"``
+            does so for every iteration, ``"never"`` for none.
         progress: show a progress bar during the sweep (needs tqdm).
 
     Returns:
@@ -80,8 +80,8 @@ class Recording:
     def __enter__(self) -> Self:
         if self._start is not None:
             raise SweepError(
-                "this run was used already. Write `with metaopt.record(optimizer) as run:` for each context; training goes on "
-                "from where it is, or from the start after `run.rewind()`."
+                "this run was used already. Write `with metaopt.record(optimizer) as run:` for each context; "
+                "training goes on from where it is, or from the start after `run.rewind()`."
             )
         self._loop.open()
         self._start = Start(self._loop.optimizer)
@@ -168,14 +168,14 @@ class Recording:
             return adjoint.collect(wanted)
 
     def rewind(self) -> None:
-        """Put weights, buffers, the optimizer with its param groups, and the random generators back to the beginning."""
+        """Put weights, buffers, the optimizer and its groups, and the random generators back to the beginning."""
         if self._open:
             raise SweepError("`rewind` was called inside the context; call it after the `with` block.")
         if self._start is None:
             raise SweepError("`rewind` was called before the context was entered; there is no start to go back to.")
         self._start.restore()
 
-    # -- what was recorded ------------------------------------------------------------------------------------------------
+    # -- what was recorded -------------------------------------------------------------------------------------------
 
     @property
     def steps(self) -> int:
@@ -195,19 +195,19 @@ class Recording:
     def __repr__(self) -> str:
         state = "open" if self._open else "freed" if self._freed else "closed"
         return (
-            f"Recording({type(self._loop.optimizer).__name__}, {state}: {self.steps} steps, {len(self.programs)} programs, "
-            f"{len(self._loop.tape.externals)} hyperparameters)"
+            f"Recording({type(self._loop.optimizer).__name__}, {state}: {self.steps} steps, {len(self.programs)} "
+            f"programs, {len(self._loop.tape.externals)} hyperparameters)"
         )
 
-    # -- REVERSE-HG -----------------------------------------------------------------------------------------------------
+    # -- REVERSE-HG --------------------------------------------------------------------------------------------------
 
     def _adjoint(self, outer: Objective) -> Adjoint:
         if self._start is None:
             raise SweepError("nothing was recorded yet: run the training loop inside `with metaopt.record(optimizer)`.")
         if self._freed:
             raise SweepError(
-                "what the context recorded was freed, by an earlier `backward` or because the context was left by an exception. "
-                "Pass `retain=True` to the earlier call to differentiate several objectives."
+                "what the context recorded was freed, by an earlier `backward` or because the context was left by an "
+                "exception. Pass `retain=True` to the earlier call to differentiate several objectives."
             )
         return Adjoint.of(outer, self._loop, self._watched)
 

@@ -62,8 +62,8 @@ class Start:
                 if tensor is not None:
                     tensor.copy_(value)
         for group, numbers in zip(self.optimizer.param_groups, self._groups, strict=False):
-            for key in [key for key in group if key != "params" and key not in numbers]:
-                del group[key]
+            for name in [name for name in group if name != "params" and name not in numbers]:
+                del group[name]
             group.update({key: copy.copy(value) for key, value in numbers.items()})
         for weight, grad in self._grads:
             weight.grad = grad

@@ -51,8 +51,9 @@ class Rule:
             inside, words = self.domain[name]
             if not inside(value):
                 raise DomainError(
-                    f"{self.optimizer.__name__}'s {name} is {value:g}, but must be {words}. Constrain the hyperparameter "
-                    "(`metaopt.positive`, `metaopt.interval`), or project it after each step (`metaopt.box`)."
+                    f"{self.optimizer.__name__}'s {name} is {value:g}, but must be {words}. Constrain the "
+                    "hyperparameter (`metaopt.positive`, `metaopt.interval`), or project it after each step "
+                    "(`metaopt.box`)."
                 )
 
 

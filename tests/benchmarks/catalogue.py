@@ -1,4 +1,7 @@
-"""What is measured: the workloads and the systems. Nothing here imports torch, so that the parent process stays small."""
+"""What is measured: the workloads and the systems.
+
+Nothing here imports torch, so that the parent process stays small.
+"""
 
 from __future__ import annotations
 
@@ -57,21 +60,33 @@ WORKLOADS = {
 }
 
 PLAIN = "plain"  # what times are divided by
+WATCHED = "watched"
 REFERENCE = "unrolled"  # what hypergradients are compared with, itself compared with finite differences
+
+_OLD_ADAM = "its Adam adds eps before the bias correction of the root, as torch's once did: another formula"
+_FLOAT32 = (
+    "its Adam computes the bias correction in float32 whatever the dtype (`pow(decay, count)` of an int64 tensor)"
+)
 
 SYSTEMS = {
     PLAIN: System("plain training, no hypergradient", hypergradient=False),
-    "watched": System("metaopt, watched loop without the sweep", hypergradient=False),
+    WATCHED: System("metaopt, watched loop without the sweep", hypergradient=False),
     "metaopt": System("metaopt, record and backward"),
     "higher": System(
         "higher",
         package="higher",
-        faults={"beta2": "higher takes the root of the bias correction with `math.sqrt`, which cuts β₂'s graph"},
+        faults={
+            "lr": _OLD_ADAM,
+            "beta1": _OLD_ADAM,
+            "beta2": "the root of the bias correction is taken by `math.sqrt`, which cuts the graph",
+            "weights": _OLD_ADAM,
+        },
     ),
     "torchopt": System(
-        "torchopt (MetaSGD, MetaAdam)",
+        "torchopt",
         package="torchopt",
         constant=frozenset({"beta1", "beta2"}),  # given as tensors, they lose their graph in `add_(g, alpha=1 - decay)`
+        faults={"lr": _FLOAT32, "weights": _FLOAT32},
     ),
     REFERENCE: System("autograd, unrolled by hand"),
 }

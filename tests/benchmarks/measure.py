@@ -59,7 +59,7 @@ def differences(workload: str, system: str, steps: int, device: str) -> dict[str
         value = _smooth(workload, device).hyper[name].detach()
         direction = torch.randn(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(0)).to(device)
         direction = direction if value.dim() else torch.ones_like(value)
-        h = 1e-5 * float(value.abs().max()) * (0.1 if value.dim() else 1.0)
+        h = 1e-5 * float(value.abs().max()) * (0.01 if value.dim() else 1.0)
         f = {k: _shifted(workload, name, k * h * direction, steps, device) for k in (-2, -1, 1, 2)}
         slope = (8 * (f[1] - f[-1]) - (f[2] - f[-2])) / (12 * h)
         answer[name] = [float((found[name] * direction).sum()), slope]
@@ -77,7 +77,7 @@ def _shifted(workload: str, name: str, shift: Tensor, steps: int, device: str) -
     return problem.outer(problem.model).item()
 
 
-# -- the process and its device -----------------------------------------------------------------------------------------
+# -- the process and its device -------------------------------------------------------------------------
 
 
 def _wait(device: str) -> None:

@@ -78,9 +78,7 @@ def _cnn(activation: Activation) -> nn.Module:
 _RECIPES = {
     "W1": _Recipe(lambda _: nn.Linear(784, CLASSES), nn.Identity, (784,), EXAMPLES, 1000, "SGD", {"lr": 0.5}),
     "W2": _Recipe(_mlp, nn.ReLU, (784,), 128, 1000, "SGD", {"lr": 0.05, "momentum": 0.9}),
-    "W3": _Recipe(
-        _cnn, nn.LeakyReLU, (1, 28, 28), 64, 64, "Adam", {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999}
-    ),
+    "W3": _Recipe(_cnn, nn.LeakyReLU, (1, 28, 28), 64, 64, "Adam", {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999}),
 }
 
 

@@ -1,0 +1,57 @@
+"""Time and memory over the number of steps, as two figures for the documentation."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.benchmarks.catalogue import PLAIN, SCALING_STEPS, SCALING_WORKLOAD, WATCHED
+from tests.benchmarks.report import ASSETS, Results
+
+COLOURS = {"metaopt": "#0072b2", WATCHED: "#56b4e9", "higher": "#d55e00", "torchopt": "#009e73", "unrolled": "#7f7f7f"}
+MARKERS = {"metaopt": "o", WATCHED: "o", "higher": "s", "torchopt": "^", "unrolled": "D"}
+NAMES = {"metaopt": "metaopt", WATCHED: "metaopt, no sweep", "unrolled": "autograd by hand"}
+
+
+def draw(results: Results, systems: Sequence[str]) -> list[Path]:
+    """Draw both figures; return where they are."""
+
+    def time(system: str, steps: int) -> list[float]:
+        return results.ratios(SCALING_WORKLOAD, system, steps)
+
+    def memory(system: str, steps: int) -> list[float]:
+        return [m.bytes / 1e6 for m in results.of(SCALING_WORKLOAD, system, steps)]
+
+    drawn = [system for system in systems if system != PLAIN]
+    return [
+        _figure(time, drawn, "time over plain training", ASSETS / "benchmark_time.png"),
+        _figure(memory, drawn, "peak memory above the start, MB", ASSETS / "benchmark_memory.png"),
+    ]
+
+
+def _figure(values: Callable[[str, int], list[float]], systems: Sequence[str], label: str, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for system in systems:
+        found = [(steps, values(system, steps)) for steps in SCALING_STEPS if values(system, steps)]
+        if not found:
+            continue
+        steps = [t for t, _ in found]
+        colour = COLOURS.get(system, "black")
+        axes.fill_between(steps, [min(v) for _, v in found], [max(v) for _, v in found], color=colour, alpha=0.12, lw=0)
+        style = "--" if system == WATCHED else "-"
+        medians = [statistics.median(v) for _, v in found]
+        axes.plot(steps, medians, style, color=colour, marker=MARKERS.get(system, "x"), label=NAMES.get(system, system))
+    axes.set_xlabel(f"T, steps of {SCALING_WORKLOAD}")
+    axes.set_ylabel(label)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(color="#e5e5e5", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
