@@ -59,15 +59,14 @@ def sgd_slope(s: Settings, t: int) -> float:
     return -n["lr"] * (1 + n["momentum"] * v if s.flags["nesterov"] else v if n["momentum"] else 1.0)
 
 
-# Multiplying by a power of two does not round, so there is no difference between fused and separate multiply-adds.
-HALVES = {"weight_decay": (0.0, 0.5), "lr": (0.25, 1.0)}
-ADAM_HALVES = {**HALVES, "beta1": (0.75, 0.5), "beta2": (0.75, 0.5), "eps": (1e-8, 1.0)}
+# Multiplying by a power of two does not round, nor does squaring a number of 24 bits, so that fused and separate
+# multiply-adds agree. torch's `lerp` has one formula for weights below 1/2 and another one above.
+SGD_EXACT = {"lr": (0.25, 1.0), "momentum": (0.0, 0.5), "dampening": (0.0, 0.5), "weight_decay": (0.0, 0.5)}
+ADAM_EXACT = {"lr": (0.1,), "beta1": (0.75,), "beta2": (0.75, 0.5), "eps": (1e-8, 1.0), "weight_decay": (0.0,)}
 ROWS: dict[type[torch.optim.Optimizer], Row] = {
-    torch.optim.SGD: Row(
-        metaopt.optim.SGD, sgd_slope, {**HALVES, "momentum": (0.0, 0.5), "dampening": (0.0, 0.5)}, True
-    ),
-    torch.optim.Adam: Row(metaopt.optim.Adam, adam_slope, ADAM_HALVES, False),
-    torch.optim.AdamW: Row(metaopt.optim.AdamW, adam_slope, ADAM_HALVES, False),
+    torch.optim.SGD: Row(metaopt.optim.SGD, sgd_slope, SGD_EXACT, True),
+    torch.optim.Adam: Row(metaopt.optim.Adam, adam_slope, ADAM_EXACT, False),
+    torch.optim.AdamW: Row(metaopt.optim.AdamW, adam_slope, ADAM_EXACT | {"weight_decay": (0.0, 0.1)}, False),
 }
 each = pytest.mark.parametrize("optimizer", list(ROWS), ids=lambda optimizer: optimizer.__name__)
 
@@ -198,11 +197,11 @@ def test_parity_with_torch(optimizer: type[torch.optim.Optimizer], implementatio
 @pytest.mark.parametrize("implementation", ["for_loop", "foreach"])
 @given(data=st.data())
 def test_parity_bit_for_bit(optimizer: type[torch.optim.Optimizer], implementation: str, data: st.DataObject) -> None:
-    """With settings that are powers of two nothing rounds in one formula and not in the other."""
+    """With numbers that are exact in one formula and in the other."""
     row = ROWS[optimizer]
     pinned = {name: data.draw(st.sampled_from(values)) for name, values in row.exact.items()}
     chosen = data.draw(settings(optimizer.__name__, **pinned))
-    history = data.draw(histories())
+    history = [[None if g is None else g.float().double() for g in grads] for grads in data.draw(histories())]
 
     def look(
         rule: Rule,
