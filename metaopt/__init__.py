@@ -28,7 +28,7 @@ from metaopt.hyperparameters import (
     real,
     simplex,
 )
-from metaopt.modes import Recording, record
+from metaopt.modes import Recording, Streaming, record, stream
 
 __version__ = "0.1.0"
 
@@ -45,6 +45,7 @@ __all__ = [
     "Recording",
     "RuleError",
     "StaleError",
+    "Streaming",
     "SweepError",
     "UnusedHyperparameterWarning",
     "box",
@@ -59,4 +60,5 @@ __all__ = [
     "record",
     "rules",
     "simplex",
+    "stream",
 ]

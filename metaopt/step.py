@@ -38,16 +38,22 @@ class Loop:
         on_segment: receives every finished iteration, and whether a step ended it.
         verify: ``"first"`` replays the first iteration of each structure and compares, ``"all"`` every one, ``"never"``
             none.
+        moving: whether hyperparameters may change from one iteration to the next.
     """
 
     def __init__(
-        self, optimizer: Optimizer, on_segment: Callable[[Segment, bool], None], *, verify: str = "first"
+        self,
+        optimizer: Optimizer,
+        on_segment: Callable[[Segment, bool], None],
+        *,
+        verify: str = "first",
+        moving: bool = False,
     ) -> None:
         self.optimizer = optimizer
         self.rule: Rule = rule_of(optimizer)
         self.on_segment = on_segment
         self.steps = 0
-        self.tape = Tape(self.weights())
+        self.tape = Tape(self.weights(), moving=moving)
         self.library = Library()
         self.watcher = Watcher(self.tape)
         self.verifier = Verifier(verify)
@@ -175,7 +181,7 @@ class Loop:
                         f"{type(optimizer).__name__}, which is not watched, steps weights of the watched optimizer "
                         "inside the context. Let one optimizer train them."
                     )
-                if id(weight) in known:
+                if id(weight) in known and not self.tape.moving:
                     self.watcher.paused = False
                     raise StaleError(
                         f"{type(optimizer).__name__}, which is not watched, steps inside the context and changes a "

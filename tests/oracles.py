@@ -48,15 +48,15 @@ def entries(tensor: Tensor) -> list[int]:
     return sorted({0, tensor.numel() // 2, tensor.numel() - 1})
 
 
-# -- naively unrolled autograd ------------------------------------------------------------------------------------------------
+# -- naively unrolled autograd -----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Unrolled:
     """A loop as one long autograd graph: its outer objective, and the leaves besides the hyperparameters.
 
-    ``weights`` are the initial ones in the order of ``model.parameters()``, those that are trained; ``states`` the optimizer's
-    before the loop, by weight.
+    ``weights`` are the initial ones in the order of ``model.parameters()``, those that are trained; ``states`` the
+    optimizer's before the loop, by weight.
     """
 
     outer: Tensor
@@ -151,9 +151,7 @@ def _numbers(loop: Loop, hyper: Mapping[str, Tensor], group: int, t: int) -> dic
 State = dict[str, Tensor]
 
 
-def _sgd(
-    loop: Loop, numbers: dict[str, Any], w: Tensor, g: Tensor, state: State, count: int
-) -> tuple[Tensor, State]:
+def _sgd(loop: Loop, numbers: dict[str, Any], w: Tensor, g: Tensor, state: State, count: int) -> tuple[Tensor, State]:
     """The pseudo-code of torch.optim.SGD's documentation; a momentum that is a plain 0 is no momentum."""
     momentum, dampening = numbers["momentum"], numbers["dampening"]
     g = -g if loop.settings.flags["maximize"] else g
@@ -166,9 +164,7 @@ def _sgd(
     return w - numbers["lr"] * g, state
 
 
-def _adam(
-    loop: Loop, numbers: dict[str, Any], w: Tensor, g: Tensor, state: State, count: int
-) -> tuple[Tensor, State]:
+def _adam(loop: Loop, numbers: dict[str, Any], w: Tensor, g: Tensor, state: State, count: int) -> tuple[Tensor, State]:
     """The pseudo-code of torch.optim.Adam's and AdamW's documentation."""
     lr, decay, beta1, beta2 = numbers["lr"], numbers["weight_decay"], numbers["beta1"], numbers["beta2"]
     g = -g if loop.settings.flags["maximize"] else g

@@ -1,7 +1,7 @@
 """Small strategies that compose: None draws, a value pins.
 
-They draw the nasty values on purpose: momentum, decay, betas and gradients that are exactly 0, tiny and large eps, no step
-and one step, no element and one element, tied, frozen and unused weights.
+They draw the nasty values on purpose: momentum, decay, betas and gradients that are exactly 0, tiny and large eps, no
+step and one step, no element and one element, tied, frozen and unused weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def randn(seed: int, *shape: int) -> Tensor:
     return values.to(torch.get_default_device())
 
 
-# -- tensors ------------------------------------------------------------------------------------------------------------------
+# -- tensors -----------------------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -54,7 +54,7 @@ def tensors(
     return torch.zeros_like(value) if zeros == "all" else value
 
 
-# -- optimizers ---------------------------------------------------------------------------------------------------------------
+# -- optimizers --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ class Settings:
     def but(self, **changed: float | bool) -> Settings:
         """The same with some numbers or flags changed."""
         numbers = {name: changed.get(name, number) for name, number in self.numbers.items()}
-        return replace(self, numbers=numbers, flags={name: bool(changed.get(name, v)) for name, v in self.flags.items()})
+        return replace(
+            self, numbers=numbers, flags={name: bool(changed.get(name, v)) for name, v in self.flags.items()}
+        )
 
 
 def numbers(*nasty: float, low: float, high: float) -> SearchStrategy[float]:
@@ -104,12 +106,10 @@ FLAGS = {"SGD": ("nesterov", "maximize"), "Adam": ("amsgrad", "maximize"), "Adam
 
 
 @st.composite
-def settings(draw: DrawFn, name: str | None = None, **pinned: float | bool) -> Settings:
+def settings(draw: DrawFn, /, name: str | None = None, **pinned: float | bool) -> Settings:
     """The settings of an optimizer."""
     name = draw(st.sampled_from(sorted(NUMBERS))) if name is None else name
-    chosen = {
-        key: float(pinned[key]) if key in pinned else draw(strategy) for key, strategy in NUMBERS[name].items()
-    }
+    chosen = {key: float(pinned[key]) if key in pinned else draw(strategy) for key, strategy in NUMBERS[name].items()}
     flags = {flag: bool(pinned[flag]) if flag in pinned else draw(st.booleans()) for flag in FLAGS[name]}
     if name == "SGD":
         if flags["nesterov"]:  # torch asks for these two
@@ -120,7 +120,7 @@ def settings(draw: DrawFn, name: str | None = None, **pinned: float | bool) -> S
     return Settings(name, chosen, flags)
 
 
-# -- networks -----------------------------------------------------------------------------------------------------------------
+# -- networks ----------------------------------------------------------------------------------------------------------
 
 FEATURES, TARGETS, EXAMPLES = 3, 2, 6
 
@@ -239,7 +239,7 @@ NETWORKS: dict[str, type[Net]] = {
 networks = st.sampled_from(list(NETWORKS))
 
 
-# -- loops --------------------------------------------------------------------------------------------------------------------
+# -- loops -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -263,9 +263,9 @@ class Loop:
     Attributes:
         network: a key of `NETWORKS`.
         settings: the optimizer.
-        hyper: which of its settings are hyperparameters, and how: ``"scalar"``, ``"group"`` (the second group has its own) or
-            ``"schedule"`` (a vector with one entry per step); and which of ``"examples"``, ``"penalty"``, ``"scale"``
-            (of the initial weights) there are.
+        hyper: which of its settings are hyperparameters, and how: ``"scalar"``, ``"group"`` (the second group has its
+            own) or ``"schedule"`` (a vector with one entry per step); and which of ``"examples"``, ``"penalty"``,
+            ``"scale"`` (of the initial weights) there are.
         steps: how many optimizer steps.
         batches: how many backward passes are accumulated in each.
         zero: what is done to the gradients before: ``"none"``, ``"zeros"`` or ``"never"``.
@@ -360,7 +360,9 @@ class Loop:
                         optimizer.state[weight] = {**step, **state}
         return Training(model, optimizer, scheduler)
 
-    def loss(self, hyper: Mapping[str, Tensor], out: Tensor, y: Tensor, part: slice, weights: Iterator[Tensor]) -> Tensor:
+    def loss(
+        self, hyper: Mapping[str, Tensor], out: Tensor, y: Tensor, part: slice, weights: Iterator[Tensor]
+    ) -> Tensor:
         """The inner objective on one batch."""
         examples = hyper["examples"] if "examples" in hyper else self.examples()
         loss = (examples[part] * F.mse_loss(out, y[part], reduction="none").mean(1)).sum() / EXAMPLES
@@ -392,9 +394,7 @@ class Loop:
         model.eval()
         return F.l1_loss(model(x, 0), 4 + y) if second else F.mse_loss(model(x, 0), y)
 
-    def train(
-        self, hyper: Hyper, context: Context | None = None, library: Any = metaopt.optim
-    ) -> Training:
+    def train(self, hyper: Hyper, context: Context | None = None, library: Any = metaopt.optim) -> Training:
         """Build and run, in a context (None: bare)."""
         training = self.build(hyper, library)
         torch.manual_seed(self.seed)

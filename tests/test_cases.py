@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,15 +14,31 @@ from tests.cases import CASES, Case, Trained
 from tests.oracles import entries, finite_difference
 
 
-def recorded(case: Case, **options: Any) -> tuple[metaopt.Recording, Trained, dict[str, torch.Tensor]]:
-    runs: list[metaopt.Recording] = []
+def watched(mode: Callable[..., Any], case: Case, **options: Any) -> tuple[Any, Trained, dict[str, torch.Tensor]]:
+    runs: list[Any] = []
 
-    def context(optimizer: torch.optim.Optimizer) -> metaopt.Recording:
-        runs.append(metaopt.record(optimizer, **options))
+    def context(optimizer: torch.optim.Optimizer) -> Any:
+        runs.append(mode(optimizer, **options))
         return runs[0]
 
     hyper = case.hyper()
-    return (trained := case.train(hyper, context)) and (runs[0], trained, hyper)  # type: ignore[return-value]
+    trained = case.train(hyper, context)
+    return runs[0], trained, hyper
+
+
+def recorded(case: Case, **options: Any) -> tuple[metaopt.Recording, Trained, dict[str, torch.Tensor]]:
+    return watched(metaopt.record, case, **options)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_is_reverse(case: Case) -> None:
+    gradients = []
+    for mode in (metaopt.record, metaopt.stream):
+        run, trained, hyper = watched(mode, case)
+        run.backward(trained.outer)
+        gradients.append({name: leaf.grad for name, leaf in hyper.items()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -112,7 +112,8 @@ class External:
 class Tape:
     """Follows tensors through the loop and writes each iteration as a `Segment`."""
 
-    def __init__(self, trained: Iterable[Tensor]) -> None:
+    def __init__(self, trained: Iterable[Tensor], *, moving: bool = False) -> None:
+        self.moving = moving
         self.cells = Cells()
         self.trace = Trace()
         self.epoch = 0
@@ -280,6 +281,8 @@ class Tape:
         if external is None:
             self._refuse_weights(tensor)
             external = self.externals[id(tensor)] = External(tensor)
+        if self.moving and external.epoch != self.epoch:
+            external.version = version_of(tensor)
         external.check()
         if external.epoch != self.epoch:
             external.value, external.epoch = self.trace.new(), self.epoch
@@ -394,6 +397,13 @@ class Tape:
         self._constants, self._constant_cells = {}, []
         self._stopped = {}
         self._compact_at = _COMPACT_EVERY
+        if self.moving:
+            # What was computed from a hyperparameter that has moved since is not used again.
+            self.externals = {
+                key: external
+                for key, external in self.externals.items()
+                if external.tensor.grad_fn is None or external.epoch > self.epoch - 4
+            }
         self._bindings = {key: b for key, b in self._bindings.items() if b.ref() is not None}
         self._memory = {key: ref for key, ref in self._memory.items() if ref() is not None}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Recording", "record"]
+__all__ = ["Recording", "Streaming", "record", "stream"]
 
 from metaopt.modes.record import Recording, record
+from metaopt.modes.stream import Streaming, stream

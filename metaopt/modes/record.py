@@ -9,20 +9,15 @@ from __future__ import annotations
 __all__ = ["Recording", "record"]
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from types import TracebackType
-from typing import Self
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metaopt.capture.program import Program
 from metaopt.capture.segment import Segment
-from metaopt.errors import SweepError
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.progress import progressing
-from metaopt.modes.start import Start
-from metaopt.step import Loop
+from metaopt.modes.run import Run
 
 
 def record(
@@ -61,51 +56,26 @@ def record(
     return Recording(optimizer, last=last, verify=verify, progress=progress)
 
 
-class Recording:
+class Recording(Run):
     """What `record` watches, and the hypergradients through it."""
 
     def __init__(self, optimizer: Optimizer, *, last: int | None, verify: str, progress: bool) -> None:
         if last is not None and last < 0:
             raise ValueError(f"last must be at least 0, not {last}.")
-        self._loop = Loop(optimizer, self._keep, verify=verify)
+        super().__init__(optimizer, verify=verify)
         self._segments: deque[tuple[float, Segment]] = deque()
         self._last = last
         self._progress = progress
-        self._start: Start | None = None
-        self._open = False
-        self._freed = False
 
-    # -- the context ------------------------------------------------------------------------------------------------
-
-    def __enter__(self) -> Self:
-        if self._start is not None:
-            raise SweepError(
-                "this run was used already. Write `with metaopt.record(optimizer) as run:` for each context; "
-                "training goes on from where it is, or from the start after `run.rewind()`."
-            )
-        self._loop.open()
-        self._start = Start(self._loop.optimizer)
-        self._loop.tape.before_first_write = self._start.remember
-        self._open = True
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open = False
-        self._loop.close(failed=kind is not None)
-        assert self._start is not None
-        self._start.close()
-        if kind is not None:
-            self._segments.clear()
-            self._freed = True
-
-    def _keep(self, segment: Segment, is_step: bool) -> None:
+    def _receive(self, segment: Segment, is_step: bool) -> None:
         # What follows the last step (an outer objective, say) is no step: it never falls out of the window.
         self._segments.append((self._loop.steps + (0.0 if is_step else 0.5), segment))
         if self._last is not None:
             while self._segments and self._segments[0][0] <= self._loop.steps - self._last:
                 self._segments.popleft()
+
+    def _forget(self) -> None:
+        self._segments.clear()
 
     # -- hypergradients -----------------------------------------------------------------------------------------------
 
@@ -167,66 +137,7 @@ class Recording:
             self._sweep(adjoint, wanted, retain)
             return adjoint.collect(wanted)
 
-    def rewind(self) -> None:
-        """Put weights, buffers, the optimizer and its groups, and the random generators back to the beginning."""
-        if self._open:
-            raise SweepError("`rewind` was called inside the context; call it after the `with` block.")
-        if self._start is None:
-            raise SweepError("`rewind` was called before the context was entered; there is no start to go back to.")
-        self._start.restore()
-
-    # -- what was recorded -------------------------------------------------------------------------------------------
-
-    @property
-    def steps(self) -> int:
-        """The number of optimizer steps that were watched."""
-        return self._loop.steps
-
-    @property
-    def programs(self) -> list[Program]:
-        """The programs that the iterations share; print one to see what was captured."""
-        return list(self._loop.library.programs)
-
-    @property
-    def hyperparameters(self) -> list[Tensor]:
-        """The leaves that the recorded steps were found to depend on, besides the trained weights."""
-        return Adjoint(self._loop).leaves()
-
-    def __repr__(self) -> str:
-        state = "open" if self._open else "freed" if self._freed else "closed"
-        return (
-            f"Recording({type(self._loop.optimizer).__name__}, {state}: {self.steps} steps, {len(self.programs)} "
-            f"programs, {len(self._loop.tape.externals)} hyperparameters)"
-        )
-
     # -- REVERSE-HG --------------------------------------------------------------------------------------------------
-
-    def _adjoint(self, outer: Objective) -> Adjoint:
-        if self._start is None:
-            raise SweepError("nothing was recorded yet: run the training loop inside `with metaopt.record(optimizer)`.")
-        if self._freed:
-            raise SweepError(
-                "what the context recorded was freed, by an earlier `backward` or because the context was left by an "
-                "exception. Pass `retain=True` to the earlier call to differentiate several objectives."
-            )
-        return Adjoint.of(outer, self._loop, self._watched)
-
-    def _watched(self, outer: Callable[[], Tensor]) -> Tensor:
-        """Evaluate an objective given as a function, under watch, as a last iteration without a step."""
-        if self._open:
-            with self._loop.resumed():
-                value = outer()
-            self._loop.flush()
-            return value
-        self._loop.open()
-        try:
-            with self._loop.resumed():
-                value = outer()
-        except BaseException:
-            self._loop.close(failed=True)
-            raise
-        self._loop.close()
-        return value
 
     def _sweep(self, adjoint: Adjoint, wanted: list[Tensor] | None, retain: bool) -> None:
         adjoint.want(wanted)
@@ -235,5 +146,4 @@ class Recording:
         shown = progressing(reversed(segments), len(segments), self._progress, "reverse sweep")
         adjoint.sweep(segments, shown)
         if not retain and not self._open:
-            self._segments.clear()
-            self._freed = True
+            self._free()

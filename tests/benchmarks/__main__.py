@@ -55,12 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     jobs = [(w, WORKLOADS[w].check_steps if options.quick else WORKLOADS[w].steps) for w in options.workloads]
     scaling = [(SCALING_WORKLOAD, steps) for steps in SCALING_STEPS] if options.write else []
     results = report.Results(options.clock, agreement)
-    for found in rounds(list(dict.fromkeys([*jobs, *scaling])), here, options.repeats, options.device):
-        if isinstance(found, Measurement):
-            results.measurements.append(found)
+    for outcome in rounds(list(dict.fromkeys([*jobs, *scaling])), here, options.repeats, options.device):
+        if isinstance(outcome, Measurement):
+            results.measurements.append(outcome)
         else:
-            workload, system, error = found
-            results.failures[workload, system] = str(error)
+            workload, system, failure = outcome
+            results.failures[workload, system] = str(failure)
     if not results.measurements:
         raise SystemExit("nothing could be measured: " + "; ".join(results.failures.values()))
     print(report.cost_text(results, jobs, options.systems), end="\n\n")

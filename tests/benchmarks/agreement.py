@@ -12,6 +12,7 @@ from tests.benchmarks.catalogue import REFERENCE, SYSTEMS, WORKLOADS
 from tests.benchmarks.runner import FailedError, ask, show
 
 TOLERANCE = 1e-6  # relative, between two ways to the same number in float64
+WRONG = 1e-3  # beyond this it is not rounding
 TOLERANCE_OF_DIFFERENCES = 1e-4
 
 
@@ -29,10 +30,10 @@ class Agreement:
     errors: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
     failures: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def wrong(self, workload: str, system: str) -> list[str]:
-        """The hyperparameters whose hypergradient is not the reference's."""
+    def beyond(self, tolerance: float, workload: str, system: str) -> dict[str, float]:
+        """The differences that are larger than a tolerance, or not numbers."""
         errors = self.errors.get((workload, system), {})
-        return [name for name, error in errors.items() if not error <= TOLERANCE]
+        return {name: error for name, error in errors.items() if not error <= tolerance}
 
     def reference_holds(self, workload: str) -> bool:
         """Whether the reference agrees with finite differences."""
@@ -40,17 +41,17 @@ class Agreement:
 
     def notes(self) -> list[str]:
         """A sentence for each system that differs, with the cause, or that leaves hyperparameters out."""
-        causes: dict[tuple[str, str], dict[str, str]] = {}
+        causes: dict[tuple[str, str], list[str]] = {}
         for workload, system in self.errors:
-            for name in self.wrong(workload, system):
+            for name in self.beyond(TOLERANCE, workload, system):
                 cause = SYSTEMS[system].faults.get(name, "cause unknown")
-                causes.setdefault((system, cause), {})[f"{name} on {workload}"] = ""
-        lines = [f"{system}: {', '.join(names)} wrong: {cause}." for (system, cause), names in causes.items()]
+                causes.setdefault((system, cause), []).append(f"{name} ({workload})")
+        lines = [f"{system}, {', '.join(names)}: {cause}." for (system, cause), names in causes.items()]
         for system in dict.fromkeys(system for _, system in self.errors):
             if constant := sorted(SYSTEMS[system].constant):
                 names = " and ".join(constant)
                 lines.append(
-                    f"{system}: {names} are plain numbers in its interface; measured without their hypergradients."
+                    f"{system}, {names}: plain numbers in its interface; measured without their hypergradients."
                 )
         return lines
 

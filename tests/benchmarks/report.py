@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 
-from tests.benchmarks.agreement import TOLERANCE, Agreement
+from tests.benchmarks.agreement import TOLERANCE, WRONG, Agreement
 from tests.benchmarks.catalogue import PLAIN, REFERENCE, SYSTEMS, WORKLOADS
 from tests.benchmarks.runner import ROOT, Measurement
 
@@ -67,7 +67,7 @@ def agreement_table(agreement: Agreement, systems: Sequence[str]) -> str:
     rows = [["", *workloads]]
     rows.append(
         ["finite differences of the bare loop against the reference"]
-        + [_verdict(agreement.reference[w], agreement.reference_holds(w)) for w in workloads]
+        + [_words(agreement.reference[w], "agrees" if agreement.reference_holds(w) else "DIFFERS") for w in workloads]
     )
     for system in systems:
         if not SYSTEMS[system].hypergradient or system == REFERENCE:
@@ -77,19 +77,24 @@ def agreement_table(agreement: Agreement, systems: Sequence[str]) -> str:
             if (workload, system) in agreement.failures:
                 cells.append(f"fails: {agreement.failures[workload, system]}")
             elif (workload, system) in agreement.errors:
-                errors = agreement.errors[workload, system]
-                wrong = agreement.wrong(workload, system)
-                cells.append(_verdict({n: errors[n] for n in wrong} if wrong else errors, not wrong))
+                cells.append(_verdict(agreement, workload, system))
             else:
                 cells.append("not installed")
         rows.append([SYSTEMS[system].title, *cells])
     return _table(rows)
 
 
-def _verdict(errors: dict[str, float], agrees: bool) -> str:
-    if agrees:
+def _verdict(agreement: Agreement, workload: str, system: str) -> str:
+    for tolerance, word in ((WRONG, "DIFFERS"), (TOLERANCE, "close")):
+        if beyond := agreement.beyond(tolerance, workload, system):
+            return _words(beyond, word)
+    return _words(agreement.errors[workload, system], "agrees")
+
+
+def _words(errors: dict[str, float], word: str) -> str:
+    if word == "agrees":
         return f"agrees ({max(errors.values()):.0e})"
-    return "DIFFERS: " + ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
+    return f"{word}: " + ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
 
 
 def cost_table(results: Results, jobs: Sequence[tuple[str, int]], systems: Sequence[str]) -> str:
@@ -112,8 +117,9 @@ def _cost(results: Results, workload: str, system: str, steps: int) -> str:
     if system == PLAIN:
         seconds = statistics.median(results.time(m) for m in results.of(workload, system, steps))
         return f"1 ({seconds:.2f} s) · {memory}"
-    wrong = " †" if results.agreement.wrong(workload, system) else ""
-    return f"{statistics.median(ratios):.2f}× ({min(ratios):.2f}-{max(ratios):.2f}) · {memory}{wrong}"
+    wrong = " †" if results.agreement.beyond(WRONG, workload, system) else ""
+    span = f" ({min(ratios):.2f}-{max(ratios):.2f})" if len(ratios) > 1 else ""
+    return f"{statistics.median(ratios):.2f}×{span} · {memory}{wrong}"
 
 
 def _table(rows: list[list[str]]) -> str:
@@ -149,9 +155,12 @@ def _versions(torch: str) -> str:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty=, modified"]
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        changed = " with changes" if git("status", "--porcelain", "--", "metaopt") else ""
+        return git("log", "-1", "--format=%h", "--", "metaopt") + changed
     except (OSError, subprocess.CalledProcessError):
         return "(not in a checkout)"
 
@@ -168,8 +177,8 @@ def agreement_text(agreement: Agreement, systems: Sequence[str]) -> str:
     """The comparison of hypergradients, with what is known about the differences."""
     text = (
         "Relative differences of the hypergradients from those of autograd unrolled by hand, in float64, at T = "
-        f"{', '.join(str(WORKLOADS[w].check_steps) for w in agreement.reference)}; the largest among the hyperparameters. "
-        f"Up to {TOLERANCE:.0e} is agreement."
+        f"{', '.join(str(WORKLOADS[w].check_steps) for w in agreement.reference)}; the largest of all hyperparameters. "
+        f"Up to {TOLERANCE:.0e} is agreement, up to {WRONG:.0e} is close."
     )
     notes = "\n".join(f"- {note}" for note in agreement.notes())
     return f"{text}\n\n{agreement_table(agreement, systems)}" + (f"\n\n{notes}" if notes else "")
@@ -178,7 +187,7 @@ def agreement_text(agreement: Agreement, systems: Sequence[str]) -> str:
 def cost_text(results: Results, jobs: Sequence[tuple[str, int]], systems: Sequence[str]) -> str:
     """The table of costs, with the workloads and the machine."""
     titles = "\n".join(f"- {workload}: {WORKLOADS[workload].title}" for workload in dict.fromkeys(w for w, _ in jobs))
-    mark = any(results.agreement.wrong(workload, system) for workload, _ in jobs for system in systems)
+    mark = any(results.agreement.beyond(WRONG, workload, system) for workload, _ in jobs for system in systems)
     wrong = "\n\n† its hypergradient differs from the reference, see above." if mark else ""
     return (
         f"Time over plain training, and peak memory above what the process held before the loop.\n\n{titles}\n\n"

@@ -1,0 +1,130 @@
+"""What every mode shares: a context around the loop, and what can be asked of it afterwards."""
+
+from __future__ import annotations
+
+__all__ = ["Run"]
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from metaopt.capture.program import Program
+from metaopt.capture.segment import Segment
+from metaopt.errors import SweepError
+from metaopt.modes.outer import Adjoint, Objective
+from metaopt.modes.start import Start
+from metaopt.step import Loop
+
+
+class Run(ABC):
+    """A watched training loop, as the ``as`` target of a context.
+
+    A mode says what it does with a finished iteration (`_receive`) and when the context is left (`_forget`).
+    """
+
+    def __init__(self, optimizer: Optimizer, *, verify: str, moving: bool = False) -> None:
+        self._loop = Loop(optimizer, self._receive, verify=verify, moving=moving)
+        self._start: Start | None = None
+        self._open = False
+        self._freed = False
+
+    @abstractmethod
+    def _receive(self, segment: Segment, is_step: bool) -> None:
+        """Take a finished iteration; ``is_step`` says whether the optimizer's step ended it."""
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Free what was kept."""
+
+    # -- the context ------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        if self._start is not None:
+            raise SweepError(
+                "this run was used already. Open a new context, `with metaopt.record(optimizer) as run:`; training goes "
+                "on from where it is, or from the start after `run.rewind()`."
+            )
+        self._loop.open()
+        self._start = Start(self._loop.optimizer)
+        self._loop.tape.before_first_write = self._start.remember
+        self._open = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open = False
+        self._loop.close(failed=kind is not None)
+        assert self._start is not None
+        self._start.close()
+        if kind is not None:
+            self._free()
+
+    def _free(self) -> None:
+        self._forget()
+        self._freed = True
+
+    def rewind(self) -> None:
+        """Put weights, buffers, the optimizer and its groups, and the random generators back to the beginning."""
+        if self._open:
+            raise SweepError("`rewind` was called inside the context; call it after the `with` block.")
+        if self._start is None:
+            raise SweepError("`rewind` was called before the context was entered; there is no start to go back to.")
+        self._start.restore()
+
+    # -- what was watched --------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """The number of optimizer steps that were watched."""
+        return self._loop.steps
+
+    @property
+    def programs(self) -> list[Program]:
+        """The programs that the iterations share; print one to see what was captured."""
+        return list(self._loop.library.programs)
+
+    @property
+    def hyperparameters(self) -> list[Tensor]:
+        """The leaves that the watched steps were found to depend on, besides the trained weights."""
+        return Adjoint(self._loop).leaves()
+
+    def __repr__(self) -> str:
+        state = "open" if self._open else "freed" if self._freed else "closed"
+        return (
+            f"{type(self).__name__}({type(self._loop.optimizer).__name__}, {state}: {self.steps} steps, "
+            f"{len(self.programs)} programs, {len(self.hyperparameters)} hyperparameters)"
+        )
+
+    # -- the outer objective -----------------------------------------------------------------------------------------
+
+    def _adjoint(self, outer: Objective) -> Adjoint:
+        if self._start is None:
+            raise SweepError("nothing was recorded yet: run the training loop inside the `with` block.")
+        if self._freed:
+            raise SweepError(
+                "what the context recorded was freed, by an earlier `backward` or because the context was left by an "
+                "exception. Pass `retain=True` to the earlier call to differentiate several objectives."
+            )
+        return Adjoint.of(outer, self._loop, self._watched)
+
+    def _watched(self, outer: Callable[[], Tensor]) -> Tensor:
+        """Evaluate an objective given as a function, under watch, as a last iteration without a step."""
+        if self._open:
+            with self._loop.resumed():
+                value = outer()
+            self._loop.flush()
+            return value
+        self._loop.open()
+        try:
+            with self._loop.resumed():
+                value = outer()
+        except BaseException:
+            self._loop.close(failed=True)
+            raise
+        self._loop.close()
+        return value

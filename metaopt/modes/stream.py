@@ -1,0 +1,237 @@
+"""FORWARD-HG: carry the tangent of the state along with the loop (Franceschi et al. 2017, algorithm 2).
+
+``Z_t = A_t Z_{t-1} + B_t`` with ``Z_0 = 0`` is the derivative ``ds_t/dλ``; the hypergradient is ``∇E(s_t) Z_t`` at any moment, and
+nothing of the past is kept. Real-time hyperparameter optimisation moves ``λ`` while ``Z`` goes on.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Streaming", "stream"]
+
+import warnings
+from collections import deque
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from metaopt.capture.segment import Segment
+from metaopt.errors import CaptureError, MetaoptWarning, SweepError
+from metaopt.modes.outer import Adjoint, Objective
+from metaopt.modes.run import Run
+from metaopt.modes.tangents import Columns, push_forward
+
+_MANY = 1000
+_CHECK_EVERY = 10
+
+
+def stream(
+    optimizer: Optimizer, *, chunk: int | None = None, discount: float = 1.0, verify: str = "first"
+) -> Streaming:
+    """Watch the training loop inside the ``with`` block, and carry the derivative of its state along (forward mode).
+
+    After each ``optimizer.step()``: ``Z_t = A_t Z_{t-1} + B_t``, one tangent for each entry of each hyperparameter. The loop runs as
+    it would without the context, bit for bit. Memory: ``m · |s|`` for m entries, whatever the number of steps.
+
+    Args:
+        optimizer: the optimizer that trains the weights, as for `record`.
+        chunk: how many tangents to push forward at once; None for all. A smaller number needs less memory.
+        discount: the factor on ``Z_{t-1}``; below 1 it forgets the past, which bounds the tangent of a chaotic training
+            and biases the hypergradient.
+        verify: as for `record`.
+
+    Returns:
+        A context manager whose ``as`` target gives hypergradients at any moment, inside the context or after it.
+        Hyperparameters may be changed in place between the steps; the optimizer follows at once.
+
+    Raises:
+        RuleError: if there is no rule for the optimizer.
+        CaptureError: on entering, if the optimizer is watched already; inside, if the loop does what can't be replayed.
+
+    Source:
+        Franceschi, Donini, Frasconi & Pontil 2017, algorithm 2 (FORWARD-HG) and section 3.3 (real time).
+    """
+    return Streaming(optimizer, chunk=chunk, discount=discount, verify=verify)
+
+
+class Streaming(Run):
+    """What `stream` watches, and the hypergradients that it has at any moment."""
+
+    def __init__(self, optimizer: Optimizer, *, chunk: int | None, discount: float, verify: str) -> None:
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be at least 1, not {chunk}.")
+        if not 0 <= discount <= 1:
+            raise ValueError(f"discount must lie between 0 and 1, not {discount:g}.")
+        super().__init__(optimizer, verify=verify, moving=True)
+        self._chunk = chunk
+        self._discount = discount
+        self._columns = Columns()
+        self._tangents: dict[int, Tensor] = {}
+        # The iterations since the last step but one, with the tangents that they began with: a tensor that is neither
+        # weight nor state gets its tangent only if a later iteration reads it.
+        self._recent: deque[tuple[Segment, dict[int, Tensor], bool]] = deque()
+        self._lost: set[int] = set()
+        self._warned = False
+
+    def reset_tangents(self) -> None:
+        """Forget how the state came to be: ``Z = 0``, as if the training began here with constant weights."""
+        self._tangents.clear()
+        self._recent.clear()
+
+    # -- FORWARD-HG ----------------------------------------------------------------------------------------------------
+
+    def _receive(self, segment: Segment, is_step: bool) -> None:
+        self._resolve(segment)
+        self._discover(segment)
+        before = self._tangents
+        if is_step and self._discount != 1.0:
+            before = {key: self._discount * tangent for key, tangent in before.items()}
+        state = self._state_keys()
+        pushed = self._push(segment, [key for key in segment.outputs if key in state], before)
+        alive = {binding.key for binding in self._loop.tape.bindings()}
+        after = {key: z for key, z in before.items() if key in alive and key not in segment.outputs}
+        self._tangents = {**after, **pushed}
+        self._lost = (self._lost - set(segment.outputs)) & alive
+        self._recent.append((segment, before, is_step))
+        while sum(step for _, _, step in self._recent) > 2:
+            self._drop(self._recent.popleft()[0], alive)
+        if is_step and self._loop.steps % _CHECK_EVERY == 0:
+            self._check_finite()
+
+    def _push(self, segment: Segment, keys: list[int], tangents: dict[int, Tensor]) -> dict[int, Tensor]:
+        if not keys:
+            return {}
+        return push_forward(segment, keys, tangents, self._columns, self._chunk)
+
+    def _state_keys(self) -> set[int]:
+        tape = self._loop.tape
+        states = {
+            id(tensor)
+            for state in self._loop.optimizer.state.values()
+            for tensor in state.values()
+            if isinstance(tensor, Tensor)
+        }
+        return {
+            binding.key
+            for binding in tape.bindings()
+            if binding.buffer or id(tensor := binding.ref()) in tape.trained or id(tensor) in states
+        }
+
+    def _resolve(self, segment: Segment) -> None:
+        """Get the tangents of what this iteration reads of the last ones besides the state."""
+        for key, _ in segment.inputs:
+            if key in self._tangents:
+                continue
+            if key in self._lost:
+                raise CaptureError(
+                    "a tensor that was computed several steps ago, and not read since, is used again; its tangent was not "
+                    "kept. Compute it again, or use it in the step after the one that computes it."
+                )
+            for earlier, tangents, _ in reversed(self._recent):
+                if key in earlier.outputs:
+                    self._tangents.update(self._push(earlier, [key], tangents))
+                    break
+
+    def _drop(self, segment: Segment, alive: set[int]) -> None:
+        recent = {key for later, _, _ in self._recent for key in later.outputs}
+        self._lost |= {key for key in segment.outputs if key in alive and key not in self._tangents} - recent
+        self._lost -= {b.key for b in self._loop.tape.bindings() if self._is_gradient(b.ref())}
+
+    def _is_gradient(self, tensor: Tensor | None) -> bool:
+        return any(weight.grad is tensor for weight in self._loop.tape.trained.values())
+
+    def _discover(self, segment: Segment) -> None:
+        self._columns.discover(external.tensor for external in segment.externals)
+        missing = self._columns.count
+        self._tangents = {key: _widened(z, missing) for key, z in self._tangents.items()}
+        self._recent = deque(
+            (earlier, {key: _widened(z, missing) for key, z in tangents.items()}, step)
+            for earlier, tangents, step in self._recent
+        )
+        if missing > _MANY and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the hyperparameters have {missing} entries, and forward mode carries a tangent of the whole state for each. "
+                "With thousands of them `metaopt.record` is the right mode: its cost does not depend on their number.",
+                MetaoptWarning,
+                stacklevel=2,
+            )
+
+    def _check_finite(self) -> None:
+        for z in self._tangents.values():
+            if not bool(torch.isfinite(z).all()):
+                norms = [float(z.norm()) for z in self._tangents.values()]
+                raise SweepError(
+                    f"the tangent Z is not finite by step {self._loop.steps} (norms {max(norms):.3g}): the training is chaotic, or "
+                    "diverges. Lower the learning rate, pass `discount=` below 1, or call `run.reset_tangents()` now and "
+                    "then."
+                )
+
+    # -- hypergradients ---------------------------------------------------------------------------------------------------
+
+    def backward(self, outer: Objective) -> None:
+        """Add the hypergradient of the outer objective, as things stand, to the hyperparameters' ``.grad``.
+
+        ``dE/dλ = ∂E/∂λ + ∇E(s_t) Z_t``. Neither the state nor ``Z`` is reset.
+
+        Args:
+            outer: the outer objective, as for `metaopt.Recording.backward`.
+
+        Raises:
+            SweepError: if ``E`` does not depend on the trained weights, or ``Z`` overflowed.
+        """
+        with self._loop.paused():
+            self._evaluate(outer).accumulate()
+
+    def hypergradient(self, outer: Objective, wrt: Tensor | Iterable[Tensor]) -> tuple[Tensor, ...]:
+        """The hypergradient of the outer objective as things stand, as ``torch.autograd.grad`` would return it.
+
+        Args:
+            outer: the outer objective, as for `backward`.
+            wrt: hyperparameters; the initial weights are for `metaopt.record`.
+
+        Returns:
+            One tensor for each entry of ``wrt``, of its shape.
+        """
+        wanted = [wrt] if isinstance(wrt, Tensor) else list(wrt)
+        if any(self._loop.tape.find(tensor) is not None for tensor in wanted):
+            raise SweepError(
+                "forward mode would need a tangent for every weight to differentiate with respect to the initial weights. Use "
+                "`metaopt.record`."
+            )
+        with self._loop.paused():
+            return self._evaluate(outer).collect(wanted)
+
+    def _evaluate(self, outer: Objective) -> Adjoint:
+        adjoint = self._adjoint(outer)
+        adjoint.check_value([])
+        tangents = self._tangents
+        for segment, before, _ in reversed(self._recent):
+            if all(key in tangents or key not in segment.outputs for key in adjoint.carried):
+                break
+            adjoint.pull_back(segment, self._loop.steps)
+            tangents = before
+        for leaf, place in self._columns.places():
+            parts = [
+                tangents[key][place].flatten(1) @ alpha.flatten().to(tangents[key].dtype)
+                for key, alpha in adjoint.carried.items()
+                if key in tangents
+            ]
+            if parts:
+                total = torch.stack(parts).sum(0)
+                adjoint.direct.append((leaf, total.view(leaf.shape).to(leaf.dtype)))
+        if not all(bool(torch.isfinite(grad).all()) for _, grad in adjoint.direct):
+            self._check_finite()
+        return adjoint
+
+    def _forget(self) -> None:
+        self._tangents.clear()
+        self._recent.clear()
+
+
+def _widened(tangent: Tensor, count: int) -> Tensor:
+    """With zeros for hyperparameters that appeared since."""
+    if len(tangent) == count:
+        return tangent
+    return torch.cat([tangent, tangent.new_zeros((count - len(tangent), *tangent.shape[1:]))])
