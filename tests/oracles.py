@@ -118,9 +118,10 @@ def unrolled(loop: Loop, hyper: Mapping[str, Tensor], *, last: int | None = None
             buffers = {name: everything[name] for name in buffers}
             loss = loop.loss(hyper, out, y, part, iter(weights.values()))
             new = torch.autograd.grad(loss, list(weights.values()), create_graph=True, allow_unused=True)
-            for name, g in zip(weights, new, strict=True):
+            for name, part_of_it in zip(weights, new, strict=True):
                 old = grads[name]
-                grads[name] = old if g is None else g if old is None else old + g
+                if part_of_it is not None:
+                    grads[name] = part_of_it if old is None else old + part_of_it
         for name, g in grads.items():
             if g is None:
                 continue

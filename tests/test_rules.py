@@ -1,7 +1,7 @@
 """Every registered rule: it is torch's step, and it is differentiable.
 
-A wrong rule is invisible to every gradient oracle that shares it, and a wrong derivative is invisible to parity, so both
-are here.
+A wrong rule is invisible to every gradient oracle that shares it, and a wrong derivative is invisible to parity, so
+both are here.
 """
 
 from __future__ import annotations

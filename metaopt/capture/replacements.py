@@ -1,17 +1,21 @@
-"""Functions of torch whose second derivative is wrong, and what the replay calls in their place.
+"""Functions of torch whose higher derivatives are wrong or fail, and what the replay calls in their place.
 
 ``torch._weight_norm`` (behind ``nn.utils.weight_norm`` and its parametrization): its backward treats the norms that
 the forward saved as constants, so its second derivative lacks a term (torch 2.13, seen against finite differences).
+
+``F.cross_entropy`` and ``F.nll_loss`` with more than two dimensions: the kernel behind them refuses gradients that are not
+contiguous, which the transposed pass of forward mode has (torch 2.13: "grad_input must be contiguous").
 """
 
 from __future__ import annotations
 
-__all__ = ["REPLACEMENTS", "weight_norm"]
+__all__ = ["REPLACEMENTS", "cross_entropy", "nll_loss", "weight_norm"]
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,4 +24,47 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {torch._weight_norm: weight_norm}
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """``F.nll_loss`` by ``gather``: ``-weight[target] · input[target]``, over axis 1."""
+    if input.dim() <= 2 or size_average is not None or reduce is not None:
+        return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
+    kept = target != ignore_index
+    index = torch.where(kept, target, 0)
+    factor = kept.to(input.dtype) if weight is None else torch.where(kept, weight[index], 0.0)
+    loss = -factor * input.gather(1, index.unsqueeze(1)).squeeze(1)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / factor.sum()
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """``F.cross_entropy``; with class indices and without smoothing, `nll_loss` of the log-softmax."""
+    if input.dim() <= 2 or target.is_floating_point() or label_smoothing != 0.0:
+        return F.cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing=label_smoothing
+        )
+    return nll_loss(F.log_softmax(input, 1), target, weight, size_average, ignore_index, reduce, reduction)
+
+
+REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch._weight_norm: weight_norm,
+    F.cross_entropy: cross_entropy,
+    F.nll_loss: nll_loss,
+}
