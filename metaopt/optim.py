@@ -118,14 +118,19 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
 
 def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     assert isinstance(optimizer, DifferentiableOptimizer)
-    optimizer._sync()
-    optimizer._before_step()
+    with torch._C.DisableTorchFunction():  # bookkeeping, and no part of the loop that a context may be watching
+        optimizer._sync()
+        optimizer._before_step()
 
 
 def _count(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     assert isinstance(optimizer, DifferentiableOptimizer)
-    optimizer._after_step()
+    with torch._C.DisableTorchFunction():
+        optimizer._after_step()
     optimizer.schedule_step += 1
+
+
+_count.part_of_step = True  # type: ignore[attr-defined]
 
 
 class SGD(DifferentiableOptimizer, torch.optim.SGD):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 __all__ = ["Loop"]
 
+import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -20,11 +22,11 @@ from torch.optim.optimizer import (
 from metaopt.capture.functions import see_functions
 from metaopt.capture.program import Library
 from metaopt.capture.segment import Segment
-from metaopt.capture.tape import Tape, leaves_of
+from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Group, Instruction, Val
 from metaopt.capture.verify import Verifier
 from metaopt.capture.watcher import Watcher
-from metaopt.errors import CaptureError, StaleError
+from metaopt.errors import CaptureError
 from metaopt.rules import Rule, Update, rule_of
 
 _open: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -59,6 +61,7 @@ class Loop:
         self.verifier = Verifier(verify)
         self.watcher.check_functions = verify != "never"
         self._exit: ExitStack | None = None
+        self._thread = 0
         self._pending: list[tuple[dict[str, Any], list[Tensor], Update, dict[str, Any]]] = []
         self._known = 0
         self._received: set[int] = set()
@@ -77,14 +80,17 @@ class Loop:
                 "first, or use its run."
             )
         self._check_weights()
+        self._thread = threading.get_ident()
         self.tape.begin()
         with ExitStack() as stack:
             _open.add(self.optimizer)
             stack.callback(_open.discard, self.optimizer)
             stack.enter_context(_eager())
+            after = self.optimizer.register_step_post_hook(self._post_step)
+            _put_first(self.optimizer._optimizer_step_post_hooks, after.id)
             for handle in (
                 self.optimizer.register_step_pre_hook(self._pre_step),
-                self.optimizer.register_step_post_hook(self._post_step),
+                after,
                 register_optimizer_step_pre_hook(self._pre_foreign_step),
                 register_optimizer_step_post_hook(self._post_foreign_step),
             ):
@@ -145,12 +151,11 @@ class Loop:
 
         def watched() -> Any:
             self.watcher.paused = False
-            try:
-                with torch.enable_grad():
-                    return closure()
-            finally:
-                self.watcher.paused = True
-                self._before_update()
+            with torch.enable_grad():
+                value = closure()
+            self.watcher.paused = True
+            self._before_update()
+            return value
 
         if "closure" in kwargs:
             return args, {**kwargs, "closure": watched}
@@ -165,14 +170,13 @@ class Loop:
             self.watcher.paused = False
 
     def _post_foreign_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer is not self.optimizer:
+        if optimizer is not self.optimizer and threading.get_ident() == self._thread:
             self.watcher.paused = False
 
     def _pre_foreign_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self.watcher.paused = True
-        if optimizer is self.optimizer:
+        if optimizer is self.optimizer or threading.get_ident() != self._thread:
             return  # `_pre_step` follows, after the optimizer's own hooks
-        known = {id(leaf) for external in self.tape.externals.values() for leaf in leaves_of(external.tensor)}
+        self.watcher.paused = True
         for group in optimizer.param_groups:
             for weight in group["params"]:
                 if id(weight) in self.tape.trained:
@@ -181,14 +185,8 @@ class Loop:
                         f"{type(optimizer).__name__}, which is not watched, steps weights of the watched optimizer "
                         "inside the context. Let one optimizer train them."
                     )
-                if id(weight) in known and not self.tape.moving:
-                    self.watcher.paused = False
-                    raise StaleError(
-                        f"{type(optimizer).__name__}, which is not watched, steps inside the context and changes a "
-                        f"tensor of shape {tuple(weight.shape)} that the recorded steps depend on. If it is a "
-                        "hyperparameter, step it after `run.backward`, or use `metaopt.stream`; if it trains a part "
-                        "of the model, let the watched optimizer train it too."
-                    )
+                # A hyperparameter, or the weight of another model: whoever needs its old value has it.
+                self.tape.before_write(weight)
 
     def _before_update(self) -> None:
         """Note what the update reads, and save what it is about to overwrite."""
@@ -289,7 +287,7 @@ class Loop:
             rule.refuse({**group, **plain}, differentiable)
         settings: list[tuple[str, Any]] = []
         for name, number in numbers.items():
-            if name in links:
+            if name in links and not (isinstance(number, Tensor) and tape.is_live(number)):
                 value, factor = links[name]
                 spec: Any = tape.read(value)
                 if factor != 1.0:
@@ -335,6 +333,14 @@ class Loop:
         if check:
             self.verifier.check(segment, self.tape, self.steps)
         self.on_segment(segment, check)
+
+
+def _put_first(hooks: OrderedDict[int, Any], key: int) -> None:
+    # Our hook closes the iteration before the user's own hooks look at the weights; only what an optimizer itself
+    # does to its state after the step comes earlier.
+    own = [k for k, hook in hooks.items() if getattr(hook, "part_of_step", False)]
+    for k in (key, *reversed(own)):
+        hooks.move_to_end(k, last=False)
 
 
 def _eager() -> AbstractContextManager[Any]:

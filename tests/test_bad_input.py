@@ -328,13 +328,22 @@ def test_hyperparameter_changed_before_backward() -> None:
 def test_hyperparameter_stepped_inside() -> None:
     lr = torch.tensor(0.1, requires_grad=True)
     hyper_optimizer = torch.optim.SGD([lr], lr=0.1)
-    lr.grad = torch.ones(())
+    lr.grad = torch.ones(()) * 0.1
 
     def step(t: int, model: nn.Module) -> None:
         hyper_optimizer.step()
 
+    run, model = trained(lr, inside=step)
     with pytest.raises(metaopt.StaleError, match=r"metaopt\.stream"):
-        trained(lr, inside=step)
+        run.backward(outer(model))
+
+
+def test_hyperparameter_changed_through_data() -> None:
+    lr = torch.tensor(0.1, requires_grad=True)
+    run, model = trained(lr)
+    lr.data.mul_(2)
+    with pytest.raises(metaopt.StaleError, match="changed in place"):
+        run.backward(outer(model))
 
 
 def test_weights_changed_before_backward() -> None:
@@ -377,10 +386,16 @@ def test_another_optimizer_on_the_same_weights() -> None:
 def test_a_second_network_under_its_own_optimizer() -> None:
     first, second = mlp(5, 5), mlp(5, 6, 3)
     optimizer, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (first, second))
-    with pytest.raises(metaopt.StaleError, match="watched optimizer"), metaopt.record(optimizer):
-        loss(nn.Sequential(first, second)).backward()
-        optimizer.step()
-        other.step()
+    with metaopt.record(optimizer) as run:
+        for _ in range(2):
+            other.zero_grad()
+            for weight in second.parameters():
+                weight.grad = torch.ones_like(weight)
+            loss(nn.Sequential(first, second)).backward()
+            optimizer.step()
+            other.step()
+    with pytest.raises(metaopt.StaleError, match="changed in place"):
+        run.backward(loss(nn.Sequential(first, second)))
 
 
 def test_an_unrelated_training_inside_is_left_alone() -> None:
@@ -389,12 +404,20 @@ def test_an_unrelated_training_inside_is_left_alone() -> None:
 
     def train(t: int, model: nn.Module) -> None:
         alone.zero_grad()
-        # its parameters are leaves that require grad, but nothing of the watched training is among them
         loss(other).backward()
+        alone.step()
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        trained(inside=train)
+        run, model = trained(inside=train)
+        run.backward(outer(model))
+    moved = mlp(5, 6, 3)
+    bare = torch.optim.SGD(moved.parameters(), lr=0.1)
+    for _ in range(3):
+        bare.zero_grad()
+        loss(moved).backward()
+        bare.step()
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), moved.parameters(), strict=True))
 
 
 def test_numbers_that_leave_the_tensor_world_are_said_once() -> None:

@@ -67,7 +67,8 @@ def _backward(
 ) -> None:
     """Run the loop's backward pass into the trained weights alone, and record the gradients that they received."""
     tape = watcher.tape
-    if not any(tape.is_live(loss) for loss in losses):
+    if not any(tape.inner_of(loss) for loss in losses):
+        # Nothing of the watched training: another model's, or the hyperparameters' own.
         torch.autograd.backward(losses, gradients, retain_graph, create_graph, inputs=inputs)
         return
     _refuse_lost(tape, losses)

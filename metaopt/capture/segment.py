@@ -56,9 +56,11 @@ class Segment:
         phase = Phase()
         call = self.program.function(tuple(self.outputs[key] for key in keys))
         state = state or {}
+        for place in call.externals:
+            self.externals[place].check()
         inputs = {key: variable(state.get(key, cell.value())) for key, cell in self._pick(call.inputs)}
         chosen = [self.externals[place] for place in call.externals]
-        externals = {id(external.tensor): variable(external.tensor) for external in chosen}
+        externals = {id(external.tensor): variable(external.cell.value()) for external in chosen}
         with torch.enable_grad():
             outputs = call(
                 phase,
@@ -73,7 +75,7 @@ class Segment:
         """Where the iteration was recorded: the floating-point values that these outputs depend on."""
         call = self.program.function(tuple(self.outputs[key] for key in keys))
         values = [cell.value() for _, cell in self._pick(call.inputs)]
-        values += [self.externals[place].tensor.detach() for place in call.externals]
+        values += [self.externals[place].cell.value() for place in call.externals]
         return [value for value in values if value.dtype.is_floating_point]
 
     def evaluate(self, keys: Sequence[int], point: Sequence[Tensor]) -> list[Tensor]:
@@ -86,7 +88,7 @@ class Segment:
             return next(given) if value.dtype.is_floating_point else value
 
         inputs = [replaced(cell.value()) for _, cell in self._pick(call.inputs)]
-        externals = [replaced(self.externals[place].tensor.detach()) for place in call.externals]
+        externals = [replaced(self.externals[place].cell.value()) for place in call.externals]
         constants = [self.constants[place].value() for place in call.constants]
         constants = [c.to(dtype) if c.dtype.is_floating_point else c for c in constants]
         return call(Phase(), inputs, externals, constants, self)

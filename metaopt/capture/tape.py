@@ -9,8 +9,10 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from metaopt.capture.cells import Cell, Cells, version_of
 from metaopt.capture.primitives import hooked, leaf, overwrite, stop
@@ -20,6 +22,16 @@ from metaopt.errors import CaptureError, StaleError
 
 _LITERALS = (str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(Ellipsis))
 _COMPACT_EVERY = 512
+_COPIED_AT_MOST = 100_000
+
+
+Geometry = tuple[torch.Size, tuple[int, ...], int, torch.dtype, bool]
+
+
+def tensor_geometry(tensor: Tensor) -> Geometry:
+    """Where a tensor lies in its memory, and whether it fills it without gaps."""
+    dense = tensor.numel() == 0 or tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, dense
 
 
 class View(NamedTuple):
@@ -89,19 +101,29 @@ class Binding:
 
 
 class External:
-    """A tensor that requires grad and is not trained: a hyperparameter, or something computed from one."""
+    """A tensor that requires grad and is not trained: a hyperparameter, or something computed from one.
 
-    __slots__ = ("epoch", "tensor", "value", "version")
+    One that changes is a new external from then on; what used the old value keeps the old one.
+    """
 
-    def __init__(self, tensor: Tensor) -> None:
+    __slots__ = ("cell", "copy", "epoch", "moving", "tensor", "value", "version")
+
+    def __init__(self, tensor: Tensor, cell: Cell, *, moving: bool) -> None:
         self.tensor = tensor
+        self.cell = cell
         self.version = version_of(tensor)
         self.value = -1
         self.epoch = -1
+        self.moving = moving
+        # Writes through `.data` leave no trace in the version.
+        self.copy = tensor.detach().clone() if tensor.numel() <= _COPIED_AT_MOST and not moving else None
 
     def check(self) -> None:
-        """Raise if the hyperparameter changed since the context began to use it."""
-        if version_of(self.tensor) != self.version:
+        """Raise if the hyperparameter is not what it was when these steps used it."""
+        if self.moving:
+            return
+        unchanged = version_of(self.tensor) == self.version
+        if not unchanged or (self.copy is not None and not torch.equal(self.copy, self.tensor)):
             raise StaleError(
                 f"a hyperparameter of shape {tuple(self.tensor.shape)} was changed in place after the recorded steps "
                 "used it, so their derivative at its old value can't be taken. Call `run.backward` before the "
@@ -123,7 +145,7 @@ class Tape:
         self._bindings: dict[int, Binding] = {}
         self._constants: dict[int, tuple[Tensor, int, int]] = {}
         self._constant_cells: list[Cell] = []
-        self._memory: dict[int, weakref.ref[Tensor]] = {}
+        self._memory: dict[int, tuple[StorageWeakRef, Binding, Geometry]] = {}
         self._stopped: dict[int, int] = {}
         self._compact_at = _COMPACT_EVERY
         self.before_first_write: Callable[[Tensor], None] | None = None
@@ -136,14 +158,20 @@ class Tape:
         """Follow a weight that the optimizer trains."""
         self.trained[id(tensor)] = tensor
         binding = self.bind(tensor)
-        self.own_memory(tensor)
         binding.leaf = tensor.requires_grad
         binding.inner = int(binding.leaf)
+        self.own_memory(tensor)
         return binding
 
     def bind(self, tensor: Tensor) -> Binding:
         """Follow a tensor object whose value is carried over from before this iteration."""
         binding = Binding(next(self._keys), tensor)
+        self._bindings[id(tensor)] = binding
+        return binding
+
+    def _bear(self, tensor: Tensor) -> Binding:
+        """Follow a tensor object that an iteration makes: it has no value from before, and a negative key says so."""
+        binding = Binding(-1 - next(self._keys), tensor)
         self._bindings[id(tensor)] = binding
         return binding
 
@@ -161,35 +189,53 @@ class Tape:
     def own_memory(self, tensor: Tensor) -> None:
         """Other tensors in this one's memory, made out of sight, are views of it."""
         if tensor.layout is torch.strided:
-            self._memory[tensor.untyped_storage()._cdata] = weakref.ref(tensor)
+            storage = tensor.untyped_storage()
+            binding = self.find(tensor)
+            if binding is not None:
+                # The weak reference also keeps the address from being given to another storage.
+                self._memory[storage._cdata] = (StorageWeakRef(storage), binding, tensor_geometry(tensor))
 
     def alias(self, tensor: Tensor) -> Binding | None:
-        """The binding of a tensor that was made out of sight in the memory of a weight or a followed buffer."""
-        if tensor.layout is not torch.strided:
+        """The binding of a tensor that was made out of sight in the memory of one that is followed."""
+        if tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return None
-        reference = self._memory.get(tensor.untyped_storage()._cdata)
-        owner = None if reference is None else reference()
-        if owner is None or owner is tensor or owner.untyped_storage()._cdata != tensor.untyped_storage()._cdata:
+        known = self._memory.get(tensor.untyped_storage()._cdata)
+        if known is None or known[0].expired():
             return None
-        base = self.find(owner)
-        return None if base is None else self.bind_view(tensor, owner, base)
-
-    def bind_view(self, tensor: Tensor, owner: Tensor, base: Binding) -> Binding:
-        """Follow a tensor as a view, by its strides, of another one."""
-        offset = tensor.storage_offset() - owner.storage_offset()
-        dense = owner.numel() == 0 or owner.untyped_storage().nbytes() >= owner.numel() * owner.element_size()
-        if offset < 0 or not dense or tensor.dtype != owner.dtype:
+        _, base, geometry = known
+        owner = base.ref()
+        if owner is tensor or (owner is None and base.epoch != self.epoch):
+            return None
+        if not tensor.requires_grad:
+            return self.bind_view(tensor, base, geometry)
+        if owner is not None:
             raise CaptureError(
-                f"a tensor of shape {tuple(tensor.shape)} shares memory with one of shape {tuple(owner.shape)} that "
-                "depends on the weights, in a way that can't be followed. Give it memory of its own (`x.clone()`)."
+                f"a parameter of shape {tuple(tensor.shape)} was made in the memory of another tensor that "
+                "depends on the weights, so "
+                "that writing the one changes the other. Give it memory of its own (`x.clone()`)."
             )
-        binding = self.bind(tensor)
+        # A parameter made of a detached copy (`copy.deepcopy(model)`): a leaf of the loop with a known value.
+        value = self.read_binding(self.bind_view(tensor, base, geometry))
+        (number,) = self.trace.emit(leaf, Val(value))
+        return self.define(tensor, number, inner=1, leaf=True)
+
+    def bind_view(self, tensor: Tensor, base: Binding, geometry: Geometry) -> Binding:
+        """Follow a tensor as a view, by its strides, of another one."""
+        shape, stride, start, dtype, dense = geometry
+        offset = tensor.storage_offset() - start
+        if offset < 0 or not dense or tensor.dtype != dtype:
+            raise CaptureError(
+                f"a tensor of shape {tuple(tensor.shape)} shares memory with one of shape {tuple(shape)} that "
+                "depends on the "
+                "weights, in a way that can't be followed. Give it memory of its own (`x.clone()`)."
+            )
+        binding = self._bear(tensor)
         binding.base = base
-        same = tensor.shape == owner.shape and tensor.stride() == owner.stride() and offset == 0
-        geometry = (tuple(tensor.shape), tensor.stride(), offset)
-        binding.via = (
-            View(stop, (BASE,), {}, 1, 0, True) if same else View(torch.as_strided, (BASE, *geometry), {}, 1, 0, True)
-        )
+        if tensor.shape == shape and tensor.stride() == stride and offset == 0:
+            binding.via = View(stop, (BASE,), {}, 1, 0, True)
+        else:
+            place = (tuple(tensor.shape), tensor.stride(), offset)
+            binding.via = View(torch.as_strided, (BASE, *place), {}, 1, 0, True)
         return binding
 
     def bindings(self) -> list[Binding]:
@@ -204,11 +250,11 @@ class Tape:
         if binding is not None:
             value = self.read_binding(binding, tensor)
             return Val(self.stopped(value) if binding.halted else value)
-        if tensor.requires_grad:
-            return Val(self._read_external(tensor))
         alias = self.alias(tensor)
         if alias is not None:
             return Val(self.read_binding(alias, tensor))
+        if tensor.requires_grad:
+            return Val(self._read_external(tensor))
         return Val(self.read_constant(tensor))
 
     def read_binding(self, binding: Binding, tensor: Tensor | None = None) -> int:
@@ -278,12 +324,15 @@ class Tape:
 
     def _read_external(self, tensor: Tensor) -> int:
         external = self.externals.get(id(tensor))
-        if external is None:
+        moved = external is not None and external.version != version_of(tensor)
+        if external is not None and moved and external.epoch == self.epoch:
+            raise StaleError(
+                f"a hyperparameter of shape {tuple(tensor.shape)} was changed in place within one step, between two of its "
+                "uses. Change it after `optimizer.step()`."
+            )
+        if external is None or moved:
             self._refuse_weights(tensor)
-            external = self.externals[id(tensor)] = External(tensor)
-        if self.moving and external.epoch != self.epoch:
-            external.version = version_of(tensor)
-        external.check()
+            external = self.externals[id(tensor)] = External(tensor, self.cells.keep(tensor), moving=self.moving)
         if external.epoch != self.epoch:
             external.value, external.epoch = self.trace.new(), self.epoch
             self.trace.externals.append(external.value)
@@ -348,14 +397,15 @@ class Tape:
             return Group(kind, tuple([self.spec(entry, read) for entry in argument]))
         if isinstance(argument, (int, float)):  # numpy's scalars, enums
             return self.trace.number(argument)
-        self.trace.objects.append(argument)
+        # What is mutable is copied: the loop may change it before the sweep looks (an index that is shuffled in place).
+        self.trace.objects.append(argument.copy() if isinstance(argument, numpy.ndarray) else argument)
         return Obj(len(self.trace.objects) - 1)
 
     # -- results ----------------------------------------------------------------------------------------------------
 
     def define(self, tensor: Tensor, value: int, *, inner: int = 0, leaf: bool = False) -> Binding:
         """The tensor object now holds this value of the present iteration."""
-        binding = self.find(tensor) or self.bind(tensor)
+        binding = self.find(tensor) or self._bear(tensor)
         binding.cell = binding.base = binding.via = None
         binding.halted = False
         binding.value, binding.epoch, binding.fresh = value, self.epoch, True
@@ -405,18 +455,25 @@ class Tape:
                 if external.tensor.grad_fn is None or external.epoch > self.epoch - 4
             }
         self._bindings = {key: b for key, b in self._bindings.items() if b.ref() is not None}
-        self._memory = {key: ref for key, ref in self._memory.items() if ref() is not None}
+        self._memory = {
+            key: known
+            for key, known in self._memory.items()
+            if not known[0].expired() and known[1].ref() is not None
+        }
 
     def end(self, seal: Callable[..., Segment]) -> Segment:
         """Finish the iteration: what it left behind in living tensors is what it computed."""
+        for view in self.bindings():
+            # A view may outlive its base: it gets a value of its own.
+            if view.base is not None and view.root.epoch == self.epoch and view.root.fresh:
+                self.read_binding(view)
         outputs = sorted(
             (b.value, b.key)
             for b in self._bindings.values()
             if b.epoch == self.epoch
             and b.fresh
             and (t := b.ref()) is not None
-            and t.dtype.is_floating_point
-            and (b.base is None or b.base.ref() is None)
+            and (t.dtype.is_floating_point or t.dtype.is_complex)
         )
         segment = seal(
             self.trace,

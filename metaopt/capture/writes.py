@@ -75,7 +75,8 @@ def _follow(tape: Tape, target: Tensor) -> None:
     owner = target if target._base is None else target._base
     tape.define(owner, tape.read_constant(owner)).buffer = 1
     tape.own_memory(owner)
-    tape.alias(target)
+    if owner is not target:
+        tape.alias(target)
 
 
 def _whole(tape: Tape, target: Tensor) -> bool:
