@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["SPECIAL", "apply_function", "inner_leaf"]
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,18 @@ from metaopt.capture import statistics
 from metaopt.capture.cells import version_of
 from metaopt.capture.derivatives import check_function
 from metaopt.capture.primitives import flatten, hooked, inner_gradient, leaf, stop, total
-from metaopt.capture.tape import BASE, Tape, View
+from metaopt.capture.tape import BASE, Tape, View, refuse_live_closure
 from metaopt.capture.trace import Group, Instruction, Val
 from metaopt.errors import CaptureError
 
 if TYPE_CHECKING:
     from metaopt.capture.watcher import Watcher
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """A function's plain name."""
+    return getattr(func, "__name__", None) or type(func).__name__
+
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
@@ -81,6 +88,8 @@ def _backward(
     before = {key: grad._version for key, grad in present.items()}
     for grad in present.values():
         tape.before_write(grad)
+    if inputs is None:
+        watcher.withheld.update(tape.externals)
     if into:
         torch.autograd.backward(losses, gradients, retain_graph, create_graph, inputs=into)
     received = [
@@ -203,6 +212,46 @@ def _detach(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwar
     return result
 
 
+def _detach_in_place(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    tape = watcher.tape
+    (tensor, *_) = args
+    live = tape.is_live(tensor)
+    value = tape.stopped(tape.read(tensor).index) if live else -1
+    result = func(*args, **kwargs)
+    if live:
+        tape.define(tensor, value)
+    return result
+
+
+def _full(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    fill = args[1] if len(args) > 1 else kwargs.get("fill_value")
+    if isinstance(fill, Tensor) and watcher.tape.is_live(fill):
+        number = fill.detach().item()
+        watcher.say_constant(name_of(func))
+        args = (args[0], number, *args[2:]) if len(args) > 1 else args
+        kwargs = {**kwargs, "fill_value": number} if "fill_value" in kwargs else kwargs
+    return watcher.call(func, args, kwargs)
+
+
+def _get_grad(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    grad = func(*args, **kwargs)
+    tensor = args[0]
+    known = watcher.tape.externals.get(id(tensor)) if grad is None else None
+    if known is not None and known.tensor is tensor and tensor.is_leaf and id(tensor) in watcher.withheld:
+        frame = sys._getframe(2)
+        while frame is not None and frame.f_globals.get("__name__", "").startswith("metaopt.capture"):
+            frame = frame.f_back  # type: ignore[assignment]
+        if frame is None or frame.f_code.co_name not in ("zero_grad", "record", "accumulate"):
+            raise CaptureError(
+                f"the `.grad` of a tensor of shape {tuple(tensor.shape)} was read inside the context, and is not "
+                "there: the tensor requires grad and the watched optimizer does not train it, so it is taken for a "
+                "hyperparameter, which gets no training gradient. If it is a part of the model, freeze it "
+                "(`requires_grad_(False)`) or give it to the optimizer; if the loop updates it by hand, make it "
+                "inside the context."
+            )
+    return grad
+
+
 def _set_data(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     target, source = args
     tape = watcher.tape
@@ -258,6 +307,7 @@ def _hook(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs
     result = func(*args, **kwargs)
     tape = watcher.tape
     if tape.is_live(args[0]):
+        refuse_live_closure(tape, args[1])
         value = tape.read(args[0])
         place = tape.spec(args[1], tape.read)
         tape.trace.code.append(Instruction(hooked, (value, place), phased=True, effect=True))
@@ -338,6 +388,10 @@ SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.autograd.backward: _autograd_backward,
     torch.autograd.grad: _autograd_grad,
     Tensor.detach: _detach,
+    Tensor.detach_: _detach_in_place,
+    torch.full: _full,
+    torch.full_like: _full,
+    Tensor.grad.__get__: _get_grad,  # type: ignore[union-attr]
     Tensor.data.__get__: _detach,  # type: ignore[attr-defined]
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.requires_grad_: _requires_grad,

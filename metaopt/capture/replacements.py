@@ -3,13 +3,16 @@
 ``torch._weight_norm`` (behind ``nn.utils.weight_norm`` and its parametrization): its backward treats the norms that
 the forward saved as constants, so its second derivative lacks a term (torch 2.13, seen against finite differences).
 
-``F.cross_entropy`` and ``F.nll_loss`` with more than two dimensions: the kernel behind them refuses gradients that are not
-contiguous, which the transposed pass of forward mode has (torch 2.13: "grad_input must be contiguous").
+``torch._amp_foreach_non_finite_check_and_unscale_`` (in ``GradScaler``) has no derivative, and autograd takes it for
+the identity.
+
+``F.cross_entropy`` and ``F.nll_loss`` with more than two dimensions: the kernel behind them refuses gradients that
+are not contiguous, which the transposed pass of forward mode has (torch 2.13: "grad_input must be contiguous").
 """
 
 from __future__ import annotations
 
-__all__ = ["REPLACEMENTS", "cross_entropy", "nll_loss", "weight_norm"]
+__all__ = ["REPLACEMENTS", "cross_entropy", "nll_loss", "unscale_", "weight_norm"]
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +28,7 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 def nll_loss(
-    input: Tensor,
+    input: Tensor,  # noqa: A002 (torch's name for it)
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -46,7 +49,7 @@ def nll_loss(
 
 
 def cross_entropy(
-    input: Tensor,
+    input: Tensor,  # noqa: A002 (torch's name for it)
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -63,8 +66,15 @@ def cross_entropy(
     return nll_loss(F.log_softmax(input, 1), target, weight, size_average, ignore_index, reduce, reduction)
 
 
+def unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
+    """What ``GradScaler`` does to gradients, without the look for infinities: ``grad *= inv_scale``."""
+    for grad in grads:
+        grad.mul_(inv_scale.to(device=grad.device, dtype=grad.dtype))
+
+
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
     F.cross_entropy: cross_entropy,
     F.nll_loss: nll_loss,
+    torch._amp_foreach_non_finite_check_and_unscale_: unscale_,
 }

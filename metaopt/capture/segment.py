@@ -4,7 +4,8 @@ from __future__ import annotations
 
 __all__ = ["Replay", "Segment"]
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ class Segment:
         inputs = {key: variable(state.get(key, cell.value())) for key, cell in self._pick(call.inputs)}
         chosen = [self.externals[place] for place in call.externals]
         externals = {id(external.tensor): variable(external.cell.value()) for external in chosen}
-        with torch.enable_grad():
+        with torch.enable_grad(), undisturbed():
             outputs = call(
                 phase,
                 list(inputs.values()),
@@ -91,10 +92,24 @@ class Segment:
         externals = [replaced(self.externals[place].cell.value()) for place in call.externals]
         constants = [self.constants[place].value() for place in call.constants]
         constants = [c.to(dtype) if c.dtype.is_floating_point else c for c in constants]
-        return call(Phase(), inputs, externals, constants, self)
+        with undisturbed():
+            return call(Phase(), inputs, externals, constants, self)
 
     def _pick(self, places: Sequence[int]) -> list[tuple[int, Cell]]:
         return [self.inputs[place] for place in places]
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """The random generators are afterwards where they were."""
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
 
 
 def variable(value: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ def batch_norm(watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...]
 
 def instance_norm(watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``F.instance_norm``, likewise."""
-    given: dict[str, Any] = {"running_mean": None, "running_var": None, "use_input_stats": True, "momentum": 0.1, "eps": 1e-5}
-    given |= {"weight": None, "bias": None}
+    given: dict[str, Any] = {"running_mean": None, "running_var": None, "use_input_stats": True}
+    given |= {"weight": None, "bias": None, "momentum": 0.1, "eps": 1e-5}
     given |= dict(zip(_INSTANCE_NORM, args, strict=False)) | kwargs
     return _norm(watcher, func, args, kwargs, given, given["use_input_stats"], per_instance=True)
 

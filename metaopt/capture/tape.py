@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["BASE", "Binding", "External", "Tape", "View", "leaves_of", "nodes_of"]
+__all__ = ["BASE", "Binding", "External", "Tape", "View", "leaves_of", "nodes_of", "refuse_live_closure"]
 
 import itertools
 import weakref
@@ -210,9 +210,8 @@ class Tape:
             return self.bind_view(tensor, base, geometry)
         if owner is not None:
             raise CaptureError(
-                f"a parameter of shape {tuple(tensor.shape)} was made in the memory of another tensor that "
-                "depends on the weights, so "
-                "that writing the one changes the other. Give it memory of its own (`x.clone()`)."
+                f"a parameter of shape {tuple(tensor.shape)} was made in the memory of another tensor that depends on "
+                "the weights, so that writing the one changes the other. Give it memory of its own (`x.clone()`)."
             )
         # A parameter made of a detached copy (`copy.deepcopy(model)`): a leaf of the loop with a known value.
         value = self.read_binding(self.bind_view(tensor, base, geometry))
@@ -225,9 +224,8 @@ class Tape:
         offset = tensor.storage_offset() - start
         if offset < 0 or not dense or tensor.dtype != dtype:
             raise CaptureError(
-                f"a tensor of shape {tuple(tensor.shape)} shares memory with one of shape {tuple(shape)} that "
-                "depends on the "
-                "weights, in a way that can't be followed. Give it memory of its own (`x.clone()`)."
+                f"a tensor of shape {tuple(tensor.shape)} shares memory with one of shape {tuple(shape)} that depends "
+                "on the weights, in a way that can't be followed. Give it memory of its own (`x.clone()`)."
             )
         binding = self._bear(tensor)
         binding.base = base
@@ -315,6 +313,7 @@ class Tape:
         binding.halted = False
         binding.leaves = [number] if binding.leaf else []
         for hook in (getattr(tensor, "_backward_hooks", None) or {}).values() if binding.leaf else ():
+            refuse_live_closure(self, hook)
             self.trace.code.append(
                 Instruction(hooked, (Val(number), self.spec(hook, self.read)), phased=True, effect=True)
             )
@@ -327,8 +326,8 @@ class Tape:
         moved = external is not None and external.version != version_of(tensor)
         if external is not None and moved and external.epoch == self.epoch:
             raise StaleError(
-                f"a hyperparameter of shape {tuple(tensor.shape)} was changed in place within one step, between two of its "
-                "uses. Change it after `optimizer.step()`."
+                f"a hyperparameter of shape {tuple(tensor.shape)} was changed in place within one step, between two "
+                "of its uses. Change it after `optimizer.step()`."
             )
         if external is None or moved:
             self._refuse_weights(tensor)
@@ -456,9 +455,7 @@ class Tape:
             }
         self._bindings = {key: b for key, b in self._bindings.items() if b.ref() is not None}
         self._memory = {
-            key: known
-            for key, known in self._memory.items()
-            if not known[0].expired() and known[1].ref() is not None
+            key: known for key, known in self._memory.items() if not known[0].expired() and known[1].ref() is not None
         }
 
     def end(self, seal: Callable[..., Segment]) -> Segment:
@@ -523,6 +520,30 @@ def _unseen_write(tensor: Tensor) -> CaptureError:
         "torch's function modes off. Write it with torch's own operations, inside the context; evaluate outer "
         "objectives before anything changes what the loop left."
     )
+
+
+def refuse_live_closure(tape: Tape, hook: Callable[..., Any]) -> None:
+    """Refuse a gradient hook that reads weights or hyperparameters: the replay can't give it others to read."""
+    code = getattr(hook, "__code__", None)
+    held = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or () if cell.cell_contents is not hook]
+    held += list(getattr(hook, "__defaults__", None) or ())
+    held += [getattr(hook, "__self__", None), *getattr(hook, "args", ()), *getattr(hook, "keywords", {}).values()]
+    if code is not None:
+        held += [hook.__globals__[name] for name in code.co_names if name in hook.__globals__]
+    while held:
+        entry = held.pop()
+        if isinstance(entry, (list, tuple)):
+            held += entry
+        elif isinstance(entry, dict):
+            held += entry.values()
+        elif isinstance(entry, torch.nn.Module):
+            held += entry.parameters()
+        elif isinstance(entry, Tensor) and tape.is_live(entry):
+            raise CaptureError(
+                f"a gradient hook reads a tensor of shape {tuple(entry.shape)} that is trained or a hyperparameter. "
+                "The replay runs the hook, and can't show it that tensor as it was. Change the gradients in the loop "
+                "instead, after `loss.backward()`."
+            )
 
 
 def nodes_of(tensor: Tensor) -> list[Any]:

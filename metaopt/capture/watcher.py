@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from metaopt.capture import calls, writes
+from metaopt.capture.calls import name_of
 from metaopt.capture.cells import version_of
 from metaopt.capture.primitives import flatten
 from metaopt.capture.replacements import REPLACEMENTS
@@ -24,7 +25,7 @@ from metaopt.errors import CaptureError, EagerWarning, HeldConstantWarning
 
 _RANDOM = re.compile(
     "drop|rand|bernoulli|normal|multinomial|rrelu|gumbel|poisson|binomial|exponential|cauchy|uniform|geometric|"
-    "attention|lstm|gru|rnn|noise|sample|apply|fractional|dirichlet|gamma|kaiming|xavier|orthogonal|sparse_"
+    "attention|lstm|gru|rnn|noise|sample|apply|fractional|dirichlet|gamma|kaiming|xavier|orthogonal|sparse_|lowrank|lobpcg"
 )
 _NATIVE = re.compile("attention|lstm|gru|rnn")
 _NUMBERS = {"item", "tolist", "numpy", "__float__", "__int__", "__index__", "__complex__", "__array__", "__format__"}
@@ -33,7 +34,7 @@ _NUMBERS = {"item", "tolist", "numpy", "__float__", "__int__", "__index__", "__c
 _PASS = {
     getattr(Tensor, name).__get__
     for name in (
-        "shape dtype device requires_grad is_leaf grad_fn ndim layout is_cuda is_cpu is_sparse names grad "
+        "shape dtype device requires_grad is_leaf grad_fn ndim layout is_cuda is_cpu is_sparse names "
         "is_quantized is_nested is_meta is_mps is_xpu itemsize nbytes output_nr _version _base _backward_hooks"
     ).split()
     if hasattr(getattr(Tensor, name, None), "__get__")
@@ -57,6 +58,7 @@ class Watcher(TorchFunctionMode):
         self.tape = tape
         self.paused = False
         self.check_functions = True
+        self.withheld: set[int] = set()
         self._looked_for_compiler = 0
         self._said: set[Any] = set()
 
@@ -215,19 +217,23 @@ class Watcher(TorchFunctionMode):
         name = name_of(func)
         source = args[0] if args else None
         if name in _NUMBERS and isinstance(source, Tensor) and source.dtype.is_floating_point:
-            level = user_frame()
-            frame = sys._getframe(level)
-            if (place := (frame.f_code, frame.f_lineno)) in self._said:
-                return
-            self._said.add(place)
-            warnings.warn(
-                f"`{name}` took a Python number out of a tensor that depends on the weights or hyperparameters; "
-                "metaopt holds that number constant. This is right for logging; if it goes back into the training, "
-                "keep it a tensor (`x.detach()`). To silence: `warnings.simplefilter('ignore', "
-                "metaopt.HeldConstantWarning)`.",
-                HeldConstantWarning,
-                stacklevel=level + 1,
-            )
+            self.say_constant(name)
+
+    def say_constant(self, name: str) -> None:
+        """Say once a line that a value which depends on the weights became a Python number."""
+        level = user_frame()
+        frame = sys._getframe(level)
+        place = (frame.f_code, frame.f_lineno)
+        if place in self._said or frame.f_globals.get("__name__") == "torch.nn.init":
+            return
+        self._said.add(place)
+        warnings.warn(
+            f"`{name}` took a Python number out of a tensor that depends on the weights or hyperparameters; metaopt "
+            "holds that number constant. This is right for logging; if it goes back into the training, keep it a "
+            "tensor (`x.detach()`). To silence: `warnings.simplefilter('ignore', metaopt.HeldConstantWarning)`.",
+            HeldConstantWarning,
+            stacklevel=level + 1,
+        )
 
     def _look_for_compiler(self) -> None:
         frame = sys._getframe(1)
@@ -242,11 +248,6 @@ class Watcher(TorchFunctionMode):
                 self._looked_for_compiler = 64
                 return
             frame = frame.f_back  # type: ignore[assignment]
-
-
-def name_of(func: Callable[..., Any]) -> str:
-    """A function's plain name."""
-    return getattr(func, "__name__", None) or type(func).__name__
 
 
 def user_frame() -> int:

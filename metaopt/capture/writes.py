@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from metaopt.capture.primitives import assign, flatten, stop
+from metaopt.capture.replacements import REPLACEMENTS
 from metaopt.capture.tape import Binding, Tape
 from metaopt.capture.trace import Instruction, Val
 from metaopt.errors import CaptureError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 _DUNDER = {"__setitem__"} | {f"__i{name}__" for name in "add sub mul truediv div floordiv mod pow and or xor".split()}
 _NOT_WRITES = {"requires_grad_", "retain_grad_", "share_memory_", "rename_", "apply_", "map_"}
 _CLEARING = {"zero_", "_foreach_zero_", "fill_", "zeros_", "ones_", "constant_"}
-_RESHAPING = {"resize_", "set_", "resize_as_", "detach_"}
+_RESHAPING = {"resize_", "set_", "resize_as_"}
 
 
 def targets(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -58,6 +59,11 @@ def call(
         return _clear(watcher, func, args, kwargs, written)
     if name == "copy_" and _whole(tape, written[0]) and len(args) > 1 and isinstance(args[1], Tensor):
         return _copy(watcher, func, args, kwargs)
+    if getattr(func, "__module__", "") == "torch.nn.init":
+        # Initialisers overwrite, under a `no_grad` of their own that would leave the derivative of the old value.
+        for target in written:
+            tape.read(target)
+            tape.write_whole(target, tape.trace.number(0.0))
     if "out" in kwargs:
         return _out(watcher, func, args, kwargs, written)
     return _general(watcher, func, args, kwargs, written)
@@ -204,7 +210,8 @@ def _write_through(
     if run is not None:
         options = run()
     aliases = tuple((tape.trace.new(), clone) for clone in clones.values())
-    tape.trace.code.append(Instruction(func, args, kwargs, (), aliases, **options))
+    called = REPLACEMENTS.get(func, func)
+    tape.trace.code.append(Instruction(called, args, kwargs, (), aliases, **options))
     for (root, _), (value, _) in zip(clones.items(), aliases, strict=True):
         _settle(tape, root, value, inner)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metaopt.capture.segment import Segment
+from metaopt.errors import SweepError
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.progress import progressing
 from metaopt.modes.run import Run
@@ -112,7 +113,7 @@ class Recording(Run):
         Returns:
             One tensor for each entry of ``wrt``, of its shape; zeros (and a warning) for one that took no part.
         """
-        wanted = [wrt] if isinstance(wrt, Tensor) else list(wrt)
+        wanted = self._wanted(wrt)
         with self._loop.paused():
             adjoint = self._adjoint(outer)
             self._sweep(adjoint, wanted, retain)
@@ -131,13 +132,23 @@ class Recording(Run):
         Returns:
             For each entry of ``wrt`` a tensor of shape ``(len(outers), *entry.shape)``.
         """
-        wanted = [wrt] if isinstance(wrt, Tensor) else list(wrt)
+        wanted = self._wanted(wrt)
         with self._loop.paused():
             adjoint = Adjoint.stack([self._adjoint(outer) for outer in outers])
             self._sweep(adjoint, wanted, retain)
             return adjoint.collect(wanted)
 
     # -- REVERSE-HG --------------------------------------------------------------------------------------------------
+
+    def _wanted(self, wrt: Tensor | Iterable[Tensor]) -> list[Tensor]:
+        wanted = [wrt] if isinstance(wrt, Tensor) else list(wrt)
+        forgotten = self._last is not None and self._loop.steps > self._last
+        if forgotten and any(self._loop.tape.find(tensor) is not None for tensor in wanted):
+            raise SweepError(
+                f"only the last {self._last} of {self._loop.steps} steps were kept, so the derivative with respect to "
+                "the initial weights can't be had. Leave `last` out."
+            )
+        return wanted
 
     def _sweep(self, adjoint: Adjoint, wanted: list[Tensor] | None, retain: bool) -> None:
         adjoint.want(wanted)

@@ -45,8 +45,8 @@ class Run(ABC):
     def __enter__(self) -> Self:
         if self._start is not None:
             raise SweepError(
-                "this run was used already. Open a new context, `with metaopt.record(optimizer) as run:`; training goes "
-                "on from where it is, or from the start after `run.rewind()`."
+                "this run was used already. Open a new context, `with metaopt.record(optimizer) as run:`; training "
+                "goes on from where it is, or from the start after `run.rewind()`."
             )
         self._loop.open()
         self._start = Start(self._loop.optimizer)

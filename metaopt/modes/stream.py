@@ -1,7 +1,7 @@
 """FORWARD-HG: carry the tangent of the state along with the loop (Franceschi et al. 2017, algorithm 2).
 
-``Z_t = A_t Z_{t-1} + B_t`` with ``Z_0 = 0`` is the derivative ``ds_t/dλ``; the hypergradient is ``∇E(s_t) Z_t`` at any moment, and
-nothing of the past is kept. Real-time hyperparameter optimisation moves ``λ`` while ``Z`` goes on.
+``Z_t = A_t Z_{t-1} + B_t`` with ``Z_0 = 0`` is the derivative ``ds_t/dλ``; the hypergradient is ``∇E(s_t) Z_t`` at
+any moment, and nothing of the past is kept. Real-time hyperparameter optimisation moves ``λ`` while ``Z`` goes on.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def stream(
 ) -> Streaming:
     """Watch the training loop inside the ``with`` block, and carry the derivative of its state along (forward mode).
 
-    After each ``optimizer.step()``: ``Z_t = A_t Z_{t-1} + B_t``, one tangent for each entry of each hyperparameter. The loop runs as
-    it would without the context, bit for bit. Memory: ``m · |s|`` for m entries, whatever the number of steps.
+    After each ``optimizer.step()``: ``Z_t = A_t Z_{t-1} + B_t``, one tangent for each entry of each hyperparameter.
+    The loop runs as it would without the context, bit for bit. Memory: ``m · |s|`` for m entries, whatever the number
+    of steps.
 
     Args:
         optimizer: the optimizer that trains the weights, as for `record`.
@@ -125,8 +126,8 @@ class Streaming(Run):
                 continue
             if key in self._lost:
                 raise CaptureError(
-                    "a tensor that was computed several steps ago, and not read since, is used again; its tangent was not "
-                    "kept. Compute it again, or use it in the step after the one that computes it."
+                    "a tensor that was computed several steps ago, and not read since, is used again; its tangent "
+                    "was not kept. Compute it again, or use it in the step after the one that computes it."
                 )
             for earlier, tangents, _ in reversed(self._recent):
                 if key in earlier.outputs:
@@ -152,8 +153,9 @@ class Streaming(Run):
         if missing > _MANY and not self._warned:
             self._warned = True
             warnings.warn(
-                f"the hyperparameters have {missing} entries, and forward mode carries a tangent of the whole state for each. "
-                "With thousands of them `metaopt.record` is the right mode: its cost does not depend on their number.",
+                f"the hyperparameters have {missing} entries, and forward mode carries a tangent of the whole state "
+                "for each. With thousands of them `metaopt.record` is the right mode: its cost does not depend on "
+                "their number.",
                 MetaoptWarning,
                 stacklevel=2,
             )
@@ -163,12 +165,12 @@ class Streaming(Run):
             if not bool(torch.isfinite(z).all()):
                 norms = [float(z.norm()) for z in self._tangents.values()]
                 raise SweepError(
-                    f"the tangent Z is not finite by step {self._loop.steps} (norms {max(norms):.3g}): the training is chaotic, or "
-                    "diverges. Lower the learning rate, pass `discount=` below 1, or call `run.reset_tangents()` now and "
-                    "then."
+                    f"the tangent Z is not finite by step {self._loop.steps} (norms {max(norms):.3g}): the training "
+                    "is chaotic, or diverges. Lower the learning rate, pass `discount=` below 1, or call "
+                    "`run.reset_tangents()` now and then."
                 )
 
-    # -- hypergradients ---------------------------------------------------------------------------------------------------
+    # -- hypergradients ----------------------------------------------------------------------------------------------
 
     def backward(self, outer: Objective) -> None:
         """Add the hypergradient of the outer objective, as things stand, to the hyperparameters' ``.grad``.
@@ -197,8 +199,8 @@ class Streaming(Run):
         wanted = [wrt] if isinstance(wrt, Tensor) else list(wrt)
         if any(self._loop.tape.find(tensor) is not None for tensor in wanted):
             raise SweepError(
-                "forward mode would need a tangent for every weight to differentiate with respect to the initial weights. Use "
-                "`metaopt.record`."
+                "forward mode would need a tangent for every weight to differentiate with respect to the initial "
+                "weights. Use `metaopt.record`."
             )
         with self._loop.paused():
             return self._evaluate(outer).collect(wanted)

@@ -1,7 +1,8 @@
 """Pushing tangents through one iteration: ``A Z + B``, all columns in one batched pass.
 
-The engine is a reverse pass and its transpose. ``v(u) = Jᵀu`` is linear in ``u``, so its own reverse pass is ``J``: a graph of ``v`` is
-made once, and one batched pass over it pushes all the tangents. It needs no forward-mode formula of any operation.
+The engine is a reverse pass and its transpose. ``v(u) = Jᵀu`` is linear in ``u``, so its own reverse pass is ``J``: a
+graph of ``v`` is made once, and one batched pass over it pushes all the tangents. It needs no forward-mode formula of
+any operation.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Columns:
             yield leaf, slice(start, start + leaf.numel())
 
     def tangent(self, external: Tensor, rows: slice) -> Tensor:
-        """``d external / dλ`` for some columns: the identity for a leaf, the transform's derivative for what is computed."""
+        """``d external / dλ`` for some columns: the identity for a leaf, else the transform's derivative."""
         leaves = leaves_of(external)
         whole = external.new_zeros((self.count, *external.shape))
         for leaf in leaves:

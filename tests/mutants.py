@@ -1,0 +1,460 @@
+"""Break the library in the ways that matter, one at a time, and see the tests fail.
+
+::
+
+    python tests/mutants.py                           all of them, a table; exit 1 if one survives or no longer applies
+    python tests/mutants.py plain-root forget-B1      only these
+    python tests/mutants.py --write docs/mutants.md   the table as a page
+
+Each is a textual patch of one file, applied in a copy of the package in a temporary directory; the checkout is not
+touched. The tests that must see it run there, stop at their first failure and don't shrink.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LAWS, RULES, CASES = "tests/test_laws.py", "tests/test_rules.py", "tests/test_cases.py"
+PROFILE = """
+
+hypothesis.settings.register_profile(
+    "mutants",
+    parent=hypothesis.settings.get_profile("default"),
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+    max_examples=40,
+)
+hypothesis.settings.load_profile("mutants")
+"""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A patch, and the tests that have to see it.
+
+    Attributes:
+        name: a short name for the command line.
+        breaks: what it does, in words.
+        file: the file in the package.
+        old: the text that is replaced; it occurs there once.
+        new: what it is replaced with.
+        tests: the file, and a ``-k`` expression.
+    """
+
+    name: str
+    breaks: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, str]
+
+
+MUTANTS = [
+    # -- the reverse sweep
+    Mutant(
+        "forget-B1",
+        "the sweep ends one step early, at the second step, and loses B_1",
+        "modes/record.py",
+        "segments = list(self._segments)",
+        "segments = list(self._segments)[1:]",
+        (LAWS, "one_step or unrolled"),
+    ),
+    Mutant(
+        "drop-buffers",
+        "the adjoint of the optimizer's buffers is dropped; only that of the weights goes back",
+        "modes/outer.py",
+        "targets = [(self.carried, key, x) for key, x in replay.inputs.items() if x.requires_grad]",
+        "trained = {b.key for w in self.loop.weights() if (b := self.loop.tape.find(w)) is not None}\n"
+        "            targets = [(self.carried, k, x) for k, x in replay.inputs.items() if x.requires_grad]\n"
+        "            targets = [target for target in targets if target[1] in trained]",
+        (LAWS, "unrolled or linear_recursion"),
+    ),
+    Mutant(
+        "keep-overwritten",
+        "the adjoint of an overwritten state is kept, and the new one added to it",
+        "modes/outer.py",
+        "alpha = [self.carried.pop(key) for key in keys]",
+        "alpha = [self.carried[key] for key in keys]",
+        (LAWS, "one_step or closed_form"),
+    ),
+    Mutant(
+        "forget-direct",
+        "the direct derivative ∂E/∂λ is forgotten",
+        "modes/outer.py",
+        "for leaf, grad in self.direct:",
+        "for leaf, grad in self.direct[:0]:",
+        (LAWS, "direct or closed_form or unrolled"),
+    ),
+    Mutant(
+        "overwrite-grad",
+        "`backward` overwrites the hyperparameter's .grad instead of adding to it",
+        "modes/outer.py",
+        "leaf.grad = grad.clone() if leaf.grad is None else leaf.grad + grad",
+        "leaf.grad = grad.clone()",
+        (LAWS, "accumulates"),
+    ),
+    Mutant(
+        "jacobian-first-row",
+        "every row of a Jacobian goes to the first objective",
+        "modes/outer.py",
+        "result.carried[key][place] = value",
+        "result.carried[key][0] = value",
+        (LAWS, "jacobian"),
+    ),
+    Mutant(
+        "one-step-too-many",
+        "truncation keeps one step more than it was asked to",
+        "modes/record.py",
+        "self._segments[0][0] <= self._loop.steps - self._last",
+        "self._segments[0][0] < self._loop.steps - self._last",
+        (LAWS, "last_steps"),
+    ),
+    # -- the step
+    Mutant(
+        "drop-hessian",
+        "the loop's gradient is a constant of the sweep: no Hessian term",
+        "capture/primitives.py",
+        "create_graph=True,",
+        "retain_graph=True,",
+        (LAWS, "one_step or closed_form"),
+    ),
+    Mutant(
+        "stop-is-detach",
+        "what `detach` and `no_grad` stop is held constant by the sweep too",
+        "capture/primitives.py",
+        "return _Stop.apply(x, phase)",
+        "return x.detach()",
+        (CASES, "finite and (pseudo_labels or detached_norm or teacher)"),
+    ),
+    Mutant(
+        "stop-nothing",
+        "`detach` and `no_grad` stop nothing, not even the loop's own gradient",
+        "capture/primitives.py",
+        "return (None if ctx.phase.inner else grad), None",
+        "return grad, None",
+        (CASES, "finite and (pseudo_labels or detached_norm or teacher)"),
+    ),
+    Mutant(
+        "dice-again",
+        "a replay draws new random numbers",
+        "capture/primitives.py",
+        "            generator.set_state(state)\n        return func(*args, **kwargs)",
+        "            generator.get_state()\n        return func(*args, **kwargs)",
+        (LAWS, "unrolled"),
+    ),
+    Mutant(
+        "statistics-constant",
+        "the adjoint of batch norm's running statistics is dropped",
+        "modes/outer.py",
+        "for key, grad in statistics.items():",
+        "for key, grad in list(statistics.items())[:0]:",
+        (LAWS, "unrolled"),
+    ),
+    Mutant(
+        "gradients-leak",
+        "the loop's own `backward` reaches the hyperparameters' .grad",
+        "capture/calls.py",
+        "torch.autograd.backward(losses, gradients, retain_graph, create_graph, inputs=into)",
+        "torch.autograd.backward(losses, gradients, retain_graph, create_graph)",
+        (LAWS, "watching"),
+    ),
+    Mutant(
+        "gradients-overwrite",
+        "a second `backward` is replayed as overwriting the gradients, not as adding to them",
+        "capture/calls.py",
+        "if id(tensor) in old:",
+        "if False:",
+        (LAWS, "unrolled"),
+    ),
+    Mutant(
+        "zero-grad-keeps",
+        "`zero_grad(set_to_none=False)` is not seen: gradients pile up in the replay",
+        "capture/writes.py",
+        "        tape.write_whole(target, value)\n    return result\n\n\ndef _copy",
+        "        tape.find(target).version = target._version\n    return result\n\n\ndef _copy",
+        (LAWS, "unrolled"),
+    ),
+    Mutant(
+        "share-the-state",
+        "a recorded state is a reference to the weights, which the next step overwrites",
+        "capture/cells.py",
+        "self.tensor = self.tensor.detach().clone()",
+        "self.tensor = self.tensor.detach()",
+        (LAWS, "closed_form or unrolled"),
+    ),
+    Mutant(
+        "keep-graphs",
+        "what is recorded keeps the autograd graph of its step alive",
+        "step.py",
+        "        segment = self.tape.end(self.library.seal)\n",
+        "        keep = [t for b in self.tape.bindings() if (t := b.ref()) is not None and t.grad_fn is not None]\n"
+        "        segment = self.tape.end(self.library.seal)\n"
+        "        segment.kept = keep  # type: ignore[attr-defined]\n",
+        (LAWS, "memory"),
+    ),
+    # -- the rules
+    Mutant(
+        "plain-root",
+        "Adam with autograd's own square root, whose derivative at 0 is infinite",
+        "rules/rule.py",
+        "return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())",
+        "return x.sqrt()",
+        (RULES, "finite_at_zero or limit"),
+    ),
+    Mutant(
+        "nesterov",
+        "nesterov looks ahead with the gradient and not with the new buffer",
+        "rules/sgd.py",
+        "g = add_scaled(g, v, momentum) if nesterov else v",
+        "g = add_scaled(g, g, momentum) if nesterov else v",
+        (RULES, "parity"),
+    ),
+    Mutant(
+        "dampened-start",
+        "the first momentum buffer is dampened, which torch's is not",
+        "rules/sgd.py",
+        "v = g if v is None else add_scaled(",
+        "v = (1 - dampening) * g if v is None else add_scaled(",
+        (RULES, "parity"),
+    ),
+    Mutant(
+        "maximize",
+        "`maximize` minimizes",
+        "rules/sgd.py",
+        "g = -g if maximize else g",
+        "g = g.clone() if maximize else g",
+        (RULES, "parity"),
+    ),
+    Mutant(
+        "bias-detached",
+        "Adam's second bias correction is computed from a number: no derivative for beta2 through it",
+        "rules/moments.py",
+        "denominator = root / (1 - beta2**step) ** 0.5 + eps",
+        "denominator = root / (1 - float(torch.as_tensor(beta2).detach()) ** step) ** 0.5 + eps",
+        (RULES, "every_setting"),
+    ),
+    Mutant(
+        "bias-off-by-one",
+        "Adam's bias correction counts steps from 0",
+        "rules/moments.py",
+        "-lr / (1 - beta1**step)",
+        "-lr / (1 - beta1 ** (step + 1))",
+        (RULES, "parity"),
+    ),
+    Mutant(
+        "amsgrad",
+        "amsgrad keeps the peak, and does not use it",
+        "rules/moments.py",
+        "root = safe_sqrt(peak if amsgrad and peak is not None else v)",
+        "root = safe_sqrt(v)",
+        (RULES, "parity"),
+    ),
+    Mutant(
+        "coupled-decay",
+        "AdamW's decay goes through the gradient",
+        "rules/adamw.py",
+        "w = w * (1 - lr * weight_decay)",
+        "g = g + weight_decay * w",
+        (RULES, "parity"),
+    ),
+    # -- schedules, and the way back
+    Mutant(
+        "ignore-factor",
+        "the scheduler's factor on a hyperparameter is ignored",
+        "step.py",
+        "if factor != 1.0:",
+        "if False:",
+        (LAWS, "unrolled"),
+    ),
+    Mutant(
+        "first-of-schedule",
+        "a learned schedule is read at its first entry only",
+        "links.py",
+        "return value[step]",
+        "return value[0]",
+        (RULES, "learned_schedule"),
+    ),
+    Mutant(
+        "outside-domain",
+        "a hyperparameter that left its domain is used all the same",
+        "optim.py",
+        "                rule.check(name, new)\n",
+        "",
+        (RULES, "outside"),
+    ),
+    Mutant(
+        "keep-generators",
+        "`rewind` leaves the random generators where they are",
+        "modes/start.py",
+        "        _set_random_states(self._random)\n",
+        "",
+        (LAWS, "first_bit"),
+    ),
+    Mutant(
+        "keep-momentum",
+        "`rewind` leaves the optimizer's buffers as the loop left them",
+        "modes/start.py",
+        "self._saved[id(tensor)] = (weakref.ref(tensor), tensor.detach().clone())",
+        "value = tensor.detach().clone() if tensor.requires_grad else tensor.detach()\n"
+        "        self._saved[id(tensor)] = (weakref.ref(tensor), value)",
+        (LAWS, "first_bit"),
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a mutant: the test that failed, or None."""
+
+    mutant: Mutant
+    killer: str | None
+    error: str = ""
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return self.error or self.killer or "SURVIVED"
+
+
+@contextmanager
+def copied() -> Iterator[Path]:
+    """A copy of the package and its tests."""
+    with tempfile.TemporaryDirectory(prefix="metaopt-mutant-") as name:
+        place = Path(name)
+        for folder in ("metaopt", "tests"):
+            shutil.copytree(ROOT / folder, place / folder, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+        shutil.copy(ROOT / "pyproject.toml", place)
+        with (place / "tests" / "conftest.py").open("a") as file:
+            file.write(PROFILE)
+        yield place
+
+
+def run_tests(place: Path, file: str, expression: str) -> tuple[int, str]:
+    """Pytest's exit status and output, in a copy."""
+    command = [sys.executable, "-m", "pytest", file, "-k", expression, "-x", "-q", "-n", "0", "--tb=no"]
+    environment = {**os.environ, "PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, "-p", "no:cacheprovider"],
+        cwd=place,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return result.returncode, result.stdout
+
+
+def apply(mutant: Mutant, place: Path) -> str:
+    """Patch the copy; the reason if that is not possible."""
+    path = place / "metaopt" / mutant.file
+    text = path.read_text() if path.exists() else ""
+    if text.count(mutant.old) != 1:
+        return f"NO LONGER APPLIES: its text occurs {text.count(mutant.old)} times in metaopt/{mutant.file}"
+    path.write_text(text.replace(mutant.old, mutant.new))
+    return ""
+
+
+def failed(output: str) -> str:
+    """The first test that failed, by its name."""
+    lines = [line for line in output.splitlines() if line.startswith("FAILED ")]
+    return lines[0].split(" - ")[0].removeprefix("FAILED ").removeprefix("tests/") if lines else ""
+
+
+def judge(mutant: Mutant) -> Verdict:
+    """Apply a mutant and run its tests."""
+    began = time.monotonic()
+    with copied() as place:
+        problem = apply(mutant, place)
+        if problem:
+            return Verdict(mutant, None, problem)
+        status, output = run_tests(place, *mutant.tests)
+    seconds = time.monotonic() - began
+    killer = failed(output)
+    if status == 1 and killer:
+        return Verdict(mutant, killer, seconds=seconds)
+    return Verdict(mutant, None, "" if status == 0 else f"BROKEN: pytest ended with {status}", seconds)
+
+
+def baseline(mutants: Sequence[Mutant]) -> str:
+    """The tests have to pass where nothing is broken; what fails, if something does."""
+    with copied() as place:
+        where = subprocess.run(
+            [sys.executable, "-c", "import metaopt; print(metaopt.__file__)"],
+            cwd=place,
+            env={**os.environ, "PYTHONPATH": str(place)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        if not where.startswith(str(place)):
+            return f"the copy is not what is imported, but {where.strip()}"
+        for file, expression in sorted({mutant.tests for mutant in mutants}):
+            status, output = run_tests(place, file, expression)
+            if status:
+                return f"without a mutant, {file} -k {expression!r}: {failed(output) or output[-2000:]}"
+    return ""
+
+
+def page(verdicts: Sequence[Verdict]) -> str:
+    """The result as a page of the documentation."""
+    killed = sum(verdict.killer is not None for verdict in verdicts)
+    lines = [
+        "# Mutants",
+        "",
+        "A test that nothing can fail proves nothing. `tox -e mutants` breaks the library in the ways that matter, one",
+        "at a time and in a copy, and runs the tests that have to see it.",
+        "",
+        f"{killed} of {len(verdicts)} mutants are killed. This page is written by `python tests/mutants.py --write",
+        "docs/mutants.md`.",
+        "",
+        "| mutant | what it breaks | in | killed by |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {v.mutant.name} | {v.mutant.breaks} | `{v.mutant.file}` | {f'`{v.killer}`' if v.killer else f'**{v}**'} |"
+        for v in verdicts
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="break the library in the ways that matter, and see the tests fail")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="the mutants (all of them)")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the table as a page in Markdown")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="how many at a time")
+    options = parser.parse_args(arguments)
+    unknown = set(options.names) - {mutant.name for mutant in MUTANTS}
+    if unknown:
+        parser.error(f"no such mutant: {', '.join(sorted(unknown))}")
+    chosen = [mutant for mutant in MUTANTS if not options.names or mutant.name in options.names]
+    problem = baseline(chosen)
+    if problem:
+        print(f"The tests fail already {problem}")
+        return 1
+    verdicts = []
+    width = max(len(mutant.name) for mutant in chosen)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for verdict in pool.map(judge, chosen):
+            verdicts.append(verdict)
+            print(f"{verdict.mutant.name:{width}}  {verdict.seconds:5.1f} s  {verdict}", flush=True)
+    alive = [verdict for verdict in verdicts if verdict.killer is None]
+    print(f"{len(verdicts) - len(alive)} of {len(verdicts)} mutants killed")
+    if options.write is not None:
+        options.write.write_text(page(verdicts))
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
