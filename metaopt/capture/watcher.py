@@ -158,7 +158,7 @@ class Watcher(TorchFunctionMode):
             if out is None:
                 continue
             binding = tape.define(tensor, out, inner=inner if tensor.requires_grad else 0)
-            if not tensor.requires_grad and not grad and tensor.is_floating_point():
+            if not tensor.requires_grad and tensor.is_floating_point():
                 tape.own_memory(tensor)
             if tensor._is_view():
                 self._mark_view(binding, tensor, sources, View(func, args, kwargs, len(results), place, not grad))
