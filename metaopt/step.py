@@ -22,11 +22,12 @@ from torch.optim.optimizer import (
 from metaopt.capture.functions import see_functions
 from metaopt.capture.program import Library
 from metaopt.capture.segment import Segment
-from metaopt.capture.tape import Tape
+from metaopt.capture.tape import Tape, leaves_of
 from metaopt.capture.trace import Group, Instruction, Val
 from metaopt.capture.verify import Verifier
 from metaopt.capture.watcher import Watcher
 from metaopt.errors import CaptureError
+from metaopt.hyperparameters import owner_of
 from metaopt.rules import Rule, Update, rule_of
 
 _open: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -56,6 +57,7 @@ class Loop:
         self.on_segment = on_segment
         self.steps = 0
         self.tape = Tape(self.weights(), moving=moving)
+        self.tape.protected = self._is_hyperparameter
         self.library = Library()
         self.watcher = Watcher(self.tape)
         self.verifier = Verifier(verify)
@@ -69,6 +71,11 @@ class Loop:
     def weights(self) -> list[Tensor]:
         """Every weight of the optimizer, in its order."""
         return [weight for group in self.optimizer.param_groups for weight in group["params"]]
+
+    def _is_hyperparameter(self, leaf: Tensor) -> bool:
+        links = getattr(self.optimizer, "_links", {}).values()
+        behind = [found for named in links for link in named.values() for found in leaves_of(link.fixed)]
+        return owner_of(leaf) is not None or any(leaf is found for found in behind)
 
     # -- opening and closing ----------------------------------------------------------------------------------------
 
@@ -216,6 +223,8 @@ class Loop:
         known, self._known = self._known, len(self.tape.externals)
         trained, self._received = self._received, {id(w) for w in self.weights() if w.grad is not None}
         new = [external.tensor for external in list(self.tape.externals.values())[known:]]
+        made = [b.ref() for b in self.tape.bindings() if b.leaf]
+        new += [tensor for tensor in made if tensor is not None and id(tensor) not in self.tape.trained]
         lost = [weight for weight in self.weights() if id(weight) in trained and weight.grad is None]
         shapes = {tensor.shape for tensor in new if isinstance(tensor, torch.nn.Parameter)}
         replaced = [weight for weight in lost if weight.shape in shapes]

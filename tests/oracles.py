@@ -79,7 +79,7 @@ def unrolled(loop: Loop, hyper: Mapping[str, Tensor], *, last: int | None = None
     Args:
         loop: the loop; only its data, its model and its inner objective are used.
         hyper: the hyperparameters.
-        last: detach what the steps before the last so many leave behind.
+        last: detach what the steps before the last so many leave behind, if there are any.
     """
     model = loop.model(plain=True) if loop.network == "normalised" else loop.model()
     named = dict(model.named_parameters())
@@ -103,7 +103,7 @@ def unrolled(loop: Loop, hyper: Mapping[str, Tensor], *, last: int | None = None
         weights[first] = weights[first] * hyper["scale"]
     x, y, _, _ = loop.data()
     for t in range(loop.steps):
-        if last is not None and t == loop.steps - last:
+        if last is not None and t and t == loop.steps - last:
             weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
             buffers = {name: b.detach() for name, b in buffers.items()}
             grads = {name: None if g is None else g.detach() for name, g in grads.items()}
@@ -129,7 +129,7 @@ def unrolled(loop: Loop, hyper: Mapping[str, Tensor], *, last: int | None = None
             numbers = _numbers(loop, hyper, group_of[name], t)
             update = _sgd if loop.settings.name == "SGD" else _adam
             weights[name], states[name] = update(loop, numbers, weights[name], g, states[name], counts[name])
-    if last == 0:
+    if last == 0 and loop.steps:
         weights = {name: w.detach().requires_grad_() for name, w in weights.items()}
         buffers = {name: b.detach() for name, b in buffers.items()}
     _, _, x, y = loop.data()
@@ -181,7 +181,7 @@ def _adam(loop: Loop, numbers: dict[str, Any], w: Tensor, g: Tensor, state: Stat
     if loop.settings.flags["amsgrad"]:
         # torch keeps the largest v, and corrects its bias with the present factor.
         old = state.get("max_exp_avg_sq", zero)
-        after["max_exp_avg_sq"] = torch.where(v >= old, v, old)
+        after["max_exp_avg_sq"] = torch.maximum(old, v)  # at a tie, half of the derivative goes to each
         second = after["max_exp_avg_sq"] / (1 - beta2**count)
     # The root of an exact 0 has no derivative, but m is 0 there too, and of the first order.
     positive = second > 0

@@ -14,15 +14,26 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import metaopt
 from tests.oracles import unrolled
-from tests.strategies import Hyper, Loop, Settings, Training, loops, randn, settings
+from tests.strategies import FLAGS, Hyper, Loop, Settings, Training, loops, randn, settings
 
 RELATIVE = 1e-9
+# Loops that found something once.
+STATELESS = Loop(
+    "layers",
+    Settings(
+        "SGD",
+        dict.fromkeys(("momentum", "dampening", "weight_decay"), 0.0) | {"lr": 0.1},
+        dict.fromkeys(FLAGS["SGD"], False),
+    ),
+    {"lr": "scalar"},
+    steps=2,
+)
 
 
 class Recorded:
@@ -155,12 +166,10 @@ def test_a_second_context_goes_on_where_the_first_one_ended(loop: Loop, cut: int
     torch.manual_seed(loop.seed)
     with metaopt.record(training.optimizer):
         loop.run(training, hyper, stop=cut)
-    if cut == 0 and "scale" in hyper:
-        hyper = {**hyper, "scale": torch.ones(())}  # the first context has scaled already
+    asked = [name for name in hyper if name != "scale"]  # which is the first context's
     with metaopt.record(training.optimizer) as run:
-        loop.run(training, {key: leaf for key, leaf in hyper.items() if key != "scale"}, start=cut)
+        loop.run(training, {name: hyper[name] for name in asked}, start=cut)
     assert_same_training(training, whole.training)
-    asked = [name for name in hyper if name != "scale"]
     if asked:
         oracle = unrolled(loop, leaves := loop.leaves(), last=4 - cut)
         with unused_is_fine():
@@ -168,20 +177,10 @@ def test_a_second_context_goes_on_where_the_first_one_ended(loop: Loop, cut: int
         assert_close(found, oracle.gradients([leaves[name] for name in asked], oracle.outer + direct(leaves)))
 
 
-@given(
-    loop=loops(
-        settings_=Settings(
-            "SGD",
-            {"lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0},
-            {"nesterov": False, "maximize": False},
-        ),
-        hyper={"momentum": "scalar", "lr": "scalar"},
-        steps=4,
-        silent=False,
-        loaded=False,
-    )
-)
-def test_a_momentum_of_exactly_zero_has_a_derivative(loop: Loop) -> None:
+@given(chosen=settings("SGD", momentum=0.0, lr=0.1), data=st.data())
+def test_a_momentum_of_exactly_zero_has_a_derivative(chosen: Settings, data: st.DataObject) -> None:
+    kinds = {"momentum": "scalar", "lr": "scalar", "weight_decay": "scalar"}
+    loop = data.draw(loops(settings_=chosen, hyper=kinds, steps=4, silent=False, loaded=False))
     recorded = Recorded(loop)
     hyper = loop.leaves()
     found = recorded.gradient(recorded.outer())
@@ -249,6 +248,7 @@ def assert_same_training(found: Training, expected: Training) -> None:
 
 
 @given(loop=loops())
+@example(loop=STATELESS)
 def test_watching_changes_no_bit(loop: Loop) -> None:
     """The watched loop is the bare loop, and a bare loop with torch's own optimizer."""
     hyper = loop.leaves()
@@ -303,6 +303,7 @@ def test_backward_accumulates_into_the_hyperparameters_alone(loop: Loop, steps: 
 
 
 @given(loop=loops())
+@example(loop=STATELESS)
 def test_rewinding_goes_back_to_the_first_bit(loop: Loop) -> None:
     """Weights, buffers, gradients, optimizer, param groups and generators; the loop then gives the same numbers."""
     hyper = loop.leaves()

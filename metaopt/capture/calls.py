@@ -16,7 +16,8 @@ from torch import Tensor
 from metaopt.capture import statistics
 from metaopt.capture.cells import version_of
 from metaopt.capture.derivatives import check_function
-from metaopt.capture.primitives import flatten, hooked, inner_gradient, leaf, stop, total
+from metaopt.capture.primitives import Surrogate, flatten, hooked, inner_gradient, leaf, stop, total
+from metaopt.capture.replacements import hard_gumbel_softmax
 from metaopt.capture.tape import BASE, Tape, View, refuse_live_closure
 from metaopt.capture.trace import Group, Instruction, Val
 from metaopt.errors import CaptureError
@@ -206,6 +207,8 @@ def _detach(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwar
     base = tape.find(source)
     (out,) = tape.trace.emit(stop, value, phased=True)
     binding = tape.define(result, out)
+    if base is None and source.is_leaf:
+        tape.note_behind(source)
     if base is not None:
         binding.base, binding.base_value = base, base.value
         binding.via = View(stop, (BASE,), {}, 1, 0, True)
@@ -231,6 +234,17 @@ def _full(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs
         args = (args[0], number, *args[2:]) if len(args) > 1 else args
         kwargs = {**kwargs, "fill_value": number} if "fill_value" in kwargs else kwargs
     return watcher.call(func, args, kwargs)
+
+
+def _gumbel_softmax(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    given = dict(zip(("logits", "tau", "hard", "eps", "dim"), args, strict=False)) | kwargs
+    if not given.get("hard") or not watcher.tape.is_live(given["logits"]):
+        return watcher.call(func, args, kwargs)
+    seed = watcher.generators(func, kwargs)
+    result = func(*args, **kwargs)
+    spec = (given["logits"], given.get("tau", 1), given.get("dim", -1))
+    watcher.record(hard_gumbel_softmax, spec, {}, result, seed, phased=True)
+    return result
 
 
 def _get_grad(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -326,7 +340,7 @@ def _refuse_post_hook(watcher: Watcher, func: Callable[..., Any], args: Args, kw
 # -- the user's own autograd functions -------------------------------------------------------------------------------
 
 
-_checked: weakref.WeakSet[type] = weakref.WeakSet()
+_checked: weakref.WeakKeyDictionary[type, Surrogate | None] = weakref.WeakKeyDictionary()
 
 
 def apply_function(watcher: Watcher, cls: type, apply: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -341,8 +355,7 @@ def apply_function(watcher: Watcher, cls: type, apply: Callable[..., Any], args:
             "which can't be differentiated. Pass `use_reentrant=False`."
         )
     if watcher.check_functions and cls not in _checked and any(tape.inner_of(tensor) for tensor in sources):
-        check_function(cls, args, kwargs)
-        _checked.add(cls)
+        _checked[cls] = None if check_function(cls, args, kwargs) else Surrogate(cls)
     seed = watcher.generators(apply, kwargs)
     versions = [version_of(tensor) for tensor in sources]
     result = apply(*args, **kwargs)
@@ -350,7 +363,11 @@ def apply_function(watcher: Watcher, cls: type, apply: Callable[..., Any], args:
         raise CaptureError(
             f"`{cls.__name__}` (a torch.autograd.Function) writes its arguments in place; let it return new tensors."
         )
-    watcher.record(cls.apply, args, kwargs, result, seed)  # type: ignore[attr-defined]
+    surrogate = _checked.get(cls)
+    if surrogate is None:
+        watcher.record(cls.apply, args, kwargs, result, seed)  # type: ignore[attr-defined]
+    else:
+        watcher.record(surrogate, args, kwargs, result, seed, phased=True)
     return result
 
 
@@ -389,6 +406,7 @@ SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.autograd.grad: _autograd_grad,
     Tensor.detach: _detach,
     Tensor.detach_: _detach_in_place,
+    F.gumbel_softmax: _gumbel_softmax,
     torch.full: _full,
     torch.full_like: _full,
     Tensor.grad.__get__: _get_grad,  # type: ignore[union-attr]

@@ -17,21 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.capture.primitives import flatten
+from metaopt.capture.primitives import flatten, true_forward
 from metaopt.capture.segment import Segment
 from metaopt.errors import CaptureError
 
 _WRONG = 1e-3
 _AGREE = 1e-5
 # Forward and backward of these disagree on purpose.
-_SURROGATES = ("fake_quantize", "gumbel_softmax")
+_SURROGATES = ("fake_quantize",)
 
 
 def check_segment(segment: Segment, step: int) -> None:
     """Raise if autograd's derivative of ``Φ_t`` is not the derivative of ``Φ_t``."""
     program = segment.program
     names = [getattr(instruction.func, "__name__", "") for instruction in program.code]
-    if program.uses_autocast or any(name == "apply" or name.startswith(_SURROGATES) for name in names):
+    if program.uses_autocast or any(name.startswith(_SURROGATES) for name in names):
         return
     keys = list(segment.outputs)
 
@@ -50,20 +50,36 @@ def check_segment(segment: Segment, step: int) -> None:
     )
 
 
-def check_function(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Raise if autograd can't differentiate the backward of a user's ``autograd.Function``."""
+def check_function(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether the backward of a user's ``autograd.Function`` is the derivative of its forward.
+
+    Raises:
+        CaptureError: if autograd can't differentiate the backward; or if the backward is no derivative of the forward, and
+            the forward can't be differentiated by itself.
+    """
     backward = getattr(cls, "backward", None)
     code = getattr(backward, "__code__", None)
     if code is not None and code.co_filename.endswith("torch/autograd/function.py"):
         raise _opaque(cls, "it is marked `once_differentiable`")
     floats = [place for place, a in enumerate(args) if isinstance(a, Tensor) and a.dtype.is_floating_point]
+    point = [args[place].detach() for place in floats]
     cotangents: list[Tensor] = []
 
-    def pullback(points: Sequence[Tensor]) -> list[Tensor]:
+    def filled(points: Sequence[Tensor]) -> list[Any]:
         given = list(args)
-        for place, point in zip(floats, points, strict=True):
-            given[place] = point if point.requires_grad else point.detach().requires_grad_()
-        outputs = [o for o in flatten([cls.apply(*given, **kwargs)]) if o.requires_grad]  # type: ignore[attr-defined]
+        for place, value in zip(floats, points, strict=True):
+            given[place] = value if value.requires_grad else value.detach().requires_grad_()
+        return given
+
+    def own(points: Sequence[Tensor]) -> list[Tensor]:
+        return _floating(cls.apply(*filled(points), **kwargs))  # type: ignore[attr-defined]
+
+    def true(points: Sequence[Tensor]) -> list[Tensor]:
+        return _floating(true_forward(cls, filled(points), kwargs))
+
+    def pullback(points: Sequence[Tensor]) -> list[Tensor]:
+        given = filled(points)
+        outputs = [o for o in _floating(cls.apply(*given, **kwargs)) if o.requires_grad]  # type: ignore[attr-defined]
         if not cotangents:
             cotangents.extend(torch.randn_like(o.detach()) for o in outputs)
         grads = torch.autograd.grad(
@@ -71,7 +87,7 @@ def check_function(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> No
         )
         return [torch.zeros_like(p) if g is None else g for p, g in zip(points, grads, strict=True)]
 
-    problem = _disagreement(pullback, [args[place].detach().double() for place in floats])
+    problem = _disagreement(pullback, point)
     if problem is not None:
         found, expected = problem
         raise _opaque(
@@ -79,6 +95,27 @@ def check_function(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> No
             f"its derivative along a random direction is {expected:.6g} by finite differences and {found:.6g} by "
             "autograd",
         )
+    if _disagreement(own, point) is None:
+        return True
+    try:
+        hopeless = _disagreement(true, point) is not None
+    except Exception as error:  # noqa: BLE001 (the user's forward, called in a way that it may not expect)
+        raise _no_forward(cls) from error
+    if hopeless:
+        raise _no_forward(cls)
+    return False
+
+
+def _floating(result: Any) -> list[Tensor]:
+    return [output for output in flatten([result]) if output.dtype.is_floating_point]
+
+
+def _no_forward(cls: type) -> CaptureError:
+    return CaptureError(
+        f"the backward of {cls.__name__} (a torch.autograd.Function) is not the derivative of its forward, and its forward is "
+        "not made of operations that torch can differentiate. The loop's gradients need the one and the hypergradient "
+        "the other. Write the forward with torch operations, without `detach` and numpy."
+    )
 
 
 def _opaque(cls: type, why: str) -> CaptureError:

@@ -12,7 +12,7 @@ are not contiguous, which the transposed pass of forward mode has (torch 2.13: "
 
 from __future__ import annotations
 
-__all__ = ["REPLACEMENTS", "cross_entropy", "nll_loss", "unscale_", "weight_norm"]
+__all__ = ["REPLACEMENTS", "cross_entropy", "hard_gumbel_softmax", "nll_loss", "unscale_", "weight_norm"]
 
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from metaopt.capture.primitives import Phase, stop
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -64,6 +66,15 @@ def cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing=label_smoothing
         )
     return nll_loss(F.log_softmax(input, 1), target, weight, size_average, ignore_index, reduce, reduction)
+
+
+def hard_gumbel_softmax(phase: Phase, logits: Tensor, tau: float = 1, dim: int = -1) -> Tensor:
+    """``F.gumbel_softmax(hard=True)``, whose ``detach`` stops the loop's gradient and not the sweep's."""
+    noise = -torch.empty_like(logits, memory_format=torch.legacy_contiguous_format).exponential_().log()
+    soft = ((logits + noise) / tau).softmax(dim)
+    index = soft.max(dim, keepdim=True)[1]
+    hard = torch.zeros_like(logits, memory_format=torch.legacy_contiguous_format).scatter_(dim, index, 1.0)
+    return hard - stop(phase, soft) + soft
 
 
 def unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:

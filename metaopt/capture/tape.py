@@ -148,6 +148,8 @@ class Tape:
         self._memory: dict[int, tuple[StorageWeakRef, Binding, Geometry]] = {}
         self._stopped: dict[int, int] = {}
         self._compact_at = _COMPACT_EVERY
+        self._behind: dict[int, Tensor] = {}
+        self.protected: Callable[[Tensor], bool] = lambda tensor: False
         self.before_first_write: Callable[[Tensor], None] | None = None
         for tensor in trained:
             self.train(tensor)
@@ -204,8 +206,10 @@ class Tape:
             return None
         _, base, geometry = known
         owner = base.ref()
-        if owner is tensor or (owner is None and base.epoch != self.epoch):
+        if owner is tensor:
             return None
+        if owner is None and base.epoch != self.epoch:
+            return self._inherit(tensor, base, geometry)
         if not tensor.requires_grad:
             return self.bind_view(tensor, base, geometry)
         if owner is not None:
@@ -218,15 +222,46 @@ class Tape:
         (number,) = self.trace.emit(leaf, Val(value))
         return self.define(tensor, number, inner=1, leaf=True)
 
+    def _inherit(self, tensor: Tensor, base: Binding, geometry: Geometry) -> Binding:
+        """A tensor in the memory of one that is gone: it carries that one's value on."""
+        if tensor_geometry(tensor) != geometry:
+            raise _shared_memory(tensor, geometry[0])
+        binding = self._bindings[id(tensor)] = Binding(base.key, tensor)
+        binding.leaf = tensor.requires_grad and tensor.is_leaf
+        binding.inner = int(binding.leaf)
+        self.own_memory(tensor)
+        return binding
+
+    def adopt(self, tensor: Tensor) -> None:
+        """A leaf that the loop writes with live values is no hyperparameter: it is carried, like a weight."""
+        external = self.externals.pop(id(tensor), None)
+        if external is not None:
+            external.moving = True
+        binding = self.bind(tensor)
+        binding.leaf = tensor.requires_grad
+        binding.inner, binding.buffer = int(binding.leaf), 1
+        self.own_memory(tensor)
+
+    def note_behind(self, leaf: Tensor) -> None:
+        """Somebody took ``.data`` of a leaf that is a hyperparameter so far."""
+        self._behind[leaf.untyped_storage()._cdata] = leaf
+
+    def adopt_behind(self, tensor: Tensor) -> None:
+        """A write through ``.data`` or ``detach`` reaches a leaf that was taken for a hyperparameter."""
+        if tensor.layout is not torch.strided or not self._behind:
+            return
+        owner = self._behind.pop(tensor.untyped_storage()._cdata, None)
+        if owner is not None and owner is not tensor and self.find(owner) is None and not self.protected(owner):
+            self.adopt(owner)
+            self._bindings.pop(id(tensor), None)
+            self.alias(tensor)
+
     def bind_view(self, tensor: Tensor, base: Binding, geometry: Geometry) -> Binding:
         """Follow a tensor as a view, by its strides, of another one."""
         shape, stride, start, dtype, dense = geometry
         offset = tensor.storage_offset() - start
         if offset < 0 or not dense or tensor.dtype != dtype:
-            raise CaptureError(
-                f"a tensor of shape {tuple(tensor.shape)} shares memory with one of shape {tuple(shape)} that depends "
-                "on the weights, in a way that can't be followed. Give it memory of its own (`x.clone()`)."
-            )
+            raise _shared_memory(tensor, shape)
         binding = self._bear(tensor)
         binding.base = base
         if tensor.shape == shape and tensor.stride() == stride and offset == 0:
@@ -258,7 +293,8 @@ class Tape:
     def read_binding(self, binding: Binding, tensor: Tensor | None = None) -> int:
         """The number of a followed tensor's present value; a view is made anew where its base was written."""
         tensor = binding.ref() if tensor is None else tensor
-        if binding.base is not None and binding.epoch != self.epoch and binding.root.ref() is None:
+        root = binding.root
+        if root is not binding and root.ref() is None and root.epoch != self.epoch:
             binding.base = binding.via = None  # the memory has no other name any more
         if binding.base is not None:
             self._refresh(binding, binding.base)
@@ -444,6 +480,7 @@ class Tape:
         self.trace = Trace()
         self._inputs, self._input_cells, self._external_list = [], [], []
         self._constants, self._constant_cells = {}, []
+        self._behind = {}
         self._stopped = {}
         self._compact_at = _COMPACT_EVERY
         if self.moving:
@@ -455,7 +492,7 @@ class Tape:
             }
         self._bindings = {key: b for key, b in self._bindings.items() if b.ref() is not None}
         self._memory = {
-            key: known for key, known in self._memory.items() if not known[0].expired() and known[1].ref() is not None
+            key: known for key, known in self._memory.items() if not known[0].expired()
         }
 
     def end(self, seal: Callable[..., Segment]) -> Segment:
@@ -464,20 +501,24 @@ class Tape:
             # A view may outlive its base: it gets a value of its own.
             if view.base is not None and view.root.epoch == self.epoch and view.root.fresh:
                 self.read_binding(view)
-        outputs = sorted(
-            (b.value, b.key)
+        outputs = {
+            b.key: b.value
             for b in self._bindings.values()
             if b.epoch == self.epoch
             and b.fresh
             and (t := b.ref()) is not None
             and (t.dtype.is_floating_point or t.dtype.is_complex)
-        )
+        }
+        # The tensor may be gone and its memory live on, in one that was made of it out of sight.
+        for storage, b, _ in self._memory.values():
+            if b.epoch == self.epoch and b.fresh and b.ref() is None and not storage.expired():
+                outputs.setdefault(b.key, b.value)
         segment = seal(
             self.trace,
             inputs=list(zip((b.key for b in self._inputs), self._input_cells, strict=True)),
             externals=self._external_list,
             constants=self._constant_cells,
-            outputs=outputs,
+            outputs=sorted((value, key) for key, value in outputs.items()),
         )
         self.begin()
         return segment
@@ -511,6 +552,13 @@ class Tape:
         self.trace.constants = [number for number, _ in pairs]
         self._constant_cells = [cell for _, cell in pairs]
         self._constants = {key: known for key, known in self._constants.items() if known[2] in used}
+
+
+def _shared_memory(tensor: Tensor, shape: Sequence[int]) -> CaptureError:
+    return CaptureError(
+        f"a tensor of shape {tuple(tensor.shape)} shares memory with one of shape {tuple(shape)} that depends on the "
+        "weights, in a way that can't be followed. Give it memory of its own (`x.clone()`)."
+    )
 
 
 def _unseen_write(tensor: Tensor) -> CaptureError:

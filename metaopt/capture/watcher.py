@@ -134,6 +134,7 @@ class Watcher(TorchFunctionMode):
         seed: Any = None,
         *,
         grad: bool | None = None,
+        phased: bool = False,
     ) -> None:
         """Write a call without side effects, and follow its results."""
         tape = self.tape
@@ -153,7 +154,10 @@ class Watcher(TorchFunctionMode):
         outs = tuple([tape.trace.new() if new else None for new in fresh])
         many = not isinstance(result, Tensor)
         called = REPLACEMENTS.get(func, func)
-        tape.trace.code.append(Instruction(called, args_spec, kwargs_spec, outs, many=many, **self.setting(func, seed)))
+        setting = self.setting(func, seed)
+        tape.trace.code.append(
+            Instruction(called, args_spec, kwargs_spec, outs, many=many, phased=phased, **setting)
+        )
         for place, (tensor, out) in enumerate(zip(results, outs, strict=True)):
             if out is None:
                 continue

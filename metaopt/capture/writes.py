@@ -52,7 +52,12 @@ def call(
             f"`{name}` changed a tensor that depends on the weights; metaopt can't replay it. Make a new tensor "
             "instead."
         )
+    if _moves_hyperparameter(tape, written, flatten([*args, *kwargs.values()])):
+        for target in written:
+            tape.before_write(target)
+        return func(*args, **kwargs)
     for target in written:
+        tape.adopt_behind(target)
         if tape.find(target) is None:
             _follow(tape, target)
     if name in _CLEARING and all(_whole(tape, target) for target in written):
@@ -71,18 +76,28 @@ def call(
 
 def _follow(tape: Tape, target: Tensor) -> None:
     # A constant is about to receive a live value: from here on it is carried like any state.
-    if target.requires_grad and target.is_leaf:
-        raise CaptureError(
-            f"a hyperparameter of shape {tuple(target.shape)} is overwritten inside the context with a value that "
-            "depends on the weights or on other hyperparameters; only weights and buffers can be."
-        )
     if tape.alias(target) is not None:
+        return
+    if target.requires_grad and target.is_leaf:
+        if tape.protected(target):
+            raise CaptureError(
+                f"a hyperparameter of shape {tuple(target.shape)} is overwritten inside the context with a value that "
+                "depends on the weights or on other hyperparameters; only weights and buffers can be."
+            )
+        tape.adopt(target)
         return
     owner = target if target._base is None else target._base
     tape.define(owner, tape.read_constant(owner)).buffer = 1
     tape.own_memory(owner)
     if owner is not target:
         tape.alias(target)
+
+
+def _moves_hyperparameter(tape: Tape, written: list[Tensor], sources: list[Tensor]) -> bool:
+    """Whether a hyperparameter is changed by nothing but constants: projected, say, or set."""
+    if not all(tape.find(t) is None and t.requires_grad and t.is_leaf and tape.alias(t) is None for t in written):
+        return False
+    return not any(tape.is_live(s) for s in sources if not any(s is t for t in written))
 
 
 def _whole(tape: Tape, target: Tensor) -> bool:
@@ -149,7 +164,8 @@ def _general(
     watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Tensor]
 ) -> Any:
     tape = watcher.tape
-    stopped = not torch.is_grad_enabled() or any(_passes_stop(tape, target) for target in written)
+    own_no_grad = getattr(func, "__module__", "") == "torch.nn.init"
+    stopped = own_no_grad or not torch.is_grad_enabled() or any(_passes_stop(tape, target) for target in written)
     seed = watcher.generators(func, kwargs)
     result: list[Any] = []
 

@@ -263,7 +263,7 @@ class Adjoint:
 
         for external in self.loop.tape.externals.values():
             grad = self.external.get(id(external.tensor))
-            if grad is None:
+            if grad is None or self.loop.tape.find(external.tensor) is not None:
                 continue
             if external.tensor.grad_fn is None:
                 add(external.tensor, grad)

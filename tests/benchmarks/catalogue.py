@@ -85,7 +85,7 @@ SYSTEMS = {
     "torchopt": System(
         "torchopt",
         package="torchopt",
-        constant=frozenset({"beta1", "beta2"}),  # given as tensors, they lose their graph in `add_(g, alpha=1 - decay)`
+        constant=frozenset({"beta1", "beta2"}),  # tensors are refused: `add_(g, alpha=1 - decay)` wants numbers
         faults={"lr": _FLOAT32, "weights": _FLOAT32},
     ),
     REFERENCE: System("autograd, unrolled by hand"),
