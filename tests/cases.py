@@ -7,11 +7,13 @@ trains inside the context and returns the outer objective.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -759,4 +761,219 @@ def checkpointed(hyper: Hyper, context: Context) -> Trained:
     model.eval()
     x, y, x_val, y_val = data()
     trained.outer = F.cross_entropy(model(x_val), y_val)
+    return trained
+
+
+# -- loops that were got wrong once -----------------------------------------------------------------------------------
+
+
+def looping(
+    hyper: Hyper,
+    context: Context,
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor],
+    after: Callable[[int, nn.Module], Any] = lambda t, model: None,
+    prepare: Callable[[torch.optim.Optimizer], Any] = lambda optimizer: None,
+    outer: Callable[[nn.Module], Tensor] | None = None,
+) -> Trained:
+    """A loop over whole batches, with something done after each step."""
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper, momentum=0.5)(model.parameters())
+    prepare(optimizer)
+    torch.manual_seed(4)
+    with context(optimizer):
+        for t in range(4):
+            optimizer.zero_grad()
+            (weighted(hyper, slice(None), model(x), y) + loss(model, x, y)).backward()
+            optimizer.step()
+            after(t, model)
+    return Trained(F.cross_entropy(model(x_val), y_val) if outer is None else outer(model), model, optimizer)
+
+
+@case(lr=0.3, weights=weights(12))
+def teacher_copied_in_the_loop(hyper: Hyper, context: Context) -> Trained:
+    kept: list[nn.Module] = []
+
+    def copied(t: int, model: nn.Module) -> None:
+        if t in (0, 2):
+            kept[:] = [copy.deepcopy(model).requires_grad_(t == 2)]
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(model(x), kept[0](x)) if kept else torch.zeros(())
+
+    return looping(hyper, context, loss, copied)
+
+
+@case(lr=0.3, weights=weights(12))
+def teacher_that_requires_grad(hyper: Hyper, context: Context) -> Trained:
+    slow = mlp(5, 6, 3)
+
+    def average(t: int, model: nn.Module) -> None:
+        for a, b in zip(slow.parameters(), model.parameters(), strict=True):
+            a.data.mul_(0.5).add_(b.data, alpha=0.5)
+
+    return looping(hyper, context, lambda model, x, y: F.mse_loss(model(x), slow(x).detach()), average)
+
+
+@case(lr=0.3, weights=weights(12))
+def averaged_model(hyper: Hyper, context: Context) -> Trained:
+    averages: list[Any] = []
+
+    def update(t: int, model: nn.Module) -> None:
+        averages[0].update_parameters(model)
+
+    def prepare(optimizer: torch.optim.Optimizer) -> None:
+        model = mlp(5, 6, 3)
+        averages.append(torch.optim.swa_utils.AveragedModel(model))
+
+    _, _, x_val, y_val = data()
+    return looping(
+        hyper,
+        context,
+        lambda model, x, y: torch.zeros(()),
+        update,
+        prepare,
+        lambda model: F.cross_entropy(averages[0](x_val), y_val),
+    )
+
+
+@case(lr=0.3, weights=weights(12))
+def layer_reset_midway(hyper: Hyper, context: Context) -> Trained:
+    def reset(t: int, model: nn.Module) -> None:
+        if t == 1:
+            model[2].reset_parameters()  # type: ignore[index, operator]
+
+    return looping(hyper, context, lambda model, x, y: torch.zeros(()), reset)
+
+
+@case(lr=0.3, weights=weights(12))
+def users_step_hooks(hyper: Hyper, context: Context) -> Trained:
+    steps: list[int] = []
+
+    def before(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = p.grad.tanh() * 2
+
+    def behind(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        steps.append(0)
+        if len(steps) == 2:
+            with torch.no_grad():
+                for p in optimizer.param_groups[0]["params"]:
+                    p.mul_(0.8)
+
+    def prepare(optimizer: torch.optim.Optimizer) -> None:
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(behind)
+
+    return looping(hyper, context, lambda model, x, y: torch.zeros(()), prepare=prepare)
+
+
+@case(lr=0.3, weights=weights(12))
+def numpy_index_shuffled_in_place(hyper: Hyper, context: Context) -> Trained:
+    index, generator = numpy.arange(12), numpy.random.RandomState(0)
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        generator.shuffle(index)
+        return (hyper["weights"][index[:4]] * F.cross_entropy(model(x[index[:4]]), y[index[:4]], reduction="none")).sum()
+
+    return looping(hyper, context, loss)
+
+
+@case(lr=0.1, weights=weights(12))
+def truncated_backpropagation(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    hidden = torch.zeros(12, 6)
+    with context(optimizer):
+        for t in range(4):
+            hidden = hidden.detach() if t % 2 else hidden.detach_()
+            hidden = torch.tanh(model[0](x) + hidden)
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), model[2](hidden), y).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.3, weights=weights(12))
+def grad_scaler(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with context(optimizer), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it takes numbers out of tensors, for itself
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(weighted(hyper, slice(None), model(x), y)).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.4)
+            scaler.step(optimizer)
+            scaler.update()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+class Reversal(torch.autograd.Function):
+    """Gradient reversal, as domain adaptation has it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return -0.5 * grad
+
+
+class Straight(torch.autograd.Function):
+    """A straight-through estimator, with the newer way to write a context."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.round(4 * x) / 4
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+@case(lr=0.3, weights=weights(12))
+def backward_that_is_no_derivative(hyper: Hyper, context: Context) -> Trained:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        hidden = torch.tanh(model[0](x))  # type: ignore[index, operator]
+        domain = model[2](Reversal.apply(hidden)).square().mean()  # type: ignore[index, operator]
+        return domain + model[2](Straight.apply(hidden)).tanh().mean()  # type: ignore[index, operator]
+
+    return looping(hyper, context, loss)
+
+
+@case(lr=0.3, weights=weights(12))
+def hard_gumbel_softmax(hyper: Hyper, context: Context) -> Trained:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        logits = model(x)
+        return (F.gumbel_softmax(logits, tau=0.7, hard=True) * logits).tanh().mean()
+
+    return looping(hyper, context, loss)
+
+
+@case(lr=0.3, weights=weights(12))
+def complex_state(hyper: Hyper, context: Context) -> Trained:
+    spectrum = [torch.zeros(3, dtype=torch.complex128)]
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        spectrum[0] = 0.5 * spectrum[0] + torch.fft.fft(model(x).mean(0)).detach()
+        return (spectrum[0].abs() * model(x)).mean()
+
+    return looping(hyper, context, loss)
+
+
+@case(lr=0.3, weights=weights(12))
+def objective_that_is_a_view(hyper: Hyper, context: Context) -> Trained:
+    _, _, x_val, y_val = data()
+    trained = looping(hyper, context, lambda model, x, y: torch.zeros(()))
+    trained.outer = lambda: F.cross_entropy(trained.model(x_val), y_val, reduction="none")[2]
     return trained

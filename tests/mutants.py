@@ -167,7 +167,7 @@ MUTANTS = [
         "capture/calls.py",
         "torch.autograd.backward(losses, gradients, retain_graph, create_graph, inputs=into)",
         "torch.autograd.backward(losses, gradients, retain_graph, create_graph)",
-        (LAWS, "watching"),
+        (LAWS, "puts_no_gradient"),
     ),
     Mutant(
         "gradients-overwrite",

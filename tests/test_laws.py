@@ -269,6 +269,18 @@ def test_watching_changes_no_bit(loop: Loop) -> None:
             assert torch.equal(a, b)
 
 
+@given(loop=loops(silent=False), before=st.booleans())
+def test_the_loop_puts_no_gradient_into_a_hyperparameter(loop: Loop, before: bool) -> None:
+    hyper = loop.leaves()
+    marks = [torch.ones_like(leaf) if before else None for leaf in hyper.values()]
+    for leaf, mark in zip(hyper.values(), marks, strict=True):
+        leaf.grad = mark
+    loop.train(hyper, metaopt.record)
+    for leaf, mark in zip(hyper.values(), marks, strict=True):
+        assert leaf.grad is mark
+        assert mark is None or torch.equal(mark, torch.ones_like(mark))
+
+
 @given(loop=loops())
 def test_a_sweep_changes_no_bit(loop: Loop) -> None:
     recorded = Recorded(loop)
