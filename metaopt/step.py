@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from metaopt.capture.cells import version_of
 from metaopt.capture.functions import see_functions
 from metaopt.capture.program import Library
 from metaopt.capture.segment import Segment
@@ -64,6 +65,7 @@ class Loop:
         self.watcher.check_functions = verify != "never"
         self._exit: ExitStack | None = None
         self._thread = 0
+        self._sums: list[Tensor] = []
         self._pending: list[tuple[dict[str, Any], list[Tensor], Update, dict[str, Any]]] = []
         self._known = 0
         self._received: set[int] = set()
@@ -113,6 +115,17 @@ class Loop:
             self._exit = None
         if not failed:
             self._seal(check=False)
+        self._sums = [weight.detach().sum() for weight in self.weights()]
+
+    def changed_since(self) -> Tensor | None:
+        """A weight that was changed since the context ended, if there is one."""
+        for weight, total in zip(self.weights(), self._sums, strict=False):
+            binding = self.tape.find(weight)
+            written = binding is not None and version_of(weight) != binding.version
+            # Writes through `.data` leave no trace in the version.
+            if written or not torch.allclose(weight.detach().sum(), total, rtol=0, atol=0, equal_nan=True):
+                return weight
+        return None
 
     def flush(self) -> None:
         """End the iteration here, without a step, so that what it computed can be differentiated."""

@@ -354,6 +354,104 @@ def test_weights_changed_before_backward() -> None:
         run.backward(outer(model))
 
 
+def test_weights_changed_through_data_before_backward() -> None:
+    run, model = trained()
+    value = outer(model)
+    next(model.parameters()).data.mul_(2)
+    with pytest.raises(metaopt.StaleError, match="changed after the context"):
+        run.backward(value)
+
+
+def test_a_buffer_that_forward_replaces_is_said_to_be_constant() -> None:
+    class Centred(nn.Module):
+        mean: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp(5, 6, 3)
+            self.register_buffer("mean", torch.zeros(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(x)
+            if self.training:
+                self.mean = 0.9 * self.mean + 0.1 * y.mean(0).detach()
+            return y - self.mean
+
+    gradients = []
+    for as_function in (True, False):
+        model = Centred()
+        lr = torch.tensor(0.1, requires_grad=True)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+        with metaopt.record(optimizer) as run:
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss(model).backward()
+                optimizer.step()
+        model.eval()
+        if as_function:
+            run.backward(lambda m=model: outer(m))
+        else:
+            with pytest.warns(metaopt.HeldConstantWarning, match="not weights"):
+                run.backward(outer(model))
+        gradients.append(lr.grad)
+    assert gradients[0] != gradients[1]
+
+
+def test_the_gradient_of_an_untrained_parameter_is_missed() -> None:
+    model = mlp(5, 6, 3)
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    with pytest.raises(metaopt.CaptureError, match=r"`\.grad` of a tensor"), metaopt.record(optimizer):
+        loss(model).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+
+
+def test_a_hook_that_reads_weights_is_refused() -> None:
+    model = mlp(5, 6, 3)
+    scale = torch.tensor(0.1, requires_grad=True)
+    model[0].weight.register_hook(lambda g: g * scale)  # type: ignore[union-attr]
+    optimizer = torch.optim.SGD([*model.parameters(), scale], lr=0.1)
+    with pytest.raises(metaopt.CaptureError, match="a gradient hook reads"), metaopt.record(optimizer):
+        loss(model).backward()
+        optimizer.step()
+
+
+def test_the_initial_weights_of_a_truncated_run() -> None:
+    run, model = trained(last=2)
+    with pytest.raises(metaopt.SweepError, match="only the last 2 of 3 steps"):
+        run.hypergradient(outer(model), wrt=model.parameters())
+
+
+def test_another_thread_is_left_alone() -> None:
+    import threading
+
+    failures: list[BaseException] = []
+    other = mlp(5, 6, 3)  # made here: the generator that both threads would draw from is one
+    x, y, _, _ = data()
+
+    def train_elsewhere() -> None:
+        try:
+            optimizer = torch.optim.Adam(other.parameters())
+            for _ in range(30):
+                optimizer.zero_grad()
+                F.cross_entropy(other(x), y).backward()
+                optimizer.step()
+        except BaseException as error:  # noqa: BLE001 (shown below)
+            failures.append(error)
+
+    lr = torch.tensor(0.1, requires_grad=True)
+    thread = threading.Thread(target=train_elsewhere)
+    thread.start()
+    run, model = trained(lr, steps=10)
+    run.backward(outer(model))
+    thread.join()
+    assert not failures
+    alone = torch.tensor(0.1, requires_grad=True)
+    run, model = trained(alone, steps=10)
+    run.backward(outer(model))
+    assert lr.grad == alone.grad
+
+
 def test_an_input_changed_after_the_context() -> None:
     weights = torch.rand(12)
     model = mlp(5, 6, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Adjoint", "Objective"]
 
+import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,8 +55,7 @@ class Adjoint:
                 raise SweepError("the list of outer objectives is empty.")
             return cls._sum([cls.of(entry, loop, watched) for entry in outer])
         if callable(outer) and not isinstance(outer, Tensor):
-            for weight in loop.weights():
-                _check_weight(loop, weight)
+            _check_weights(loop)
             outer = outer() if watched is None else watched(outer)
         if not isinstance(outer, Tensor):
             raise SweepError(
@@ -120,8 +120,7 @@ class Adjoint:
                 "under `no_grad`, from a copy of the model, or before the training. Compute it from the model after "
                 "the loop, with grad enabled, or pass a function: `run.backward(lambda: loss(model(x), y))`."
             )
-        for leaf in followed:
-            _check_weight(self.loop, leaf)
+        _check_weights(self.loop)
         with _unhooked(leaves):
             grads = torch.autograd.grad(outer, leaves, retain_graph=True, allow_unused=True)
         for leaf, grad in zip(leaves, grads, strict=True):
@@ -152,6 +151,19 @@ class Adjoint:
             and id(tensor) not in known
             and not tensor.requires_grad
         ]
+        # A buffer that `forward` replaces by a new tensor, in place of writing it.
+        buffers += _holders(
+            [
+                tensor
+                for binding in tape.bindings()
+                if (tensor := binding.ref()) is not None
+                and binding.key < 0
+                and tensor.dim()
+                and tensor.is_floating_point()
+                and not tensor.requires_grad
+                and id(tensor) not in known
+            ]
+        )
         if buffers:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in buffers[:4])
             warnings.warn(
@@ -376,14 +388,23 @@ def _unhooked(leaves: list[Tensor]) -> Iterator[None]:
             hooks.update(entries)
 
 
-def _check_weight(loop: Loop, weight: Tensor) -> None:
-    binding = loop.tape.find(weight)
-    if binding is not None and weight._version != binding.version:
+def _check_weights(loop: Loop) -> None:
+    weight = loop.changed_since()
+    if weight is not None:
         raise StaleError(
-            f"a weight of shape {tuple(weight.shape)} was changed after the context ended, so the outer objective "
-            "does not look at the weights that the recorded training led to. Evaluate it, and call `backward`, "
-            "before training goes on or `rewind` is called."
+            f"a weight of shape {tuple(weight.shape)} was changed after the context ended, so the outer objective does not "
+            "look at the weights that the recorded training led to. Evaluate it, and call `backward`, before training "
+            "goes on or `rewind` is called."
         )
+
+
+def _holders(tensors: list[Tensor]) -> list[Tensor]:
+    """Those of the tensors that a module (or another dict of tensors) keeps by name, as it keeps its buffers."""
+    held = []
+    for holder in gc.get_referrers(*tensors) if tensors else ():
+        if type(holder) is dict and all(isinstance(v, (Tensor, type(None))) for v in holder.values()):
+            held += [tensor for tensor in tensors if any(value is tensor for value in holder.values())]
+    return held
 
 
 def _of_value(tensor: Tensor, gradients: dict[int, Tensor]) -> Tensor | None:
