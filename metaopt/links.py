@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Link", "assign", "factor", "rescale", "unlink"]
+__all__ = ["Given", "Link", "assign", "factor", "rescale", "unlink"]
 
+import functools
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -57,16 +59,38 @@ class Link:
         return value[step]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
-        copy = Link(self.fixed)
-        copy.source, copy.base = self.source, self.base
-        return copy
+        # A copied optimizer follows the same hyperparameters, unless they are copied along with it.
+        copied = Link(memo.get(id(self.fixed), self.fixed))
+        copied.source, copied.base = self.source, self.base
+        if isinstance(self.source, functools.partial) and id(self.source.args[0]) in memo:
+            copied.source = functools.partial(self.source.func, memo[id(self.source.args[0])], *self.source.args[1:])
+        return copied
 
 
-def rescale(group: dict[str, Any], name: str, ratio: float) -> None:
-    """Scale what schedulers keep in a group besides the setting itself."""
+class Given:
+    """A setting as the constructor was given it; copies share the hyperparameters behind it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Given:
+        return Given(memo.get(id(self.value), self.value))
+
+
+def rescale(optimizer: torch.optim.Optimizer, place: int, name: str, ratio: float) -> None:
+    """Scale what schedulers keep of a setting, in the group and in themselves, when its hyperparameter has moved."""
+    group = optimizer.param_groups[place]
     for key in _SCALED_WITH.get(name, ()):
         if key in group:
             group[key] = group[key] * ratio
+    if name != "lr" or "initial_lr" not in group:
+        return
+    # Schedulers in closed form multiply their own copy of the first rate, and the optimizer does not know them.
+    for holder in gc.get_referrers(optimizer):
+        state = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
+        bases = state.get("base_lrs") if state.get("optimizer") is optimizer else None
+        if isinstance(bases, list) and place < len(bases):
+            bases[place] = bases[place] * ratio
 
 
 def factor(name: str, number: float, base: float | None, group: dict[str, Any]) -> float:

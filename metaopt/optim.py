@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from metaopt.links import Link, assign, factor, rescale, unlink
+from metaopt.links import Given, Link, assign, factor, rescale, unlink
 from metaopt.rules import rule_of
 
 Setting = float | Tensor
@@ -25,7 +25,7 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
     def _link(self, **settings: Any) -> dict[str, Any]:
         """Keep the tensors among the constructor's settings aside; return the plain numbers for torch's constructor."""
         self._links = {}
-        self._defaults_given = settings
+        self._defaults_given = {key: Given(value) for key, value in settings.items()}
         self.schedule_step = 0
         links: dict[str, Link] = {}
         numbers = {key: unlink(key, value, links) for key, value in settings.items()}
@@ -38,7 +38,7 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
         links: dict[str, Link] = {}
         group = dict(param_group)
         for key, default in self._defaults_given.items():
-            group[key] = unlink(key, group.get(key, default), links)
+            group[key] = unlink(key, group.get(key, default.value), links)
         super().add_param_group(group)
         self._links[len(self.param_groups) - 1] = links
         self._hook()
@@ -92,7 +92,7 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
                 scheduled = 1.0 if old is None else factor(name, float(rule.number(group, name)), old, group)
                 assign(group, rule.settings[name], new * scheduled)
                 if old:
-                    rescale(group, name, new / old)
+                    rescale(self, place, name, new / old)
                 link.base = new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,16 +104,17 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
         self._hook()
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, with the step that learned schedules are at."""
+        """As torch's, with the step that learned schedules are at and the numbers that linked settings were given."""
         result = super().state_dict()
-        if any(link.value().numel() > 1 for links in self._links.values() for link in links.values()):
-            result["schedule_step"] = self.schedule_step
+        if any(self._links.values()):
+            result["schedule_step"], result["link_bases"] = self.bookmark()
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; the linked settings keep following their hyperparameters."""
-        self.schedule_step = state_dict.get("schedule_step", 0)
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "schedule_step"})
+        """As torch's; the linked settings keep following their hyperparameters, at their present values."""
+        own = ("schedule_step", "link_bases")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key not in own})
+        self.go_back((state_dict.get("schedule_step", 0), state_dict.get("link_bases", {})))
 
 
 def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

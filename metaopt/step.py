@@ -9,7 +9,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class Loop:
             stack.callback(_open.discard, self.optimizer)
             stack.enter_context(_eager())
             after = self.optimizer.register_step_post_hook(self._post_step)
-            _put_first(self.optimizer._optimizer_step_post_hooks, after.id)
+            _put_first(cast("OrderedDict[int, Any]", self.optimizer._optimizer_step_post_hooks), after.id)
             for handle in (
                 self.optimizer.register_step_pre_hook(self._pre_step),
                 after,
@@ -226,7 +226,7 @@ class Loop:
             for weight in group_entry[1]:
                 self.tape.before_write(weight)
                 for name in self.rule.state:
-                    tensor = self.optimizer.state[weight].get(name)
+                    tensor = self.optimizer.state.get(weight, {}).get(name)
                     if tensor is not None:
                         self.tape.before_write(tensor)
 

@@ -315,15 +315,16 @@ MUTANTS = [
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a mutant: the test that failed, or None."""
+    """What became of a mutant: the test that failed (or None), and by which error."""
 
     mutant: Mutant
     killer: str | None
-    error: str = ""
+    by: str = ""
+    problem: str = ""
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        return self.error or self.killer or "SURVIVED"
+        return self.problem or (f"{self.killer}: {self.by}" if self.killer else "SURVIVED")
 
 
 @contextmanager
@@ -342,7 +343,13 @@ def copied() -> Iterator[Path]:
 def run_tests(place: Path, file: str, expression: str) -> tuple[int, str]:
     """Pytest's exit status and output, in a copy."""
     command = [sys.executable, "-m", "pytest", file, "-k", expression, "-x", "-q", "-n", "0", "--tb=no"]
-    environment = {**os.environ, "PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(place),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "200",
+    }
     result = subprocess.run(
         [*command, "-p", "no:cacheprovider"],
         cwd=place,
@@ -365,10 +372,12 @@ def apply(mutant: Mutant, place: Path) -> str:
     return ""
 
 
-def failed(output: str) -> str:
-    """The first test that failed, by its name."""
+def failed(output: str) -> tuple[str, str]:
+    """The first test that failed, by its name, and the error's class."""
     lines = [line for line in output.splitlines() if line.startswith("FAILED ")]
-    return lines[0].split(" - ")[0].removeprefix("FAILED ").removeprefix("tests/") if lines else ""
+    name, _, error = lines[0].removeprefix("FAILED ").partition(" - ") if lines else ("", "", "")
+    kind = error.partition(":")[0].rpartition(".")[2]
+    return name.removeprefix("tests/"), kind if kind.isidentifier() else "AssertionError"
 
 
 def judge(mutant: Mutant) -> Verdict:
@@ -377,13 +386,13 @@ def judge(mutant: Mutant) -> Verdict:
     with copied() as place:
         problem = apply(mutant, place)
         if problem:
-            return Verdict(mutant, None, problem)
+            return Verdict(mutant, None, problem=problem)
         status, output = run_tests(place, *mutant.tests)
     seconds = time.monotonic() - began
-    killer = failed(output)
+    killer, by = failed(output)
     if status == 1 and killer:
-        return Verdict(mutant, killer, seconds=seconds)
-    return Verdict(mutant, None, "" if status == 0 else f"BROKEN: pytest ended with {status}", seconds)
+        return Verdict(mutant, killer, by, seconds=seconds)
+    return Verdict(mutant, None, problem="" if status == 0 else f"BROKEN: pytest ended with {status}", seconds=seconds)
 
 
 def baseline(mutants: Sequence[Mutant]) -> str:
@@ -402,7 +411,7 @@ def baseline(mutants: Sequence[Mutant]) -> str:
         for file, expression in sorted({mutant.tests for mutant in mutants}):
             status, output = run_tests(place, file, expression)
             if status:
-                return f"without a mutant, {file} -k {expression!r}: {failed(output) or output[-2000:]}"
+                return f"without a mutant, {file} -k {expression!r}: {failed(output)[0] or output[-2000:]}"
     return ""
 
 
@@ -418,13 +427,12 @@ def page(verdicts: Sequence[Verdict]) -> str:
         f"{killed} of {len(verdicts)} mutants are killed. This page is written by `python tests/mutants.py --write",
         "docs/mutants.md`.",
         "",
-        "| mutant | what it breaks | in | killed by |",
-        "|---|---|---|---|",
+        "| mutant | what it breaks | in | killed by | which raised |",
+        "|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {v.mutant.name} | {v.mutant.breaks} | `{v.mutant.file}` | {f'`{v.killer}`' if v.killer else f'**{v}**'} |"
-        for v in verdicts
-    ]
+    for v in verdicts:
+        killer = f"`{v.killer}`" if v.killer else f"**{v}**"
+        lines.append(f"| {v.mutant.name} | {v.mutant.breaks} | `{v.mutant.file}` | {killer} | {v.by} |")
     return "\n".join(lines) + "\n"
 
 

@@ -23,11 +23,12 @@ def test_cross_entropy(shape: tuple[int, ...], smoothing: float, weighted: bool,
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("dim", [0, 1, -1])
+@pytest.mark.parametrize("dim", [0, 1])
 def test_weight_norm(dim: int) -> None:
-    v, g = torch.randn(4, 5, requires_grad=True), torch.rand(1).expand(1)
+    v = torch.randn(4, 5, requires_grad=True)
+    g = torch.rand((4, 1) if dim == 0 else (1, 5), requires_grad=True)
     torch.testing.assert_close(replacements.weight_norm(v, g, dim), torch._weight_norm(v, g, dim))
-    assert torch.autograd.gradgradcheck(lambda v: replacements.weight_norm(v, g, dim), (v,))
+    assert torch.autograd.gradgradcheck(lambda v, g: replacements.weight_norm(v, g, dim), (v, g))
 
 
 def test_torchs_weight_norm_still_has_a_wrong_second_derivative() -> None:

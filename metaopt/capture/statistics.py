@@ -99,5 +99,7 @@ def _norm(
     for buffer, value, formula in ((mean, values[0], running_mean), (var, values[1], running_var)):
         if tape.is_live(x) or tape.find(buffer) is not None:
             (number,) = tape.trace.emit(formula, value, values[2], momentum, per_instance)
+            if tape.find(buffer) is None:
+                tape.bind(buffer)
             tape.define(buffer, number).buffer = 1 if per_instance else 2
     return result

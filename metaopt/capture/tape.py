@@ -6,7 +6,7 @@ __all__ = ["BASE", "Binding", "External", "Tape", "View", "leaves_of", "nodes_of
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy
@@ -31,7 +31,7 @@ Geometry = tuple[torch.Size, tuple[int, ...], int, torch.dtype, bool]
 def tensor_geometry(tensor: Tensor) -> Geometry:
     """Where a tensor lies in its memory, and whether it fills it without gaps."""
     dense = tensor.numel() == 0 or tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
-    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, dense
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, dense
 
 
 class View(NamedTuple):

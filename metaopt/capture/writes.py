@@ -87,7 +87,9 @@ def _follow(tape: Tape, target: Tensor) -> None:
         tape.adopt(target)
         return
     owner = target if target._base is None else target._base
-    tape.define(owner, tape.read_constant(owner)).buffer = 1
+    value = tape.read_constant(owner)
+    tape.bind(owner)
+    tape.define(owner, value).buffer = 1
     tape.own_memory(owner)
     if owner is not target:
         tape.alias(target)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from metaopt.rules.rule import Setting, add_scaled, safe_sqrt
+from metaopt.rules.rule import Setting, add_scaled, double, safe_sqrt
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 ADAM_SETTINGS: Mapping[str, str | tuple[str, int]] = {
@@ -41,10 +41,12 @@ def moments(
     amsgrad: bool,
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """The step that both share, from weights and a gradient that the decay has already been put into."""
+    lr, beta1, beta2 = double(lr), double(beta1), double(beta2)
     m, v = state["exp_avg"], state["exp_avg_sq"]
     m = torch.zeros_like(w) if m is None else m
     v = torch.zeros_like(w) if v is None else v
-    m = torch.lerp(m, g, 1 - beta1)
+    weight = 1 - beta1
+    m = torch.lerp(m, g, weight.to(m.dtype) if isinstance(weight, Tensor) else weight)
     v = add_scaled(beta2 * v, g * g, 1 - beta2)
     peak = state["max_exp_avg_sq"]
     if amsgrad:

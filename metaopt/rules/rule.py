@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Rule", "Setting", "Update", "add_scaled", "safe_sqrt"]
+__all__ = ["Rule", "Setting", "Update", "add_scaled", "double", "safe_sqrt"]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,6 +88,11 @@ class Update:
             results.append(new)
             results += [value for name in self.rule.state if (value := after.get(name)) is not None]
         return results
+
+
+def double(value: Setting) -> Setting:
+    """A setting in the precision that torch's optimizers have theirs in, Python's."""
+    return value.double() if isinstance(value, Tensor) and value.dim() == 0 and value.device.type != "mps" else value
 
 
 def add_scaled(x: Tensor, y: Tensor, factor: Setting) -> Tensor:
