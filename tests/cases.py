@@ -7,6 +7,7 @@ trains inside the context and returns the outer objective.
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -59,8 +60,7 @@ def case(**values: Any) -> Callable[[Callable[[Hyper, Context], Trained]], Calla
     def enter(train: Callable[[Hyper, Context], Trained]) -> Callable[[Hyper, Context], Trained]:
         def make() -> Hyper:
             torch.manual_seed(1)
-            made = {k: v() if callable(v) else torch.tensor(float(v)) for k, v in values.items()}
-            return made
+            return {k: v() if callable(v) else torch.tensor(float(v)) for k, v in values.items()}
 
         CASES.append(Case(train.__name__, train, make))
         return train
@@ -83,7 +83,7 @@ def mlp(*sizes: int) -> nn.Sequential:
     """A small smooth network."""
     torch.manual_seed(3)
     layers: list[nn.Module] = []
-    for i, o in zip(sizes, sizes[1:], strict=False):
+    for i, o in itertools.pairwise(sizes):
         layers += [nn.Linear(i, o), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
@@ -759,7 +759,7 @@ def checkpointed(hyper: Hyper, context: Context) -> Trained:
     model = Net()
     trained = simple(model, sgd(hyper), hyper, context)
     model.eval()
-    x, y, x_val, y_val = data()
+    _, _, x_val, y_val = data()
     trained.outer = F.cross_entropy(model(x_val), y_val)
     return trained
 
@@ -874,7 +874,9 @@ def numpy_index_shuffled_in_place(hyper: Hyper, context: Context) -> Trained:
 
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         generator.shuffle(index)
-        return (hyper["weights"][index[:4]] * F.cross_entropy(model(x[index[:4]]), y[index[:4]], reduction="none")).sum()
+        return (
+            hyper["weights"][index[:4]] * F.cross_entropy(model(x[index[:4]]), y[index[:4]], reduction="none")
+        ).sum()
 
     return looping(hyper, context, loss)
 

@@ -55,7 +55,7 @@ def assert_torch_is_as_it_was(optimizer: torch.optim.Optimizer) -> None:
 
 def test_no_step() -> None:
     run, model = trained(steps=0)
-    with pytest.raises(metaopt.SweepError, match="saw no `optimizer.step"):
+    with pytest.raises(metaopt.SweepError, match=r"saw no `optimizer\.step"):
         run.backward(outer(model))
 
 

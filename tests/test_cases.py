@@ -38,7 +38,9 @@ def test_forward_is_reverse(case: Case) -> None:
         run.backward(trained.outer)
         gradients.append({name: leaf.grad for name, leaf in hyper.items()})
     for name, expected in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        found = gradients[1][name]
+        assert found is not None, name
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

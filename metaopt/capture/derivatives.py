@@ -54,8 +54,8 @@ def check_function(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> bo
     """Whether the backward of a user's ``autograd.Function`` is the derivative of its forward.
 
     Raises:
-        CaptureError: if autograd can't differentiate the backward; or if the backward is no derivative of the forward, and
-            the forward can't be differentiated by itself.
+        CaptureError: if autograd can't differentiate the backward; or if the backward is no derivative of the
+            forward, and the forward can't be differentiated by itself.
     """
     backward = getattr(cls, "backward", None)
     code = getattr(backward, "__code__", None)
@@ -99,7 +99,7 @@ def check_function(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> bo
         return True
     try:
         hopeless = _disagreement(true, point) is not None
-    except Exception as error:  # noqa: BLE001 (the user's forward, called in a way that it may not expect)
+    except Exception as error:
         raise _no_forward(cls) from error
     if hopeless:
         raise _no_forward(cls)
@@ -112,9 +112,9 @@ def _floating(result: Any) -> list[Tensor]:
 
 def _no_forward(cls: type) -> CaptureError:
     return CaptureError(
-        f"the backward of {cls.__name__} (a torch.autograd.Function) is not the derivative of its forward, and its forward is "
-        "not made of operations that torch can differentiate. The loop's gradients need the one and the hypergradient "
-        "the other. Write the forward with torch operations, without `detach` and numpy."
+        f"the backward of {cls.__name__} (a torch.autograd.Function) is not the derivative of its forward, and its "
+        "forward is not made of operations that torch can differentiate. The loop's gradients need the one and the "
+        "hypergradient the other. Write the forward with torch operations, without `detach` and numpy."
     )
 
 

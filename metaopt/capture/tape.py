@@ -491,9 +491,7 @@ class Tape:
                 if external.tensor.grad_fn is None or external.epoch > self.epoch - 4
             }
         self._bindings = {key: b for key, b in self._bindings.items() if b.ref() is not None}
-        self._memory = {
-            key: known for key, known in self._memory.items() if not known[0].expired()
-        }
+        self._memory = {key: known for key, known in self._memory.items() if not known[0].expired()}
 
     def end(self, seal: Callable[..., Segment]) -> Segment:
         """Finish the iteration: what it left behind in living tensors is what it computed."""

@@ -155,9 +155,7 @@ class Watcher(TorchFunctionMode):
         many = not isinstance(result, Tensor)
         called = REPLACEMENTS.get(func, func)
         setting = self.setting(func, seed)
-        tape.trace.code.append(
-            Instruction(called, args_spec, kwargs_spec, outs, many=many, phased=phased, **setting)
-        )
+        tape.trace.code.append(Instruction(called, args_spec, kwargs_spec, outs, many=many, phased=phased, **setting))
         for place, (tensor, out) in enumerate(zip(results, outs, strict=True)):
             if out is None:
                 continue

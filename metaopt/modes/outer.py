@@ -392,9 +392,9 @@ def _check_weights(loop: Loop) -> None:
     weight = loop.changed_since()
     if weight is not None:
         raise StaleError(
-            f"a weight of shape {tuple(weight.shape)} was changed after the context ended, so the outer objective does not "
-            "look at the weights that the recorded training led to. Evaluate it, and call `backward`, before training "
-            "goes on or `rewind` is called."
+            f"a weight of shape {tuple(weight.shape)} was changed after the context ended, so the outer objective "
+            "does not look at the weights that the recorded training led to. Evaluate it, and call `backward`, "
+            "before training goes on or `rewind` is called."
         )
 
 

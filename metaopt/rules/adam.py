@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from metaopt.rules.moments import ADAM_DOMAIN, ADAM_SETTINGS, ADAM_STATE, moments
-from metaopt.rules.rule import Rule, Setting, add_scaled
+from metaopt.rules.rule import Rule, Setting, add_scaled, double
 
 
 def update(
@@ -38,7 +38,7 @@ def update(
     """One step of Adam."""
     g = -g if maximize else g
     if decoupled_weight_decay:
-        w = w * (1 - lr * weight_decay)
+        w = w * (1 - double(lr) * double(weight_decay))
     elif isinstance(weight_decay, Tensor) or weight_decay != 0:
         g = add_scaled(g, w, weight_decay)
     return moments(w, g, state, step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, amsgrad=amsgrad)

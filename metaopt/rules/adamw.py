@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metaopt.rules.moments import ADAM_DOMAIN, ADAM_SETTINGS, ADAM_STATE, moments
-from metaopt.rules.rule import Rule, Setting
+from metaopt.rules.rule import Rule, Setting, double
 
 
 def update(
@@ -34,7 +34,7 @@ def update(
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """One step of AdamW."""
     g = -g if maximize else g
-    w = w * (1 - lr * weight_decay)
+    w = w * (1 - double(lr) * double(weight_decay))
     return moments(w, g, state, step, lr=lr, beta1=beta1, beta2=beta2, eps=eps, amsgrad=amsgrad)
 
 
