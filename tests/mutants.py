@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LAWS, RULES, CASES = "tests/test_laws.py", "tests/test_rules.py", "tests/test_cases.py"
-# Appended to the copy's conftest. The library compares its replays with the loop, and most mutants would end there; that
-# check rests, so that it is the tests which have to see them.
+LAWS, RULES = "tests/test_laws.py", "tests/test_rules.py"
+CASES, INPUT = "tests/test_cases.py", "tests/test_bad_input.py"
+# Appended to the copy's conftest. The library compares its replays with the loop, and many mutants would end there;
+# that check rests, so that it is the tests which have to see them.
 SETTING = """
 
 import metaopt.capture.verify
@@ -210,6 +211,15 @@ MUTANTS = [
         "        self.kept = [*getattr(self, 'kept', []), *keep]\n"
         "        segment = self.tape.end(self.library.seal)\n",
         (LAWS, "memory"),
+    ),
+    Mutant(
+        "trust-blindly",
+        "a replay that differs from the loop is accepted",
+        "capture/verify.py",
+        "        if wrong:",
+        "        if False:",
+        (INPUT, "hidden_state"),
+        unverified=False,
     ),
     # -- the rules
     Mutant(

@@ -59,7 +59,7 @@ def real(value: Value) -> Constrained:
 
 
 def positive(value: Value) -> Constrained:
-    r"""A positive hyperparameter, :math:`x = \exp(u)`: a hyper-step moves it by a factor.
+    """A positive hyperparameter, ``x = exp(u)``: a hyper-step moves it by a factor.
 
     Args:
         value: a number or an array of any shape, > 0.
@@ -71,7 +71,7 @@ def positive(value: Value) -> Constrained:
 
 
 def nonnegative(value: Value) -> Constrained:
-    r"""A hyperparameter :math:`x \ge 0` that reaches 0, kept there by projection: ``box(value, 0, None)``.
+    """A hyperparameter ``x ≥ 0`` that reaches 0, kept there by projection: ``box(value, 0, None)``.
 
     Args:
         value: a number or an array of any shape, >= 0.
@@ -83,9 +83,9 @@ def nonnegative(value: Value) -> Constrained:
 
 
 def interval(value: Value, low: float, high: float) -> Constrained:
-    r"""A hyperparameter between two bounds, :math:`x = \text{low} + (\text{high} - \text{low})\,\sigma(u)`.
+    """A hyperparameter between two bounds, ``x = low + (high - low) σ(u)``.
 
-    A value on a bound has no finite :math:`u`: it starts inside, by a thousandth of the width, with a
+    A value on a bound has no finite ``u``: it starts inside, by a thousandth of the width, with a
     warning.
 
     Args:
@@ -100,9 +100,9 @@ def interval(value: Value, low: float, high: float) -> Constrained:
 
 
 def simplex(value: Value) -> Constrained:
-    r"""Probability vectors along the last dimension, :math:`x = \mathrm{softmax}(u)`.
+    """Probability vectors along the last dimension, ``x = softmax(u)``.
 
-    A vector with a zero has no finite :math:`u`: it starts mixed with a thousandth of the uniform one, with a
+    A vector with a zero has no finite ``u``: it starts mixed with a thousandth of the uniform one, with a
     warning.
 
     Args:
@@ -115,9 +115,9 @@ def simplex(value: Value) -> Constrained:
 
 
 def box(value: Value, low: float | None = None, high: float | None = None) -> Constrained:
-    r"""A hyperparameter :math:`\text{low} \le x \le \text{high}`, its own leaf, kept there by projection.
+    """A hyperparameter ``low ≤ x ≤ high``, its own leaf, kept there by projection.
 
-    The projection is done by :meth:`Hyperparameters.project_`, after each hyper-step (projected
+    The projection is done by `Hyperparameters.project_`, after each hyper-step (projected
     hyper-gradient descent, Franceschi et al. 2017).
 
     Args:
@@ -132,16 +132,16 @@ def box(value: Value, low: float | None = None, high: float | None = None) -> Co
 
 
 def l1_box(value: Value, radius: float, low: float = 0.0, high: float | None = 1.0) -> Constrained:
-    r"""A hyperparameter in an L1 ball in a box, its own leaf, kept there by projection.
+    """A hyperparameter in an L1 ball in a box, its own leaf, kept there by projection.
 
     .. math:: \text{low} \le x_i \le \text{high},\qquad \sum_i x_i \le R
 
     The set of the example weights of data hyper-cleaning (Franceschi et al. 2017, Sec. 5.1): the bound on the
-    sum, the L1 norm, drives weights to 0. See :func:`project_l1_box`.
+    sum, the L1 norm, drives weights to 0. See `project_l1_box`.
 
     Args:
         value: an array of any shape in the set; ``radius / n`` each is the usual start.
-        radius: the bound :math:`R` on the sum.
+        radius: the bound ``R`` on the sum.
         low: the lower bound, at least 0.
         high: the upper bound; None or ``inf`` for none.
 

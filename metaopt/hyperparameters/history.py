@@ -69,7 +69,7 @@ class History(dict[str, list[Any]]):
         return {key: np.stack([np.asarray(entry, dtype=np.float64) for entry in self[key]]) for key in self}
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the schedules with :func:`metaopt.plotting.plot_history`.
+        """Draw the schedules with `metaopt.plotting.plot_history`.
 
         Args:
             ax: the matplotlib axes to draw on; a new figure's by default.

@@ -175,7 +175,7 @@ class Hyperparameters(torch.nn.Module):
 
         .. math:: x \leftarrow \arg\min_{y \in \Lambda} \|y - x\|_2
 
-        To be called after each ``hyper_optimizer.step()``, or left to :meth:`attach`. Nothing else of the
+        To be called after each ``hyper_optimizer.step()``, or left to `attach`. Nothing else of the
         optimizer is touched: its moments are not projected.
 
         Returns:

@@ -13,7 +13,7 @@ from metaopt.errors import DomainError
 
 
 def project_box(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
-    r"""Project onto a box, :math:`P(x)_i = \min(\max(x_i, \text{low}), \text{high})`.
+    """Project onto a box, ``P(x)_i = min(max(x_i, low), high)``.
 
     Args:
         x: any shape.
@@ -32,19 +32,19 @@ def project_box(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Te
 
 
 def project_l1_box(x: Tensor, radius: float, low: float = 0.0, high: float = 1.0) -> Tensor:
-    r"""Project onto the L1 ball in a box, :math:`\{\text{low} \le x \le \text{high},\ \sum_i x_i \le R\}`.
+    """Project onto the L1 ball in a box, ``{low ≤ x ≤ high, Σ_i x_i ≤ R}``.
 
-    With :math:`u = \mathrm{clip}(x)`, the projection is :math:`u` where :math:`\sum_i u_i \le R`, else
+    With ``u = clip(x)``, the projection is ``u`` where ``Σ_i u_i ≤ R``, else
 
     .. math:: P(x)_i = \mathrm{clip}(x_i - \tau),\qquad \tau > 0 :\ \sum_i \mathrm{clip}(x_i - \tau) = R.
 
-    The sum is piecewise linear in :math:`\tau`, so :math:`\tau` is found exactly, between two of its sorted
+    The sum is piecewise linear in ``τ``, so ``τ`` is found exactly, between two of its sorted
     kinks. Entries that end on a bound are equal to it: zeros are true zeros. The arithmetic is float64; for a
     narrower ``x`` the sum meets ``radius`` to the rounding of its dtype.
 
     Args:
         x: any shape; all its entries share the one radius.
-        radius: the bound :math:`R` on the sum, finite.
+        radius: the bound ``R`` on the sum, finite.
         low: the lower bound, at least 0: only there is the sum the L1 norm.
         high: the upper bound, ``inf`` for none.
 
