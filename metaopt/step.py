@@ -19,11 +19,12 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from metaopt.capture.bindings import leaves_of
 from metaopt.capture.cells import version_of
 from metaopt.capture.functions import see_functions
 from metaopt.capture.program import Library
 from metaopt.capture.segment import Segment
-from metaopt.capture.tape import Tape, leaves_of
+from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Group, Instruction, Val
 from metaopt.capture.verify import Verifier
 from metaopt.capture.watcher import Watcher

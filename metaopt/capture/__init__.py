@@ -2,11 +2,13 @@
 
 ``cells``       a tensor's value at one moment, copied only when somebody is about to overwrite it
 ``trace``       one iteration as straight-line code over numbered values
+``bindings``    what is known of each tensor object that is followed
 ``tape``        the tensors that are followed, and the iteration that is being written
 ``watcher``     the ``TorchFunctionMode`` that shows every torch call to the tape
 ``calls``       the calls that need more than "call it again": gradients, writes, statistics, …
 ``writes``      calls that write their arguments in place
 ``primitives``  what replayed programs are made of besides torch: ``stop``, ``inner_gradient``, …
+``derivatives`` is the derivative of a replay the derivative of the loop? compared with finite differences
 ``program``     iterations of equal structure, stored once, as a ``torch.fx`` graph
 ``segment``     one recorded iteration: a program, its constants and the state it started from
 """

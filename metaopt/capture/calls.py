@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaopt.capture import statistics
+from metaopt.capture.bindings import BASE, View
 from metaopt.capture.cells import version_of
 from metaopt.capture.derivatives import check_function
+from metaopt.capture.hooks import refuse_live_closure
 from metaopt.capture.primitives import Surrogate, flatten, hooked, inner_gradient, leaf, stop, total
 from metaopt.capture.replacements import hard_gumbel_softmax
-from metaopt.capture.tape import BASE, Tape, View, refuse_live_closure
+from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Group, Instruction, Val
 from metaopt.errors import CaptureError
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, fx
 
 from metaopt.capture import primitives
+from metaopt.capture.bindings import External
 from metaopt.capture.cells import Cell
 from metaopt.capture.primitives import Phase, inner_gradient, pick, seeded, with_autocast, with_native_kernels
 from metaopt.capture.segment import Segment
-from metaopt.capture.tape import External
 from metaopt.capture.trace import Group, Instruction, Num, Obj, Trace, Val, needed
 
 _Known = tuple["Program", list[int], list[int], list[int]]

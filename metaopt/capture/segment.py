@@ -16,8 +16,8 @@ from metaopt.capture.cells import Cell
 from metaopt.capture.primitives import Phase
 
 if TYPE_CHECKING:
+    from metaopt.capture.bindings import External
     from metaopt.capture.program import Program
-    from metaopt.capture.tape import External
 
 
 @dataclass(slots=True)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["BASE", "Binding", "External", "Tape", "View", "leaves_of", "nodes_of", "refuse_live_closure"]
+__all__ = ["Tape"]
 
 import itertools
-import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from metaopt.capture.bindings import BASE, Binding, External, Geometry, View, leaves_of, tensor_geometry
 from metaopt.capture.cells import Cell, Cells, version_of
+from metaopt.capture.hooks import refuse_live_closure
 from metaopt.capture.primitives import hooked, leaf, overwrite, stop
 from metaopt.capture.segment import Segment
 from metaopt.capture.trace import Group, Instruction, Num, Obj, Trace, Val, needed
@@ -22,113 +23,6 @@ from metaopt.errors import CaptureError, StaleError
 
 _LITERALS = (str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(Ellipsis))
 _COMPACT_EVERY = 512
-_COPIED_AT_MOST = 100_000
-
-
-Geometry = tuple[torch.Size, tuple[int, ...], int, torch.dtype, bool]
-
-
-def tensor_geometry(tensor: Tensor) -> Geometry:
-    """Where a tensor lies in its memory, and whether it fills it without gaps."""
-    dense = tensor.numel() == 0 or tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
-    return tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, dense
-
-
-class View(NamedTuple):
-    """How a view is made of its base: a call in which `BASE` stands for the base, and which of its results it is."""
-
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outs: int
-    position: int
-    stopped: bool
-
-
-BASE = object()
-
-
-class Binding:
-    """One tensor object that is followed: which value of the present iteration it holds.
-
-    ``value`` is that number if ``epoch`` is the present iteration; else the binding carries its value over from an
-    earlier one, and reading it makes it an input. A view knows its ``base`` and how it was made of it, since a write
-    to the one changes the other. ``inner`` says whether the loop's own gradients reach trained weights through it:
-    0 no, 1 yes, 2 they would, but through an earlier iteration's graph, which is gone. ``halted`` says that the
-    replay's value does have a graph to them, which a reader must not follow: a gradient, as ``backward`` leaves it.
-    ``buffer`` says that a tensor that was no weight got a live value: 1, or 2 if it is a batch norm's statistic.
-    """
-
-    __slots__ = (
-        "base",
-        "base_value",
-        "buffer",
-        "cell",
-        "epoch",
-        "fresh",
-        "halted",
-        "inner",
-        "key",
-        "leaf",
-        "leaves",
-        "ref",
-        "value",
-        "version",
-        "via",
-    )
-
-    def __init__(self, key: int, tensor: Tensor) -> None:
-        self.key = key
-        self.ref = weakref.ref(tensor)
-        self.version = version_of(tensor)
-        self.value = -1
-        self.epoch = -1
-        self.fresh = False
-        self.halted = False
-        self.buffer = 0
-        self.cell: Cell | None = None
-        self.inner = 0
-        self.leaf = False
-        self.leaves: list[int] = []
-        self.base: Binding | None = None
-        self.base_value = -1
-        self.via: View | None = None
-
-    @property
-    def root(self) -> Binding:
-        """The binding whose memory this one is a view of."""
-        return self if self.base is None else self.base.root
-
-
-class External:
-    """A tensor that requires grad and is not trained: a hyperparameter, or something computed from one.
-
-    One that changes is a new external from then on; what used the old value keeps the old one.
-    """
-
-    __slots__ = ("cell", "copy", "epoch", "moving", "tensor", "value", "version")
-
-    def __init__(self, tensor: Tensor, cell: Cell, *, moving: bool) -> None:
-        self.tensor = tensor
-        self.cell = cell
-        self.version = version_of(tensor)
-        self.value = -1
-        self.epoch = -1
-        self.moving = moving
-        # Writes through `.data` leave no trace in the version.
-        self.copy = tensor.detach().clone() if tensor.numel() <= _COPIED_AT_MOST and not moving else None
-
-    def check(self) -> None:
-        """Raise if the hyperparameter is not what it was when these steps used it."""
-        if self.moving:
-            return
-        unchanged = version_of(self.tensor) == self.version
-        if not unchanged or (self.copy is not None and not torch.equal(self.copy, self.tensor)):
-            raise StaleError(
-                f"a hyperparameter of shape {tuple(self.tensor.shape)} was changed in place after the recorded steps "
-                "used it, so their derivative at its old value can't be taken. Call `run.backward` before the "
-                "hyperparameter's optimizer steps; to change hyperparameters within a context, use `metaopt.stream`."
-            )
 
 
 class Tape:
@@ -566,48 +460,3 @@ def _unseen_write(tensor: Tensor) -> CaptureError:
         "torch's function modes off. Write it with torch's own operations, inside the context; evaluate outer "
         "objectives before anything changes what the loop left."
     )
-
-
-def refuse_live_closure(tape: Tape, hook: Callable[..., Any]) -> None:
-    """Refuse a gradient hook that reads weights or hyperparameters: the replay can't give it others to read."""
-    code = getattr(hook, "__code__", None)
-    held = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or () if cell.cell_contents is not hook]
-    held += list(getattr(hook, "__defaults__", None) or ())
-    held += [getattr(hook, "__self__", None), *getattr(hook, "args", ()), *getattr(hook, "keywords", {}).values()]
-    if code is not None:
-        held += [hook.__globals__[name] for name in code.co_names if name in hook.__globals__]
-    while held:
-        entry = held.pop()
-        if isinstance(entry, (list, tuple)):
-            held += entry
-        elif isinstance(entry, dict):
-            held += entry.values()
-        elif isinstance(entry, torch.nn.Module):
-            held += entry.parameters()
-        elif isinstance(entry, Tensor) and tape.is_live(entry):
-            raise CaptureError(
-                f"a gradient hook reads a tensor of shape {tuple(entry.shape)} that is trained or a hyperparameter. "
-                "The replay runs the hook, and can't show it that tensor as it was. Change the gradients in the loop "
-                "instead, after `loss.backward()`."
-            )
-
-
-def nodes_of(tensor: Tensor) -> list[Any]:
-    """The nodes of a tensor's autograd graph."""
-    seen: dict[Any, None] = {}
-    stack: list[Any] = [tensor.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen[node] = None
-        stack.extend(following for following, _ in node.next_functions)
-    return list(seen)
-
-
-def leaves_of(tensor: Tensor) -> list[Tensor]:
-    """The leaf tensors that a tensor's autograd graph leads to (itself, if it is one)."""
-    if tensor.grad_fn is None:
-        return [tensor] if tensor.requires_grad else []
-    variables = [getattr(node, "variable", None) for node in nodes_of(tensor)]
-    return [variable for variable in variables if isinstance(variable, Tensor)]

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from metaopt.capture import calls, writes
+from metaopt.capture.bindings import BASE, View
 from metaopt.capture.calls import name_of
 from metaopt.capture.cells import version_of
 from metaopt.capture.primitives import flatten
 from metaopt.capture.replacements import REPLACEMENTS
-from metaopt.capture.tape import BASE, Tape, View
+from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Instruction
 from metaopt.errors import CaptureError, EagerWarning, HeldConstantWarning
 

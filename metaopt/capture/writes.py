@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from metaopt.capture.bindings import Binding
 from metaopt.capture.primitives import assign, flatten, stop
 from metaopt.capture.replacements import REPLACEMENTS
-from metaopt.capture.tape import Binding, Tape
+from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Instruction, Val
 from metaopt.errors import CaptureError
 

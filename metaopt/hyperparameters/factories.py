@@ -134,7 +134,7 @@ def box(value: Value, low: float | None = None, high: float | None = None) -> Co
 def l1_box(value: Value, radius: float, low: float = 0.0, high: float | None = 1.0) -> Constrained:
     """A hyperparameter in an L1 ball in a box, its own leaf, kept there by projection.
 
-    .. math:: \text{low} \le x_i \le \text{high},\qquad \sum_i x_i \le R
+    ``low ≤ x_i ≤ high`` and ``Σ_i x_i ≤ R``.
 
     The set of the example weights of data hyper-cleaning (Franceschi et al. 2017, Sec. 5.1): the bound on the
     sum, the L1 norm, drives weights to 0. See `project_l1_box`.

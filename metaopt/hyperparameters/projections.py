@@ -36,7 +36,7 @@ def project_l1_box(x: Tensor, radius: float, low: float = 0.0, high: float = 1.0
 
     With ``u = clip(x)``, the projection is ``u`` where ``Σ_i u_i ≤ R``, else
 
-    .. math:: P(x)_i = \mathrm{clip}(x_i - \tau),\qquad \tau > 0 :\ \sum_i \mathrm{clip}(x_i - \tau) = R.
+    ``P(x)_i = clip(x_i - τ)``, with ``τ > 0`` such that ``Σ_i clip(x_i - τ) = R``.
 
     The sum is piecewise linear in ``τ``, so ``τ`` is found exactly, between two of its sorted
     kinks. Entries that end on a bound are equal to it: zeros are true zeros. The arithmetic is float64; for a

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaopt.capture.bindings import leaves_of, nodes_of
 from metaopt.capture.segment import Segment
-from metaopt.capture.tape import leaves_of, nodes_of
 from metaopt.errors import HeldConstantWarning, StaleError, SweepError, UnusedHyperparameterWarning
 from metaopt.hyperparameters import name_of, owner_of
 from metaopt.modes.statistics import statistics_gradients

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.capture.tape import Tape, leaves_of, nodes_of
+from metaopt.capture.bindings import leaves_of, nodes_of
+from metaopt.capture.tape import Tape
 
 
 def statistics_gradients(outer: Tensor, tape: Tape) -> dict[int, Tensor]:

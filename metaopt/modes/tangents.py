@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from metaopt.capture.bindings import leaves_of
 from metaopt.capture.segment import Segment
-from metaopt.capture.tape import leaves_of
 
 
 class Columns:

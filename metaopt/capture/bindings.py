@@ -1,0 +1,143 @@
+"""What the tape knows of a tensor: which value it holds, what it is a view of, whether it is a hyperparameter."""
+
+from __future__ import annotations
+
+__all__ = ["BASE", "Binding", "External", "Geometry", "View", "leaves_of", "nodes_of", "tensor_geometry"]
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaopt.capture.cells import Cell, version_of
+from metaopt.errors import StaleError
+
+_COPIED_AT_MOST = 100_000
+
+Geometry = tuple[torch.Size, tuple[int, ...], int, torch.dtype, bool]
+
+
+def tensor_geometry(tensor: Tensor) -> Geometry:
+    """Where a tensor lies in its memory, and whether it fills it without gaps."""
+    dense = tensor.numel() == 0 or tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, dense
+
+
+class View(NamedTuple):
+    """How a view is made of its base: a call in which `BASE` stands for the base, and which of its results it is."""
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    outs: int
+    position: int
+    stopped: bool
+
+
+BASE = object()
+
+
+class Binding:
+    """One tensor object that is followed: which value of the present iteration it holds.
+
+    ``value`` is that number if ``epoch`` is the present iteration; else the binding carries its value over from an
+    earlier one, and reading it makes it an input. A view knows its ``base`` and how it was made of it, since a write
+    to the one changes the other. ``inner`` says whether the loop's own gradients reach trained weights through it:
+    0 no, 1 yes, 2 they would, but through an earlier iteration's graph, which is gone. ``halted`` says that the
+    replay's value does have a graph to them, which a reader must not follow: a gradient, as ``backward`` leaves it.
+    ``buffer`` says that a tensor that was no weight got a live value: 1, or 2 if it is a batch norm's statistic.
+    """
+
+    __slots__ = (
+        "base",
+        "base_value",
+        "buffer",
+        "cell",
+        "epoch",
+        "fresh",
+        "halted",
+        "inner",
+        "key",
+        "leaf",
+        "leaves",
+        "ref",
+        "value",
+        "version",
+        "via",
+    )
+
+    def __init__(self, key: int, tensor: Tensor) -> None:
+        self.key = key
+        self.ref = weakref.ref(tensor)
+        self.version = version_of(tensor)
+        self.value = -1
+        self.epoch = -1
+        self.fresh = False
+        self.halted = False
+        self.buffer = 0
+        self.cell: Cell | None = None
+        self.inner = 0
+        self.leaf = False
+        self.leaves: list[int] = []
+        self.base: Binding | None = None
+        self.base_value = -1
+        self.via: View | None = None
+
+    @property
+    def root(self) -> Binding:
+        """The binding whose memory this one is a view of."""
+        return self if self.base is None else self.base.root
+
+
+class External:
+    """A tensor that requires grad and is not trained: a hyperparameter, or something computed from one.
+
+    One that changes is a new external from then on; what used the old value keeps the old one.
+    """
+
+    __slots__ = ("cell", "copy", "epoch", "moving", "tensor", "value", "version")
+
+    def __init__(self, tensor: Tensor, cell: Cell, *, moving: bool) -> None:
+        self.tensor = tensor
+        self.cell = cell
+        self.version = version_of(tensor)
+        self.value = -1
+        self.epoch = -1
+        self.moving = moving
+        # Writes through `.data` leave no trace in the version.
+        self.copy = tensor.detach().clone() if tensor.numel() <= _COPIED_AT_MOST and not moving else None
+
+    def check(self) -> None:
+        """Raise if the hyperparameter is not what it was when these steps used it."""
+        if self.moving:
+            return
+        unchanged = version_of(self.tensor) == self.version
+        if not unchanged or (self.copy is not None and not torch.equal(self.copy, self.tensor)):
+            raise StaleError(
+                f"a hyperparameter of shape {tuple(self.tensor.shape)} was changed in place after the recorded steps "
+                "used it, so their derivative at its old value can't be taken. Call `run.backward` before the "
+                "hyperparameter's optimizer steps; to change hyperparameters within a context, use `metaopt.stream`."
+            )
+
+
+def nodes_of(tensor: Tensor) -> list[Any]:
+    """The nodes of a tensor's autograd graph."""
+    seen: dict[Any, None] = {}
+    stack: list[Any] = [tensor.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen[node] = None
+        stack.extend(following for following, _ in node.next_functions)
+    return list(seen)
+
+
+def leaves_of(tensor: Tensor) -> list[Tensor]:
+    """The leaf tensors that a tensor's autograd graph leads to (itself, if it is one)."""
+    if tensor.grad_fn is None:
+        return [tensor] if tensor.requires_grad else []
+    variables = [getattr(node, "variable", None) for node in nodes_of(tensor)]
+    return [variable for variable in variables if isinstance(variable, Tensor)]
