@@ -346,6 +346,7 @@ for _name, _make in {
     "step_lr": lambda o: S.StepLR(o, 2, 0.5),
     "cosine_lr": lambda o: S.CosineAnnealingLR(o, 6),
     "lambda_lr": lambda o: S.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "one_cycle": lambda o: S.OneCycleLR(o, max_lr=2 * o.param_groups[0]["lr"], total_steps=7, cycle_momentum=False),
     "warm_up": lambda o: S.SequentialLR(o, [S.LinearLR(o, 0.2, 1.0, 2), S.ExponentialLR(o, 0.8)], [2]),
 }.items():
     CASES.append(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from tests.cases import Case, Hyper
-from tests.strategies import Loop
+from tests.strategies import SCHEDULERS, Loop
 
 
 def value(case: Case, hyper: Hyper) -> float:
@@ -97,6 +97,7 @@ def unrolled(loop: Loop, hyper: Mapping[str, Tensor], *, last: int | None = None
     initial = {name: dict(state) for name, state in states.items()}
     group_of = {name: place for place, group in enumerate(loop.split(list(named))) for name in group}
 
+    factors = _factors(loop)
     torch.manual_seed(loop.seed)
     if "scale" in hyper:
         first = next(iter(named))
@@ -126,7 +127,7 @@ def unrolled(loop: Loop, hyper: Mapping[str, Tensor], *, last: int | None = None
             if g is None:
                 continue
             counts[name] += 1
-            numbers = _numbers(loop, hyper, group_of[name], t)
+            numbers = _numbers(loop, hyper, group_of[name], t, factors[t][group_of[name]])
             update = _sgd if loop.settings.name == "SGD" else _adam
             weights[name], states[name] = update(loop, numbers, weights[name], g, states[name], counts[name])
     if last == 0 and loop.steps:
@@ -138,15 +139,38 @@ def unrolled(loop: Loop, hyper: Mapping[str, Tensor], *, last: int | None = None
     return Unrolled(((out - y) ** 2).mean(), (out - 4 - y).abs().mean(), trained, initial)
 
 
-def _numbers(loop: Loop, hyper: Mapping[str, Tensor], group: int, t: int) -> dict[str, Tensor | float]:
+def _numbers(
+    loop: Loop, hyper: Mapping[str, Tensor], group: int, t: int, factors: Mapping[str, float]
+) -> dict[str, Tensor | float]:
     """The settings of a group at step ``t`` (from 0)."""
     numbers: dict[str, Tensor | float] = {}
     for name, number in loop.settings.numbers.items():
         value = hyper.get(f"{name}.{group}" if group else name, hyper.get(name))
         numbers[name] = number if value is None else value[t] if value.dim() else value
-    if loop.scheduler:
-        numbers["lr"] = numbers["lr"] * 0.8**t
-    return numbers
+    return {name: number * factors[name] if name in factors else number for name, number in numbers.items()}
+
+
+def _factors(loop: Loop) -> list[list[dict[str, float]]]:
+    """What a scheduler makes of plain numbers in torch's own optimizer: the factors by step, group and setting."""
+    if not loop.scheduler:
+        return [[{}, {}]] * loop.steps
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(()))]} for _ in range(loop.groups)]
+    optimizer = getattr(torch.optim, loop.settings.name)(groups, **loop.settings.arguments())
+    before = [_scheduled(group) for group in optimizer.param_groups]
+    scheduler = SCHEDULERS[loop.scheduler](optimizer)
+    factors = []
+    for _ in range(loop.steps):
+        after = [_scheduled(group) for group in optimizer.param_groups]
+        factors.append([{k: n / b[k] for k, n in a.items() if n != b[k]} for a, b in zip(after, before, strict=True)])
+        optimizer.step()
+        scheduler.step()
+    return factors
+
+
+def _scheduled(group: Mapping[str, Any]) -> dict[str, float]:
+    """The settings that torch's schedulers set."""
+    others = {"momentum": group["momentum"]} if "momentum" in group else {"beta1": group["betas"][0]}
+    return {"lr": group["lr"], **others}
 
 
 State = dict[str, Tensor]
@@ -169,7 +193,7 @@ def _adam(loop: Loop, numbers: dict[str, Any], w: Tensor, g: Tensor, state: Stat
     """The pseudo-code of torch.optim.Adam's and AdamW's documentation."""
     lr, decay, beta1, beta2 = numbers["lr"], numbers["weight_decay"], numbers["beta1"], numbers["beta2"]
     g = -g if loop.settings.flags["maximize"] else g
-    if loop.settings.name == "AdamW":
+    if loop.settings.name == "AdamW" or loop.settings.flags.get("decoupled_weight_decay"):
         w = w - lr * decay * w
     else:
         g = g + decay * w

@@ -102,7 +102,11 @@ NUMBERS: dict[str, dict[str, SearchStrategy[float]]] = {
     "Adam": _ADAM,
     "AdamW": _ADAM,
 }
-FLAGS = {"SGD": ("nesterov", "maximize"), "Adam": ("amsgrad", "maximize"), "AdamW": ("amsgrad", "maximize")}
+FLAGS = {
+    "SGD": ("nesterov", "maximize"),
+    "Adam": ("amsgrad", "maximize", "decoupled_weight_decay"),
+    "AdamW": ("amsgrad", "maximize"),
+}
 
 
 @st.composite
@@ -242,6 +246,22 @@ networks = st.sampled_from(list(NETWORKS))
 # -- loops -------------------------------------------------------------------------------------------------------------
 
 
+S = torch.optim.lr_scheduler
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], S.LRScheduler]] = {
+    "step": lambda o: S.StepLR(o, 2, 0.5),
+    "multi_step": lambda o: S.MultiStepLR(o, [1, 3], 0.5),
+    "exponential": lambda o: S.ExponentialLR(o, 0.8),
+    "cosine": lambda o: S.CosineAnnealingLR(o, 8),
+    "restarts": lambda o: S.CosineAnnealingWarmRestarts(o, 3),
+    "lambda": lambda o: S.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "linear": lambda o: S.LinearLR(o, 0.25, 1.0, 4),
+    "polynomial": lambda o: S.PolynomialLR(o, 8),
+    "sequential": lambda o: S.SequentialLR(o, [S.LinearLR(o, 0.25, 1.0, 2), S.ExponentialLR(o, 0.8)], [2]),
+    "chained": lambda o: S.ChainedScheduler([S.ConstantLR(o, 0.5, 2), S.ExponentialLR(o, 0.8)]),
+    "one_cycle": lambda o: S.OneCycleLR(o, [0.3] * len(o.param_groups), total_steps=8),
+}
+
+
 @dataclass
 class Training:
     """A model, its optimizer and its scheduler, before or after the loop."""
@@ -270,7 +290,7 @@ class Loop:
         batches: how many backward passes are accumulated in each.
         zero: what is done to the gradients before: ``"none"``, ``"zeros"`` or ``"never"``.
         groups: how many parameter groups, 1 or 2.
-        scheduler: ``""`` or ``"exponential"``, by 0.8 a step.
+        scheduler: a key of `SCHEDULERS`, or ``""``.
         loaded: whether weights have gradients and the optimizer has a state before the loop begins.
         silent: whether the weights of all examples are 0, so that gradients are exactly 0.
         seed: of weights, data and dropout.
@@ -349,7 +369,7 @@ class Loop:
             arguments = self.settings.arguments(own)
             groups[1] |= {key: arguments[key] for key in arguments if key not in self.settings.flags}
         optimizer = getattr(library, self.settings.name)(groups, **self.settings.arguments(linked))
-        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8) if self.scheduler else None
+        scheduler = SCHEDULERS[self.scheduler](optimizer) if self.scheduler else None
         if self.loaded:
             for place, weight in enumerate(model.parameters()):
                 state = self.state(place, weight)
@@ -418,9 +438,13 @@ def loops(
     """A training loop."""
     chosen = draw(settings()) if settings_ is None else settings_
     groups = draw(st.sampled_from((1, 2)))
-    scheduler = draw(st.sampled_from(("", "exponential"))) if scheduler is None else scheduler
-    if scheduler and chosen.numbers["lr"] == 0:  # a factor on 0 can't be seen: an error of its own
-        chosen = chosen.but(lr=0.1)
+    scheduler = draw(st.just("") | st.sampled_from(list(SCHEDULERS))) if scheduler is None else scheduler
+    if scheduler:  # a factor on 0 can't be seen: an error of its own
+        chosen = chosen.but(lr=chosen.numbers["lr"] or 0.1)
+    if scheduler == "one_cycle":  # which sets these two as well
+        chosen = chosen.but(
+            **{name: chosen.numbers[name] or 0.5 for name in ("momentum", "beta1") if name in chosen.numbers}
+        )
     return Loop(
         network=draw(networks) if network is None else network,
         settings=chosen,

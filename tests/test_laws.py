@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import random
 import warnings
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 import metaopt
 from tests.oracles import unrolled
-from tests.strategies import FLAGS, Hyper, Loop, Settings, Training, loops, randn, settings
+from tests.strategies import FLAGS, SCHEDULERS, Hyper, Loop, Settings, Training, loops, randn, settings
 
 RELATIVE = 1e-9
 # Loops that found something once.
@@ -325,7 +326,7 @@ def test_rewinding_goes_back_to_the_first_bit(loop: Loop) -> None:
     torch.manual_seed(loop.seed)
     random.seed(loop.seed)
     numpy.random.seed(loop.seed)
-    schedule = None if training.scheduler is None else training.scheduler.state_dict()
+    schedule = None if training.scheduler is None else copy.deepcopy(training.scheduler.state_dict())
     generators = torch.get_rng_state(), random.getstate(), str(numpy.random.get_state())
     results = []
     for _ in range(2):
@@ -342,47 +343,45 @@ def test_rewinding_goes_back_to_the_first_bit(loop: Loop) -> None:
         assert torch.equal(torch.get_rng_state(), generators[0])
         assert (random.getstate(), str(numpy.random.get_state())) == generators[1:]
         if training.scheduler is not None and schedule is not None:
-            training.scheduler.load_state_dict(schedule)
+            training.scheduler.load_state_dict(copy.deepcopy(schedule))
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("scheduler", ["lambda", "exponential", "cosine"])
-def test_rewinding_and_a_new_schedule_restart_from_the_moved_hyperparameter(scheduler: str) -> None:
-    """The usual hyper-iteration: backward, hyper-step, rewind, and the same loop, schedule and all, once more."""
-    schedulers = torch.optim.lr_scheduler
-    make: Any = {
-        "lambda": lambda optimizer: schedulers.LambdaLR(optimizer, lambda t: 1 / (1 + t)),
-        "exponential": lambda optimizer: schedulers.ExponentialLR(optimizer, 0.5),
-        "cosine": lambda optimizer: schedulers.CosineAnnealingLR(optimizer, 8),
-    }[scheduler]
+@pytest.mark.parametrize("hyper_step", ["after rewinding", "before rewinding"])
+@pytest.mark.parametrize("kept", [False, True], ids=["new", "kept"])
+@pytest.mark.parametrize("scheduler", [name for name in SCHEDULERS if name != "one_cycle"])
+def test_the_next_hyper_iteration_has_the_schedule_of_the_moved_hyperparameter(
+    scheduler: str, kept: bool, hyper_step: str
+) -> None:
+    """Backward, hyper-step, rewind, and the same loop again: with a new scheduler, or with the old one put back."""
     weight = nn.Parameter(torch.ones(3))
     lr = torch.tensor(0.1, requires_grad=True)
     optimizer = metaopt.optim.SGD([weight], lr=lr)
-
-    def train() -> tuple[metaopt.Recording, list[float]]:
+    schedule = SCHEDULERS[scheduler](optimizer) if kept else None
+    beginning = {} if schedule is None else copy.deepcopy(schedule.state_dict())
+    found = []
+    for _ in range(3):
         numbers = []
-        schedule = make(optimizer)
         with metaopt.record(optimizer) as run:
+            present = SCHEDULERS[scheduler](optimizer) if schedule is None else schedule
             for _ in range(4):
                 optimizer.zero_grad()
                 (weight**2).sum().backward()
                 optimizer.step()
                 numbers.append(optimizer.param_groups[0]["lr"])
-                schedule.step()
-        return run, numbers
-
-    for order in ("rewind first", "step first"):
-        run, before = train()
+                present.step()
         run.backward((weight**2).sum())
-        if order == "rewind first":
+        found.append(numbers)
+        if hyper_step == "after rewinding":
             run.rewind()
         with torch.no_grad():
             lr.mul_(2)
-        if order == "step first":
+        if hyper_step == "before rewinding":
             run.rewind()
-        run, after = train()
-        assert after == pytest.approx([2 * number for number in before]), order
-        run.rewind()
+        if schedule is not None:
+            schedule.load_state_dict(copy.deepcopy(beginning))
+    assert found[1] == pytest.approx([2 * number for number in found[0]])
+    assert found[2] == pytest.approx([4 * number for number in found[0]])
 
 
 # -- closed forms ------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import metaopt
 from metaopt.rules import _RULES, Rule
-from tests.strategies import FLAGS, NUMBERS, Settings, randn, seeds, settings, tensors
+from tests.strategies import FLAGS, NUMBERS, SCHEDULERS, Settings, randn, seeds, settings, tensors
 
 REGISTERED = dict(_RULES)
 EPS = torch.finfo(torch.float64).eps
@@ -713,22 +713,6 @@ def test_a_checkpoint_taken_after_a_hyper_step_follows_the_hyperparameter(
     fresh = make(saved[0].clone().requires_grad_())
     fresh.load_state_dict(saved[1])
     assert step(fresh) == 0.5
-
-
-S = torch.optim.lr_scheduler
-SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
-    "step": lambda o: S.StepLR(o, 2, 0.5),
-    "multi_step": lambda o: S.MultiStepLR(o, [1, 3], 0.5),
-    "exponential": lambda o: S.ExponentialLR(o, 0.8),
-    "cosine": lambda o: S.CosineAnnealingLR(o, 8),
-    "restarts": lambda o: S.CosineAnnealingWarmRestarts(o, 3),
-    "lambda": lambda o: S.LambdaLR(o, lambda t: 1 / (1 + t)),
-    "linear": lambda o: S.LinearLR(o, 0.25, 1.0, 4),
-    "polynomial": lambda o: S.PolynomialLR(o, 8),
-    "sequential": lambda o: S.SequentialLR(o, [S.LinearLR(o, 0.25, 1.0, 2), S.ExponentialLR(o, 0.8)], [2]),
-    "chained": lambda o: S.ChainedScheduler([S.ConstantLR(o, 0.5, 2), S.ExponentialLR(o, 0.8)]),
-    "one_cycle": lambda o: S.OneCycleLR(o, [0.5, 0.5], total_steps=8),
-}
 
 
 @each

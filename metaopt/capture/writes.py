@@ -80,11 +80,6 @@ def _follow(tape: Tape, target: Tensor) -> None:
     if tape.alias(target) is not None:
         return
     if target.requires_grad and target.is_leaf:
-        if tape.protected(target):
-            raise CaptureError(
-                f"a hyperparameter of shape {tuple(target.shape)} is overwritten inside the context with a value that "
-                "depends on the weights or on other hyperparameters; only weights and buffers can be."
-            )
         tape.adopt(target)
         return
     owner = target if target._base is None else target._base
@@ -97,9 +92,11 @@ def _follow(tape: Tape, target: Tensor) -> None:
 
 
 def _moves_hyperparameter(tape: Tape, written: list[Tensor], sources: list[Tensor]) -> bool:
-    """Whether a hyperparameter is changed by nothing but constants: projected, say, or set."""
+    """Whether this is a step of a hyperparameter (its owner says so, or nothing but constants go in) and no state."""
     if not all(tape.find(t) is None and t.requires_grad and t.is_leaf and tape.alias(t) is None for t in written):
         return False
+    if all(tape.protected(target) for target in written):
+        return True
     return not any(tape.is_live(s) for s in sources if not any(s is t for t in written))
 
 

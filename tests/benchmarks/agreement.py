@@ -47,11 +47,11 @@ class Agreement:
                 cause = SYSTEMS[system].faults.get(name, "cause unknown")
                 causes.setdefault((system, cause), []).append(f"{name} ({workload})")
         lines = [f"{system}, {', '.join(names)}: {cause}." for (system, cause), names in causes.items()]
-        for system in dict.fromkeys(system for _, system in self.errors):
-            if constant := sorted(SYSTEMS[system].constant):
+        for workload, system in self.errors:
+            if constant := [name for name in WORKLOADS[workload].hyper if name in SYSTEMS[system].constant]:
                 names = " and ".join(constant)
                 lines.append(
-                    f"{system}, {names}: plain numbers in its interface; measured without their hypergradients."
+                    f"{system}, {names} ({workload}): plain numbers in its interface, so no hypergradient of them."
                 )
         return lines
 

@@ -33,17 +33,25 @@ def draw(results: Results, systems: Sequence[str]) -> list[Path]:
 def _figure(values: Callable[[str, int], list[float]], systems: Sequence[str], label: str, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
     for system in systems:
         found = [(steps, values(system, steps)) for steps in SCALING_STEPS if values(system, steps)]
         if not found:
             continue
-        steps = [t for t, _ in found]
-        colour = COLOURS.get(system, "black")
-        axes.fill_between(steps, [min(v) for _, v in found], [max(v) for _, v in found], color=colour, alpha=0.12, lw=0)
-        style = "--" if system == WATCHED else "-"
         medians = [statistics.median(v) for _, v in found]
-        axes.plot(steps, medians, style, color=colour, marker=MARKERS.get(system, "x"), label=NAMES.get(system, system))
+        spans = [[m - min(v) for m, (_, v) in zip(medians, found, strict=True)]]
+        spans += [[max(v) - m for m, (_, v) in zip(medians, found, strict=True)]]
+        axes.errorbar(
+            [steps for steps, _ in found],
+            medians,
+            spans,
+            fmt="--" if system == WATCHED else "-",
+            color=COLOURS.get(system, "black"),
+            marker=MARKERS.get(system, "x"),
+            elinewidth=0.8,
+            capsize=2.5,
+            label=NAMES.get(system, system),
+        )
     axes.set_xlabel(f"T, steps of {SCALING_WORKLOAD}")
     axes.set_ylabel(label)
     axes.set_xlim(left=0)
@@ -51,7 +59,7 @@ def _figure(values: Callable[[str, int], list[float]], systems: Sequence[str], l
     axes.grid(color="#e5e5e5", lw=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import os
@@ -143,15 +144,18 @@ def machine(results: Results) -> str:
     return (
         f"{datetime.date.today()}, {where}, {os.cpu_count()} cores, {first.threads} thread{'s' * (first.threads > 1)} "
         f"per process, {platform.system()}, Python {platform.python_version()}, {_versions(first.torch)}. Times are "
-        f"{clock}, medians of {count} processes (least-greatest). The processes waited for a processor "
-        f"{100 * results.waiting():.0f} % as long as they computed."
+        f"{clock}, medians of {count} processes (least-greatest). For a second of computing, a process waited "
+        f"{results.waiting():.2f} s for a processor that other programs used."
     )
 
 
 def _versions(torch: str) -> str:
     names = [f"torch {torch}", f"metaopt {_commit()}"]
-    packages = [system.package for system in SYSTEMS.values() if system.package and system.installed]
-    return ", ".join([*names, *(f"{package} {metadata.version(package)}" for package in packages)])
+    for system in SYSTEMS.values():
+        if system.package and system.installed:
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                names.append(f"{system.package} {metadata.version(system.package)}")
+    return ", ".join(names)
 
 
 def _commit() -> str:
