@@ -100,7 +100,7 @@ def test_many_hyperparameters_are_told_of_the_other_mode() -> None:
     optimizer = metaopt.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(1200, 5)
     seen = pytest.warns(metaopt.MetaoptWarning, match=r"metaopt\.record")
-    with seen, metaopt.stream(optimizer, chunk=100):  # noqa: PT031
+    with seen, metaopt.stream(optimizer, chunk=100):
         (weights * model(x).sum(1)).mean().backward()
         optimizer.step()
 

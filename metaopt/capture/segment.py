@@ -25,7 +25,7 @@ class Replay:
     """What one call of an iteration gave: its outputs, and the leaves that they were computed from."""
 
     inputs: dict[int, Tensor]
-    externals: dict[int, Tensor]
+    externals: list[tuple[External, Tensor]]
     outputs: list[Tensor]
     phase: Phase
 
@@ -61,12 +61,12 @@ class Segment:
             self.externals[place].check()
         inputs = {key: variable(state.get(key, cell.value())) for key, cell in self._pick(call.inputs)}
         chosen = [self.externals[place] for place in call.externals]
-        externals = {id(external.tensor): variable(external.cell.value()) for external in chosen}
+        externals = [(external, variable(external.cell.value())) for external in chosen]
         with torch.enable_grad(), undisturbed():
             outputs = call(
                 phase,
                 list(inputs.values()),
-                list(externals.values()),
+                [value for _, value in externals],
                 [self.constants[place].value() for place in call.constants],
                 self,
             )

@@ -19,7 +19,7 @@ from metaopt.capture.hooks import refuse_live_closure
 from metaopt.capture.primitives import hooked, leaf, overwrite, stop
 from metaopt.capture.segment import Segment
 from metaopt.capture.trace import Group, Instruction, Num, Obj, Trace, Val, needed
-from metaopt.errors import CaptureError, StaleError
+from metaopt.errors import CaptureError
 
 _LITERALS = (str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(Ellipsis))
 _COMPACT_EVERY = 512
@@ -254,11 +254,6 @@ class Tape:
     def _read_external(self, tensor: Tensor) -> int:
         external = self.externals.get(id(tensor))
         moved = external is not None and external.version != version_of(tensor)
-        if external is not None and moved and external.epoch == self.epoch:
-            raise StaleError(
-                f"a hyperparameter of shape {tuple(tensor.shape)} was changed in place within one step, between two "
-                "of its uses. Change it after `optimizer.step()`."
-            )
         if external is None or moved:
             self._refuse_weights(tensor)
             external = self.externals[id(tensor)] = External(tensor, self.cells.keep(tensor), moving=self.moving)

@@ -202,9 +202,9 @@ class Adjoint:
                 return
             targets = [(self.carried, key, x) for key, x in replay.inputs.items() if x.requires_grad]
             targets += [
-                (self.external, key, x)
-                for key, x in replay.externals.items()
-                if x.requires_grad and (self._wanted is None or key in self._wanted)
+                (self.external, id(external.tensor), x)
+                for external, x in replay.externals
+                if x.requires_grad and (self._wanted is None or id(external.tensor) in self._wanted)
             ]
             grads = torch.autograd.grad(
                 [out for out, _ in pairs],

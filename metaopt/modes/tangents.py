@@ -71,16 +71,17 @@ def push_forward(
         chunk: how many columns at once.
     """
     replay = segment.replay(keys)
-    by_id = {id(external.tensor): external.tensor for external in segment.externals}
-    sources = [(x, key, None) for key, x in replay.inputs.items() if key in tangents and x.requires_grad]
-    sources += [(x, key, by_id[key]) for key, x in replay.externals.items() if x.requires_grad]  # type: ignore[misc]
+    sources: list[tuple[Tensor, int | Tensor]] = [
+        (x, key) for key, x in replay.inputs.items() if key in tangents and x.requires_grad
+    ]
+    sources += [(x, external.tensor) for external, x in replay.externals if x.requires_grad]
     outputs = [(key, out) for key, out in zip(keys, replay.outputs, strict=True) if out.requires_grad]
     if not sources or not outputs:
         return {}
     with torch.enable_grad():
         u = [torch.zeros_like(out, requires_grad=True) for _, out in outputs]
         v = torch.autograd.grad(
-            [out for _, out in outputs], [x for x, _, _ in sources], u, create_graph=True, allow_unused=True
+            [out for _, out in outputs], [x for x, _ in sources], u, create_graph=True, allow_unused=True
         )
     linear = [(place, part) for place, part in enumerate(v) if part is not None and part.requires_grad]
     if not linear:
@@ -91,8 +92,8 @@ def push_forward(
         rows = slice(start, min(start + size, columns.count))
         given = []
         for place, _ in linear:
-            _, key, external = sources[place]
-            given.append(tangents[key][rows] if external is None else columns.tangent(external, rows))
+            _, source = sources[place]
+            given.append(columns.tangent(source, rows) if isinstance(source, Tensor) else tangents[source][rows])
         chunks.append(_transposed([part for _, part in linear], u, given))
     pushed = {}
     for place, (key, _) in enumerate(outputs):
