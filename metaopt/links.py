@@ -15,7 +15,11 @@ from torch import Tensor
 from metaopt.errors import DomainError
 
 # What a scheduler keeps in the group besides the setting itself, in the same unit.
-_SCALED_WITH = {"lr": ("initial_lr", "max_lr", "min_lr"), "momentum": ("base_momentum", "max_momentum")}
+_SCALED_WITH = {
+    "lr": ("initial_lr", "max_lr", "min_lr"),
+    "momentum": ("base_momentum", "max_momentum"),
+    "beta1": ("base_momentum", "max_momentum"),
+}
 
 
 class Link:
@@ -77,13 +81,13 @@ class Given:
         return Given(memo.get(id(self.value), self.value))
 
 
-def rescale(optimizer: torch.optim.Optimizer, place: int, name: str, ratio: float) -> None:
+def rescale(optimizer: torch.optim.Optimizer, place: int, name: str, ratio: float, *, search: bool = False) -> None:
     """Scale what schedulers keep of a setting, in the group and in themselves, when its hyperparameter has moved."""
     group = optimizer.param_groups[place]
     for key in _SCALED_WITH.get(name, ()):
         if key in group:
             group[key] = group[key] * ratio
-    if name != "lr" or "initial_lr" not in group:
+    if name != "lr" or not (search or "initial_lr" in group):
         return
     # Schedulers in closed form multiply their own copy of the first rate, and the optimizer does not know them.
     for holder in gc.get_referrers(optimizer):

@@ -60,7 +60,7 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
         for place, links in self._links.items():
             for name, link in links.items():
                 link.base = bases.get(place, {}).get(name)
-        self._sync()
+        self._sync(search=True)
 
     def _before_step(self) -> None:
         """What a subclass does before torch's step."""
@@ -78,7 +78,7 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
             result[name] = (link.at(self.schedule_step), factor(name, number, link.base, group))
         return result
 
-    def _sync(self) -> None:
+    def _sync(self, *, search: bool = False) -> None:
         """Give the groups the hyperparameters' present numbers, times what schedulers made of the last ones."""
         rule = rule_of(self)
         for place, links in self._links.items():
@@ -92,7 +92,7 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
                 scheduled = 1.0 if old is None else factor(name, float(rule.number(group, name)), old, group)
                 assign(group, rule.settings[name], new * scheduled)
                 if old:
-                    rescale(self, place, name, new / old)
+                    rescale(self, place, name, new / old, search=search)
                 link.base = new
 
     def __getstate__(self) -> dict[str, Any]:

@@ -282,9 +282,17 @@ MUTANTS = [
         "coupled-decay",
         "AdamW's decay goes through the gradient",
         "rules/adamw.py",
-        "w = w * (1 - lr * weight_decay)",
+        "w = w * (1 - double(lr) * double(weight_decay))",
         "g = g + weight_decay * w",
         (RULES, "parity"),
+    ),
+    Mutant(
+        "own-precision",
+        "a rule computes with a setting in the hyperparameter's precision: 1 - beta2 of a float32 loses its digits",
+        "rules/rule.py",
+        "return value.double() if isinstance(value, Tensor)",
+        "return value if isinstance(value, Tensor)",
+        (RULES, "given_as_a_tensor"),
     ),
     # -- schedules, and the way back
     Mutant(
@@ -294,6 +302,14 @@ MUTANTS = [
         "if factor != 1.0:",
         "if False:",
         (LAWS, "unrolled"),
+    ),
+    Mutant(
+        "stale-bases",
+        "a scheduler in closed form goes on from the rate that its hyperparameter had when it was made",
+        "links.py",
+        "bases[place] = bases[place] * ratio",
+        "bases[place] = bases[place] * 1.0",
+        (RULES, "schedulers_factor"),
     ),
     Mutant(
         "first-of-schedule",

@@ -154,7 +154,10 @@ def _factors(loop: Loop) -> list[list[dict[str, float]]]:
     """What a scheduler makes of plain numbers in torch's own optimizer: the factors by step, group and setting."""
     if not loop.scheduler:
         return [[{}, {}]] * loop.steps
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(()))]} for _ in range(loop.groups)]
+    groups: list[dict[str, Any]] = [{"params": [torch.nn.Parameter(torch.zeros(()))]} for _ in range(loop.groups)]
+    if loop.groups == 2:
+        own = {name.removesuffix(".1"): leaf.item() for name, leaf in loop.leaves().items() if name.endswith(".1")}
+        groups[1] |= loop.settings.arguments(own)
     optimizer = getattr(torch.optim, loop.settings.name)(groups, **loop.settings.arguments())
     before = [_scheduled(group) for group in optimizer.param_groups]
     scheduler = SCHEDULERS[loop.scheduler](optimizer)

@@ -753,6 +753,24 @@ def test_a_schedulers_factor_multiplies_the_hyperparameter(
 
 
 @each
+def test_a_cycled_momentum_follows_its_hyperparameter(optimizer: type[torch.optim.Optimizer]) -> None:
+    """``OneCycleLR`` sets the momentum (or the first beta) too, to numbers of its own; they are factors on λ."""
+    rule = REGISTERED[optimizer]
+    name = "momentum" if "momentum" in rule.settings else "beta1"
+    moved = pair(optimizer, Settings("", dict.fromkeys(rule.settings, 0.5)))
+    schedules = [SCHEDULERS["one_cycle"](o) for o in (moved.linked, moved.plain)]
+    for t in range(6):
+        if t == 3:
+            with torch.no_grad():
+                moved.leaves[name].mul_(0.5)
+        moved.step(10 * t)
+        expected = rule.number(moved.plain.param_groups[0], name) * (0.5 if t >= 3 else 1.0)
+        assert rule.number(moved.linked.param_groups[0], name) == pytest.approx(expected, rel=1e-12)
+        for schedule in schedules:
+            schedule.step()
+
+
+@each
 @given(seed=seeds)
 def test_a_learned_schedule_is_read_step_by_step(optimizer: type[torch.optim.Optimizer], seed: int) -> None:
     values = randn(seed, 4).abs() / 4

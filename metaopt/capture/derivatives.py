@@ -147,7 +147,9 @@ def _compare(
     function: Callable[[Sequence[Tensor]], Sequence[Tensor]], point: Sequence[Tensor]
 ) -> tuple[float, float] | None:
     leaves = [p.detach().double().requires_grad_() for p in point]
-    directions = [torch.randn_like(p) * (p.detach().norm() / max(1, p.numel()) ** 0.5 + 1e-3) for p in leaves]
+    # In the unit of each value: an eps of 1e-8 must not be moved by more than itself.
+    sizes = [float(p.detach().norm()) / max(1, p.numel()) ** 0.5 for p in leaves]
+    directions = [torch.randn_like(p) * (size or 1e-3) for p, size in zip(leaves, sizes, strict=True)]
     outputs = function(leaves)
     if any(o.dtype != torch.float64 for o in outputs):
         return None
