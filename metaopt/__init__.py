@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from metaopt import errors, optim, rules
+from metaopt import check, errors, optim, rules
 from metaopt.errors import (
     CaptureError,
+    CheckError,
     DomainError,
     EagerWarning,
     HeldConstantWarning,
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
+    "CheckError",
     "DomainError",
     "EagerWarning",
     "HeldConstantWarning",
@@ -49,6 +51,7 @@ __all__ = [
     "SweepError",
     "UnusedHyperparameterWarning",
     "box",
+    "check",
     "constrained",
     "errors",
     "interval",

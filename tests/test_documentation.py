@@ -34,3 +34,7 @@ def test_readme() -> None:
     hyper = names["hyper"]
     assert isinstance(hyper, metaopt.Hyperparameters)
     assert all(leaf.grad is not None and leaf.grad.abs().sum() > 0 for leaf in hyper.parameters())
+
+
+def test_checking() -> None:
+    exec(compile(blocks("docs/checking.md"), "docs/checking.md", "exec"), {"__name__": "checking"})

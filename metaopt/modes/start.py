@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Start"]
+__all__ = ["Start", "random_states", "set_random_states"]
 
 import copy
 import random
@@ -31,7 +31,7 @@ class Start:
         self._state = {weight: _shallow(state) for weight, state in optimizer.state.items()}
         bookmark = getattr(optimizer, "bookmark", None)
         self._bookmark = None if bookmark is None else bookmark()
-        self._random = _random_states()
+        self._random = random_states()
 
     def remember(self, tensor: Tensor) -> None:
         """Copy a tensor that is about to be written for the first time."""
@@ -72,7 +72,7 @@ class Start:
             self.optimizer.state[weight] = _shallow(state)
         if self._bookmark is not None:
             self.optimizer.go_back(self._bookmark)  # type: ignore[attr-defined]
-        _set_random_states(self._random)
+        set_random_states(self._random)
 
 
 def _shallow(state: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +84,8 @@ def _shallow(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
+    """Where the random generators of torch, Python and numpy stand."""
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
@@ -95,7 +96,8 @@ def _random_states() -> dict[str, Any]:
     return states
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the random generators back."""
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
     numpy.random.set_state(states["numpy"])
