@@ -30,6 +30,7 @@ from metaopt.hyperparameters import (
     simplex,
 )
 from metaopt.modes import Recording, Streaming, record, stream
+from metaopt.wrapping import wrap
 
 __version__ = "0.1.0"
 
@@ -64,4 +65,5 @@ __all__ = [
     "rules",
     "simplex",
     "stream",
+    "wrap",
 ]

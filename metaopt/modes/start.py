@@ -26,7 +26,7 @@ class Start:
         self._saved: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._order: list[int] = []
         self._open = True
-        self._groups = [{k: copy.copy(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self._groups = [{k: _copied(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         self._grads = [(weight, weight.grad) for group in optimizer.param_groups for weight in group["params"]]
         self._state = {weight: _shallow(state) for weight, state in optimizer.state.items()}
         bookmark = getattr(optimizer, "bookmark", None)
@@ -64,7 +64,7 @@ class Start:
         for group, numbers in zip(self.optimizer.param_groups, self._groups, strict=False):
             for name in [name for name in group if name != "params" and name not in numbers]:
                 del group[name]
-            group.update({key: copy.copy(value) for key, value in numbers.items()})
+            group.update({key: _copied(value) for key, value in numbers.items()})
         for weight, grad in self._grads:
             weight.grad = grad
         self.optimizer.state.clear()
@@ -73,6 +73,11 @@ class Start:
         if self._bookmark is not None:
             self.optimizer.go_back(self._bookmark)  # type: ignore[attr-defined]
         set_random_states(self._random)
+
+
+def _copied(setting: Any) -> Any:
+    # A tensor among the settings is a hyperparameter, and stays the object that it is.
+    return setting if isinstance(setting, Tensor) else copy.copy(setting)
 
 
 def _shallow(state: dict[str, Any]) -> dict[str, Any]:
