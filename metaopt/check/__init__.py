@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-__all__ = ["Report", "hypergradcheck"]
+__all__ = ["Report", "RuleReport", "hypergradcheck", "rulecheck"]
 
 from metaopt.check.hypergradient import hypergradcheck
 from metaopt.check.report import Report
+from metaopt.check.rule import RuleReport, rulecheck
