@@ -227,6 +227,13 @@ def test_a_hyperparameter_that_moves_nothing() -> None:
     assert "other moves nothing" in found.causes[0].text
 
 
+def test_a_value_that_was_computed_before_the_training() -> None:
+    lr = leaf(0.1)
+    rate = 2 * lr
+    found = report(trainer({"lr": rate}), outer, {"lr": lr})
+    assert kinds(found) == ["stale"]
+
+
 def test_a_loop_that_is_not_deterministic() -> None:
     lr, counter = leaf(0.1), itertools.count()
 

@@ -142,7 +142,7 @@ def test_zero_gradients_have_finite_derivatives() -> None:
 
 
 def third_party(module: str, name: str, **settings: Any) -> Make:
-    package = pytest.importorskip(module, reason=f"{module} is not installed (extra: thirdparty)")
+    package = pytest.importorskip(module, reason=f"{module} is not installed (extra: test or thirdparty)")
 
     def make(parameters: Any, **more: Any) -> torch.optim.Optimizer:
         optimizer = getattr(package, name)(parameters, **settings, **more)

@@ -81,9 +81,17 @@ def _unused(
 ) -> Iterator[Cause]:
     for name in named:
         mine = [row for row in rows if row.name == name]
-        if not mine or any(row.reverse for row in mine):
+        still = all(differences[name, row.place].still for row in mine if (name, row.place) in differences)
+        if not mine or (not still and any(row.reverse for row in mine)):
             continue
-        if all(differences[name, row.place].still for row in mine if (name, row.place) in differences):
+        if still and any(row.reverse for row in mine):
+            yield Cause(
+                "stale",
+                f"{name} moves nothing, though there is a hypergradient: what was computed from it before `train` "
+                "began keeps its old value (an optimizer or a model that is made once, outside). Make that inside "
+                "`train`; in the training, make it anew after each hyper-step.",
+            )
+        elif still:
             yield Cause(
                 "unused",
                 f"{name} moves nothing: with it the objective stays the same to the last digit. Is it used at all, "
