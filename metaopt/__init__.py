@@ -26,6 +26,7 @@ from metaopt.hyperparameters import (
     nonnegative,
     positive,
     real,
+    schedule,
     simplex,
 )
 from metaopt.modes import Recording, Streaming, record, stream
@@ -59,6 +60,7 @@ __all__ = [
     "real",
     "record",
     "rules",
+    "schedule",
     "simplex",
     "stream",
 ]

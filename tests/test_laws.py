@@ -287,9 +287,24 @@ def test_verification_accuses_no_honest_loop(loop: Loop) -> None:
     Recorded(loop, verify="all")
 
 
-def test_verification_knows_when_it_can_not_tell() -> None:
+def test_verification_knows_when_an_eps_is_tiny() -> None:
     program._known.clear()
     Recorded(TINY, verify="all")
+
+
+def test_verification_knows_when_a_difference_leaves_the_domain() -> None:
+    """Second moments of very different sizes: a finite difference takes the least of them below 0, under the root."""
+    for seed in range(30):
+        weight = nn.Parameter(randn(seed, 6))
+        scales = 10 ** (-2.5 * torch.linspace(0, 1, 6))
+        beta2 = torch.tensor(0.999, requires_grad=True)
+        optimizer = metaopt.optim.Adam([weight], lr=0.01, betas=(0.9, beta2))
+        program._known.clear()
+        with metaopt.record(optimizer):
+            for _ in range(3):
+                optimizer.zero_grad()
+                ((scales * weight) ** 2).sum().backward()
+                optimizer.step()
 
 
 @given(loop=loops(silent=False), before=st.booleans())
