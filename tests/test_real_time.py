@@ -258,6 +258,26 @@ def test_the_engines_agree() -> None:
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-10, atol=0)
 
 
+def test_a_hyperparameter_that_appears_later_begins_with_no_tangent() -> None:
+    x, y, x_val, y_val = data()
+    gradients = []
+    for mode in (metaopt.stream, metaopt.record):
+        model = mlp(5, 6, 3)
+        first, second = (torch.tensor([0.1, 0.2], requires_grad=True) for _ in range(2))
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with mode(optimizer) as run:
+            for t in range(5):
+                optimizer.zero_grad()
+                scores = model(x)
+                loss = F.cross_entropy(scores, y) + first[0] * scores.square().mean() + first[1] * scores.exp().mean()
+                if t >= 3:
+                    loss = loss + second[0] * scores.abs().mean() + second[1] * scores.sin().mean()
+                loss.backward()
+                optimizer.step()
+        gradients.append(run.hypergradient(F.cross_entropy(model(x_val), y_val), wrt=[first, second]))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=0)
+
+
 def test_a_tangent_that_overflows_is_named_with_its_step() -> None:
     """An unstable equilibrium: the weight stays at 0 while its derivative grows a hundredfold a step."""
     weight, tilt = nn.Parameter(torch.zeros(1)), torch.tensor(0.0, requires_grad=True)

@@ -81,8 +81,8 @@ class Directions(Columns):
             _, drawn = self._drawn[id(leaf)]
             if external is leaf:
                 return drawn[rows]
-            derivative = _derivative(external, leaf).flatten(1)
-            whole += (drawn.flatten(1) @ derivative).view(whole.shape)
+            derivative = _derivative(external, leaf).reshape(leaf.numel(), -1)
+            whole += (drawn.reshape(self.count, -1) @ derivative).view(whole.shape)
         return whole[rows]
 
     def gradients(self, along: Tensor) -> list[tuple[Tensor, Tensor]]:
