@@ -189,6 +189,7 @@ def test_all_sign_vectors_together_give_the_hypergradient() -> None:
 def drawn(run: metaopt.Streaming, leaves: list[Tensor], rows: Tensor) -> Iterator[None]:
     columns = run._columns
     assert isinstance(columns, Directions)
+    columns._shapes = {id(leaf): leaf.shape for leaf in leaves}
     columns._drawn = {id(leaf): (leaf, rows[:, place].to(leaf)) for place, leaf in enumerate(leaves)}
     yield
 
@@ -276,6 +277,30 @@ def test_a_hyperparameter_that_appears_later_begins_with_no_tangent() -> None:
                 optimizer.step()
         gradients.append(run.hypergradient(F.cross_entropy(model(x_val), y_val), wrt=[first, second]))
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=0)
+
+
+def test_a_hyperparameter_keeps_its_shape_and_its_domain() -> None:
+    x, y, _, _ = data()
+
+    def stream(change: Callable[[Tensor, Tensor], Any]) -> None:
+        model = mlp(5, 6, 3)
+        lr, weights = torch.tensor(0.1, requires_grad=True), torch.ones(12, requires_grad=True)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        with metaopt.stream(optimizer):
+            for _ in range(3):
+                optimizer.zero_grad()
+                (weights.mean() * F.cross_entropy(model(x), y)).backward()
+                optimizer.step()
+                with torch.no_grad():
+                    change(lr, weights)
+
+    def shrink(lr: Tensor, weights: Tensor) -> None:
+        weights.data = torch.ones(6)
+
+    with pytest.raises(metaopt.StaleError, match=r"shape \(12,\).*\(6,\)"):
+        stream(shrink)
+    with pytest.raises(metaopt.DomainError, match=r"lr is -0\.2.*project"):
+        stream(lambda lr, weights: lr.sub_(0.3))
 
 
 def test_a_tangent_that_overflows_is_named_with_its_step() -> None:

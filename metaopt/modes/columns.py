@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metaopt.capture.bindings import leaves_of
+from metaopt.errors import StaleError
 
 _runs = count(1)
 
@@ -21,14 +22,29 @@ class Columns:
     def __init__(self) -> None:
         self.count = 0
         self._places: dict[int, tuple[Tensor, int]] = {}
+        self._shapes: dict[int, torch.Size] = {}
 
     def discover(self, externals: Iterable[Tensor]) -> None:
-        """Give columns to the leaves behind these tensors that have none yet."""
+        """Give columns to the leaves behind these tensors that have none yet.
+
+        Raises:
+            StaleError: if one that has columns has another shape now.
+        """
         for external in externals:
             for leaf in leaves_of(external):
-                if id(leaf) not in self._places:
-                    self._places[id(leaf)] = (leaf, self.count)
-                    self.count += leaf.numel()
+                if id(leaf) not in self._shapes:
+                    self._shapes[id(leaf)] = leaf.shape
+                    self._add(leaf)
+                elif self._shapes[id(leaf)] != leaf.shape:
+                    raise StaleError(
+                        f"a hyperparameter of shape {tuple(self._shapes[id(leaf)])} has the shape {tuple(leaf.shape)} "
+                        "now, so its tangents no longer belong to its entries. Change its values and not its shape, or "
+                        "open a new context for a new hyperparameter."
+                    )
+
+    def _add(self, leaf: Tensor) -> None:
+        self._places[id(leaf)] = (leaf, self.count)
+        self.count += leaf.numel()
 
     def tangent(self, external: Tensor, rows: slice) -> Tensor:
         """``d external / dλ`` along some columns: the identity for a leaf, else the transform's derivative."""
@@ -62,12 +78,8 @@ class Directions(Columns):
         self._generator = generator or torch.Generator().manual_seed(torch.initial_seed() + next(_runs))
         self._drawn: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def discover(self, externals: Iterable[Tensor]) -> None:
-        """Draw directions for the leaves behind these tensors that have none yet."""
-        for external in externals:
-            for leaf in leaves_of(external):
-                if id(leaf) not in self._drawn:
-                    self._drawn[id(leaf)] = (leaf, self._draw(leaf))
+    def _add(self, leaf: Tensor) -> None:
+        self._drawn[id(leaf)] = (leaf, self._draw(leaf))
 
     def _draw(self, leaf: Tensor) -> Tensor:
         shape = (self.count, *leaf.shape)
