@@ -216,7 +216,7 @@ class Streaming(Run):
             tangents = before
         for leaf, place in self._columns.places():
             parts = [
-                tangents[key][place].flatten(1) @ alpha.flatten().to(tangents[key].dtype)
+                tangents[key][place].reshape(leaf.numel(), alpha.numel()) @ alpha.flatten().to(tangents[key].dtype)
                 for key, alpha in adjoint.carried.items()
                 if key in tangents
             ]
