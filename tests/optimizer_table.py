@@ -5,8 +5,8 @@
     python -m tests.optimizer_table                              print the page
     python -m tests.optimizer_table --write docs/optimizers.md   write it
 
-A cell is a setting of an optimizer, given as a hyperparameter in one of four kinds. Each is either tested against the bare
-loop, or an error that is tested; there is no third state.
+A cell is a setting of an optimizer, given as a hyperparameter in one of four kinds. Each is either tested against the
+bare loop, or an error that is tested; there is no third state.
 """
 
 from __future__ import annotations
@@ -101,10 +101,15 @@ class Row:
         """The settings that may be hyperparameters."""
         return [name for name in self.rule.settings if name not in self.rule.flat]
 
+    @property
+    def flat(self) -> dict[str, float]:
+        """The numbers of the settings that may not."""
+        return {name: self.numbers[name] for name in self.rule.flat}
+
 
 O = torch.optim  # noqa: E741
 ADAM = {"lr": 0.1, "beta1": 0.8, "beta2": 0.9, "eps": 0.01, "weight_decay": 0.1}
-DECOUPLED = ({}, {"decoupled_weight_decay": True, "maximize": True})
+DECOUPLED: tuple[Mapping[str, Any], ...] = ({}, {"decoupled_weight_decay": True, "maximize": True})
 FOREACH, FUSED = ("foreach",), ("foreach", "fused")
 FIRST_STEP = "acts at a weight's first step; of a schedule, that step's entry"
 KINK = "0 while the other side of its bound is in force; no derivative where the sides change"
@@ -173,11 +178,13 @@ ROWS = {
             {"lr": 0.1, "lambd": 0.2, "alpha": 0.6, "t0": 1.5, "weight_decay": 0.1},
             "Polyak & Juditsky 1992",
             finish=to_average,
-            remarks={"t0": "acts on the average `ax` alone; at whole numbers an error, since its derivative jumps there"},
+            remarks={
+                "t0": "acts on the average `ax` alone; at whole numbers an error, since its derivative jumps there"
+            },
         ),
         Row(
             O.Rprop,
-            {"lr": 0.1, "etaminus": 0.5, "etaplus": 1.2, "step_size_min": 0.06, "step_size_max": 0.13},
+            {"lr": 0.1, "etaminus": 0.5, "etaplus": 1.2, "step_size_min": 0.057, "step_size_max": 0.13},
             "Riedmiller & Braun 1993",
             steps=6,
             remarks={"lr": FIRST_STEP, "step_size_min": KINK, "step_size_max": KINK},
@@ -208,8 +215,8 @@ ROWS = {
             implementations=(),
             remarks={"eps": KINK},
             remark="torch iterates in bfloat16, whose value has no derivative. The replay has torch's value, and the "
-            "derivative of the same iteration in the weights' precision; the tests compare with torch's step where that "
-            "iterates in float64.",
+            "derivative of the same iteration in the weights' precision; the tests compare with torch's step where "
+            "that iterates in float64.",
             matrices=True,
             elementwise=False,
         ),

@@ -1,7 +1,7 @@
 """Drop-in optimizers: ``torch.optim`` classes whose settings may be hyperparameters.
 
-Every number of an optimizer may be a tensor that requires grad: a scalar, or a vector with one entry per step; param groups
-may have their own. docs/optimizers.md is the table of what is differentiated, made of the tests' own.
+Every number of an optimizer may be a tensor that requires grad: a scalar, or a vector with one entry per step; param
+groups may have their own. docs/optimizers.md is the table of what is differentiated, made of the tests' own.
 """
 
 from __future__ import annotations
@@ -37,6 +37,6 @@ from metaopt.optim.other import ASGD, Rprop
 from metaopt.optim.published import LAMB, LARS, Lion, ScheduleFreeAdamW, ScheduleFreeSGD
 
 if hasattr(torch.optim, "Muon"):
-    from metaopt.optim.other import Muon  # noqa: F401
+    from metaopt.optim.other import Muon
 
     __all__ += ["Muon"]

@@ -71,7 +71,7 @@ class Adamax(DifferentiableOptimizer, torch.optim.Adamax):
 
 
 class NAdam(DifferentiableOptimizer, torch.optim.NAdam):
-    """``torch.optim.NAdam``, whose ``lr``, ``betas``, ``eps``, ``weight_decay`` and ``momentum_decay`` may be hyperparameters.
+    """``torch.optim.NAdam``, whose numbers, ``momentum_decay`` among them, may be hyperparameters.
 
     The product of all momenta so far is part of the state, and carries the derivative of every step's settings.
     """
@@ -94,7 +94,8 @@ class NAdam(DifferentiableOptimizer, torch.optim.NAdam):
 class RAdam(DifferentiableOptimizer, torch.optim.RAdam):
     """``torch.optim.RAdam``, whose ``lr``, ``betas``, ``eps`` and ``weight_decay`` may be hyperparameters.
 
-    The second beta decides from which step on the rate adapts; at the values where that step changes, the training jumps.
+    The second beta decides from which step on the rate adapts; at the values where that step changes, the training
+    jumps.
     """
 
     def __init__(

@@ -73,10 +73,10 @@ class Adadelta(DifferentiableOptimizer, torch.optim.Adadelta):
 
 
 class Adafactor(DifferentiableOptimizer, torch.optim.Adafactor):
-    """``torch.optim.Adafactor``, whose ``lr``, ``beta2_decay``, ``eps``, ``d`` and ``weight_decay`` may be hyperparameters.
+    """``torch.optim.Adafactor``, whose numbers, either ``eps`` among them, may be hyperparameters.
 
-    The rate is the smaller of ``lr`` and ``1/√t``, and each of the others acts through a bound too; while the other side
-    of a bound is in force, the derivative is 0.
+    The rate is the smaller of ``lr`` and ``1/√t``, and each of the others acts through a bound too; while the other
+    side of a bound is in force, the derivative is 0.
     """
 
     def __init__(

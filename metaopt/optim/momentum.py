@@ -84,7 +84,7 @@ class SGD(_Momentum, torch.optim.SGD):
 
 
 class RMSprop(_Momentum, torch.optim.RMSprop):
-    """``torch.optim.RMSprop`` whose ``lr``, ``alpha``, ``eps``, ``weight_decay`` and ``momentum`` may be hyperparameters.
+    """``torch.optim.RMSprop``, whose numbers, ``alpha`` and ``momentum`` among them, may be hyperparameters.
 
     A linked momentum that is exactly 0 keeps its buffers, so that it has a derivative there and can leave 0.
     """

@@ -46,7 +46,7 @@ class LAMB(DifferentiableOptimizer, published.LAMB):
 
 
 class LARS(DifferentiableOptimizer, published.LARS):
-    """LARS (You et al. 2017), whose ``lr``, ``momentum``, ``weight_decay`` and ``trust_coefficient`` may be hyperparameters."""
+    """LARS (You et al. 2017), whose numbers, ``trust_coefficient`` among them, may be hyperparameters."""
 
     def __init__(
         self,
@@ -57,9 +57,7 @@ class LARS(DifferentiableOptimizer, published.LARS):
         trust_coefficient: Setting = 1e-3,
         **flags: Any,
     ) -> None:
-        settings = self._link(
-            lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient
-        )
+        settings = self._link(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient)
         super().__init__(params, **settings, **flags)
 
 
@@ -83,7 +81,7 @@ class ScheduleFreeSGD(DifferentiableOptimizer, published.ScheduleFreeSGD):
 
 
 class ScheduleFreeAdamW(DifferentiableOptimizer, published.ScheduleFreeAdamW):
-    """Schedule-free AdamW (Defazio et al. 2024), whose ``lr``, ``betas``, ``eps`` and ``weight_decay`` may be hyperparameters.
+    """Schedule-free AdamW (Defazio et al. 2024), whose numbers may be hyperparameters.
 
     To differentiate an objective of the average, call ``optimizer.eval()`` at the end, inside of the context.
     """

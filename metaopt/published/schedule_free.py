@@ -69,8 +69,8 @@ class _ScheduleFree(PublishedOptimizer):
 class ScheduleFreeSGD(_ScheduleFree):
     """Schedule-free stochastic gradient descent.
 
-    ``z ← z - lrₜ(∇f(y) + weight_decay · y)``, ``x ← x + cₜ(z - x)`` with ``cₜ = lrₜ²/Σ lrᵢ²``, ``y = z + momentum · (x - z)``.
-    The average ``x`` is what is evaluated: call `eval` before, and `train` after.
+    ``z ← z - lrₜ(∇f(y) + weight_decay · y)``, ``x ← x + cₜ(z - x)`` with ``cₜ = lrₜ²/Σ lrᵢ²``, ``y = z + momentum · (x
+    - z)``. The average ``x`` is what is evaluated: call `eval` before, and `train` after.
 
     Args:
         params: weights or param groups.

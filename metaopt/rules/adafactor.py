@@ -1,8 +1,8 @@
 """Adafactor: Adam's second moment from its row and column means, and steps relative to the weights.
 
-``b = t^beta2_decay``;  ``R' = R + b(mean_row g² - R)``, ``C' = C + b(mean_col g² - C)``, ``V = R'C'/max(mean R', eps1)``
-(a vector: ``V' = V + b(g² - V)``);  ``U = g/√max(V, eps1²)``;
-``w' = (1 - lr · weight_decay)w - max(eps2, rms(w)) · min(lr, 1/√t) · U/max(1, rms(U)/d)``.
+``b = t^beta2_decay``;  ``R' = R + b(mean_row g² - R)``, ``C' = C + b(mean_col g² - C)``, ``V = R'C'/max(mean R',
+eps1)`` (a vector: ``V' = V + b(g² - V)``);  ``U = g/√max(V, eps1²)``; ``w' = (1 - lr · weight_decay)w - max(eps2,
+rms(w)) · min(lr, 1/√t) · U/max(1, rms(U)/d)``.
 
 Shazeer & Stern 2018, algorithms 4-6, with the lr, the decay and the eps1 that ``torch.optim.Adafactor`` has. Where a
 minimum, a maximum or a clip changes sides there is no derivative; elsewhere it follows the side in force.

@@ -1,7 +1,7 @@
 """Adamax: Adam with the infinity norm.
 
-``m' = β₁m + (1-β₁)g``;  ``u' = max(β₂u, |g| + eps)``;  ``w' = w - lr/(1-β₁ᵗ) · m'/u'``, with ``g ← g + weight_decay · w``
-before it. Where the maximum changes sides there is no derivative; elsewhere it follows the side in force.
+``m' = β₁m + (1-β₁)g``;  ``u' = max(β₂u, |g| + eps)``;  ``w' = w - lr/(1-β₁ᵗ) · m'/u'``, with ``g ← g + weight_decay ·
+w`` before it. Where the maximum changes sides there is no derivative; elsewhere it follows the side in force.
 
 Kingma & Ba 2015, algorithm 2, as ``torch.optim.Adamax`` has it.
 """

@@ -3,8 +3,8 @@
 ``r = m'/(1-β₁ᵗ) / (√(v'/(1-β₂ᵗ)) + eps) + weight_decay · w`` with Adam's ``m'`` and ``v'``;
 ``w' = w - lr · ‖w‖/‖r‖ · r``, and with 1 for the ratio where ``w`` or ``r`` is 0.
 
-You et al. 2020, algorithm 2, with φ the identity. At ``w = 0`` and ``r = 0`` the step jumps; the derivative there is the one
-with the ratio held at 1.
+You et al. 2020, algorithm 2, with φ the identity. At ``w = 0`` and ``r = 0`` the step jumps; the derivative there is
+the one with the ratio held at 1.
 """
 
 from __future__ import annotations

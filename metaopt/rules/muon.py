@@ -4,8 +4,9 @@
 ``X₀ = u/max(‖u‖, eps)``, ``Xₖ₊₁ = aXₖ + (bA + cA²)Xₖ`` with ``A = XₖXₖᵀ``;
 ``w' = (1 - lr · weight_decay)w - lr · r · X_ns_steps``, where ``r`` depends on the shape alone.
 
-Jordan et al. 2024; Liu et al. 2025 for the other ``r``, as ``torch.optim.Muon`` has them. torch iterates in bfloat16, which
-has no derivative: the value here is torch's own, and the derivative is that of the same iteration in the weights' precision.
+Jordan et al. 2024; Liu et al. 2025 for the other ``r``, as ``torch.optim.Muon`` has them. torch iterates in bfloat16,
+which has no derivative: the value here is torch's own, and the derivative is that of the same iteration in the weights'
+precision.
 """
 
 from __future__ import annotations

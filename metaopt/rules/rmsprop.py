@@ -1,7 +1,8 @@
 """RMSprop: steps divided by a running root mean square of the gradient.
 
-``v' = αv + (1-α)g²``;  ``w' = w - lr · g/(√v' + eps)``, with ``g ← g + weight_decay · w`` before it. Centered: ``√(v' - ḡ'²)``
-with ``ḡ' = αḡ + (1-α)g`` in place of ``√v'``. With momentum: ``b' = momentum · b + g/(√v' + eps)``, ``w' = w - lr · b'``.
+``v' = αv + (1-α)g²``;  ``w' = w - lr · g/(√v' + eps)``, with ``g ← g + weight_decay · w`` before it. Centered: ``√(v' -
+ḡ'²)`` with ``ḡ' = αḡ + (1-α)g`` in place of ``√v'``. With momentum: ``b' = momentum · b + g/(√v' + eps)``, ``w' = w -
+lr · b'``.
 
 Tieleman & Hinton 2012, lecture 6.5; Graves 2013, eq. 38-42 (centered), as ``torch.optim.RMSprop`` has them.
 """

@@ -1,11 +1,11 @@
 """Resilient backpropagation: each weight has a step size, and the gradient says only which way.
 
-``s' = clip(s · η, step_size_min, step_size_max)`` from ``s = lr``, with ``η = etaplus`` where ``g`` and the last gradient
-agree in sign, ``etaminus`` (and then ``g ← 0``) where they differ, else 1;  ``w' = w - sign(g) · s'``.
+``s' = clip(s · η, step_size_min, step_size_max)`` from ``s = lr``, with ``η = etaplus`` where ``g`` and the last
+gradient agree in sign, ``etaminus`` (and then ``g ← 0``) where they differ, else 1;  ``w' = w - sign(g) · s'``.
 
-Riedmiller & Braun 1993, as ``torch.optim.Rprop`` has it. Signs are piecewise constant: between their jumps the weights are
-linear in lr and polynomial in the etas, and those derivatives are exact; what acts through the gradient (a penalty, example
-weights) has derivative 0.
+Riedmiller & Braun 1993, as ``torch.optim.Rprop`` has it. Signs are piecewise constant: between their jumps the weights
+are linear in lr and polynomial in the etas, and those derivatives are exact; what acts through the gradient (a penalty,
+example weights) has derivative 0.
 """
 
 from __future__ import annotations

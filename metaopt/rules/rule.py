@@ -81,8 +81,7 @@ class Rule:
         """Raise `DomainError` if the weights have derivative 0 in a setting wherever they have one."""
         if name in self.flat:
             raise DomainError(
-                f"{name} of {self.optimizer.__name__} can't be a hyperparameter: {self.flat[name]} Give a plain "
-                "number."
+                f"{name} of {self.optimizer.__name__} can't be a hyperparameter: {self.flat[name]} Give a plain number."
             )
 
     def check(self, name: str, value: float) -> None:

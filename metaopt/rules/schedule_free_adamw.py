@@ -1,7 +1,8 @@
 """Schedule-free AdamW: averaging in place of a schedule and of the first moment.
 
 ``v' = β₂v + (1-β₂)g²``;  ``z' = z - lrₜ(g/(√(v'/(1-β₂ᵗ)) + eps) + weight_decay · y)``;  ``x' = x + cₜ(z' - x)`` with
-``cₜ = lrₜ²/Σ lrᵢ²``;  ``y' = z' + β₁(x' - z')``, where the weights hold ``y`` and ``lrₜ = lr · min(1, t/warmup_steps)``.
+``cₜ = lrₜ²/Σ lrᵢ²``;  ``y' = z' + β₁(x' - z')``, where the weights hold ``y`` and ``lrₜ = lr · min(1,
+t/warmup_steps)``.
 
 Defazio et al. 2024, algorithm 1.
 """

@@ -1,7 +1,7 @@
 """Schedule-free stochastic gradient descent: averaging in place of a schedule.
 
-``z' = z - lrₜ(g + weight_decay · y)``;  ``x' = x + cₜ(z' - x)`` with ``cₜ = lrₜ²/Σ lrᵢ²``;  ``y' = z' + momentum · (x' - z')``,
-where the weights hold ``y`` and ``lrₜ = lr · min(1, t/warmup_steps)``.
+``z' = z - lrₜ(g + weight_decay · y)``;  ``x' = x + cₜ(z' - x)`` with ``cₜ = lrₜ²/Σ lrᵢ²``;  ``y' = z' + momentum · (x'
+- z')``, where the weights hold ``y`` and ``lrₜ = lr · min(1, t/warmup_steps)``.
 
 Defazio et al. 2024, eq. 1-3, with the weights of algorithm 1.
 """
