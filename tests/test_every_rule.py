@@ -51,9 +51,9 @@ DRAWN: Mapping[str, SearchStrategy[float]] = {
     "eps1": numbers(1e-3, low=0.0, high=0.5),
     "eps2": numbers(1e-3, low=0.0, high=1.0),
     "d": numbers(1.0, low=1.0, high=2.0),
-    "ns_a": numbers(3.4445, low=1.5, high=3.5),
-    "ns_b": numbers(-4.775, low=-5.0, high=-0.5),
-    "ns_c": numbers(2.0315, low=0.0, high=2.1),
+    "ns_a": st.sampled_from((3.4445, 3.3)),  # with others the iteration may diverge
+    "ns_b": st.sampled_from((-4.775, -4.7)),
+    "ns_c": st.sampled_from((2.0315, 2.0)),
     "trust_coefficient": numbers(1e-3, 0.0, low=0.0, high=1.0),
 }
 Look = Callable[[Point, Any, Tensor, dict[str, float], dict[str, Any]], None]

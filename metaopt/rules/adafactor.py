@@ -34,7 +34,8 @@ def update(
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """One step of Adafactor; without eps1 it is the precision's."""
     g = -g if maximize else g
-    lr, smallest = double(lr), torch.finfo(w.dtype).eps if eps1 is None else eps1
+    lr, d = double(lr), double(d)
+    smallest = torch.finfo(w.dtype).eps if eps1 is None else double(eps1)
     size = max(w.numel(), 1) ** 0.5
     rate = _at_most(lr, step**-0.5) * _at_least(norm(w) / size, eps2)
     w = w * (1 - lr * double(weight_decay))
