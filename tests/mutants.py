@@ -364,7 +364,7 @@ MUTANTS = [
     Mutant(
         "outside-domain",
         "a hyperparameter that left its domain is used all the same",
-        "optim.py",
+        "optim/drop_in.py",
         "                rule.check(name, new)\n",
         "",
         (RULES, "outside"),

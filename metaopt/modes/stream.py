@@ -245,7 +245,9 @@ class Streaming(Run):
             adjoint.pull_back(segment, self._loop.steps)
             tangents = before
         parts = [
-            (tangents[key].reshape(len(tangents[key]), -1) @ alpha.flatten().to(tangents[key].dtype)).double()
+            (
+                tangents[key].reshape(len(tangents[key]), alpha.numel()) @ alpha.flatten().to(tangents[key].dtype)
+            ).double()
             for key, alpha in adjoint.carried.items()
             if key in tangents
         ]
