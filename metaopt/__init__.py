@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from metaopt import errors, optim, rules
+from metaopt import check, errors, optim, rules
 from metaopt.errors import (
     CaptureError,
+    CheckError,
     DomainError,
     EagerWarning,
     HeldConstantWarning,
@@ -30,11 +31,13 @@ from metaopt.hyperparameters import (
     simplex,
 )
 from metaopt.modes import Recording, Streaming, record, stream
+from metaopt.wrapping import wrap
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
+    "CheckError",
     "DomainError",
     "EagerWarning",
     "HeldConstantWarning",
@@ -50,6 +53,7 @@ __all__ = [
     "SweepError",
     "UnusedHyperparameterWarning",
     "box",
+    "check",
     "constrained",
     "errors",
     "interval",
@@ -63,4 +67,5 @@ __all__ = [
     "schedule",
     "simplex",
     "stream",
+    "wrap",
 ]

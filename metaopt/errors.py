@@ -8,6 +8,7 @@
     │   └── StaleError                     a value changed, or was freed, after it was recorded
     ├── RuleError (TypeError)              an optimizer without a rule, or a rule that does not fit
     ├── DomainError (ValueError)           a setting outside the domain of its formula
+    ├── CheckError (AssertionError)        a check found a derivative that is wrong, or could not be made
     └── MissingExtraError (ImportError)    an optional package that is not installed
 
     MetaoptWarning (UserWarning)
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 __all__ = [
     "CaptureError",
+    "CheckError",
     "DomainError",
     "EagerWarning",
     "HeldConstantWarning",
@@ -61,6 +63,10 @@ class RuleError(MetaoptError, TypeError):
 
 class DomainError(MetaoptError, ValueError):
     """A setting lies outside the domain in which its formula is defined."""
+
+
+class CheckError(MetaoptError, AssertionError):
+    """A check found derivatives that disagree, or could not be made; the text is its report."""
 
 
 class MissingExtraError(MetaoptError, ImportError):

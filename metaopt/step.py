@@ -31,6 +31,7 @@ from metaopt.capture.watcher import Watcher
 from metaopt.errors import CaptureError
 from metaopt.hyperparameters import owner_of
 from metaopt.rules import Rule, Update, rule_of
+from metaopt.wrapping import refresh, steps_on_stack, wrapped
 
 _open: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -55,7 +56,8 @@ class Loop:
         moving: bool = False,
     ) -> None:
         self.optimizer = optimizer
-        self.rule: Rule = rule_of(optimizer)
+        self.wrapped = wrapped(optimizer)
+        self.rule: Rule = rule_of(optimizer) if self.wrapped is None else _NO_RULE
         self.on_segment = on_segment
         self.steps = 0
         self.tape = Tape(self.weights(), moving=moving)
@@ -64,6 +66,10 @@ class Loop:
         self.watcher = Watcher(self.tape)
         self.verifier = Verifier(verify)
         self.watcher.check_functions = verify != "never"
+        if self.wrapped is not None:
+            self.watcher.stepping = self._is_stepping
+            self.watcher.numbers_held = self.wrapped.hold_numbers
+        self._in_closure = False
         self._exit: ExitStack | None = None
         self._thread = 0
         self._sums: list[Tensor] = []
@@ -165,6 +171,8 @@ class Loop:
 
     def _pre_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if self.wrapped is not None:
+            return self._pre_wrapped_step(closure, args, kwargs)
         self.watcher.paused = True
         if closure is None:
             self._before_update()
@@ -178,11 +186,38 @@ class Loop:
             self._before_update()
             return value
 
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": watched}
-        return (args[0], watched, *args[2:]), kwargs
+        return _with_closure(watched, args, kwargs)
+
+    def _pre_wrapped_step(self, closure: Any, args: Any, kwargs: Any) -> Any:
+        """What the update calls is recorded as it runs; all there is to do is to look for what can't be."""
+        if steps_on_stack(self.optimizer) > 1:
+            return None  # a class that calls the step of its base
+        with self.paused():
+            refresh(self.optimizer)
+            self._refuse_other_weights()
+            self._refuse_replaced()
+            for weight in self.weights():
+                if weight.grad is not None and weight.grad.is_sparse:
+                    raise _sparse(weight)
+        if not callable(closure):
+            return None
+
+        def watched() -> Any:
+            self._in_closure = True
+            try:
+                return closure()
+            finally:
+                self._in_closure = False
+
+        return _with_closure(watched, args, kwargs)
+
+    def _is_stepping(self) -> bool:
+        return not self._in_closure and steps_on_stack(self.optimizer) > 0
 
     def _post_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.wrapped is not None and steps_on_stack(self.optimizer) > 1:
+            return
+        self.watcher.paused = True
         try:
             self._after_update()
             self.steps += 1
@@ -191,12 +226,15 @@ class Loop:
             self.watcher.paused = False
 
     def _post_foreign_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer is not self.optimizer and threading.get_ident() == self._thread:
+        inside = self.wrapped is not None and steps_on_stack(self.optimizer) > 0
+        if optimizer is not self.optimizer and threading.get_ident() == self._thread and not inside:
             self.watcher.paused = False
 
     def _pre_foreign_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if optimizer is self.optimizer or threading.get_ident() != self._thread:
             return  # `_pre_step` follows, after the optimizer's own hooks
+        if self.wrapped is not None and steps_on_stack(self.optimizer):
+            return  # an optimizer inside the wrapped one, as Lookahead has it
         self.watcher.paused = True
         for group in optimizer.param_groups:
             for weight in group["params"]:
@@ -212,11 +250,7 @@ class Loop:
     def _before_update(self) -> None:
         """Note what the update reads, and save what it is about to overwrite."""
         self._pending = []
-        if {id(weight) for weight in self.weights()} != set(self.tape.trained):
-            raise CaptureError(
-                "parameters were added to or removed from the optimizer inside the context. Build the optimizer "
-                "before the context, or open a new context for the new parameters."
-            )
+        self._refuse_other_weights()
         self._refuse_replaced()
         for group in self.optimizer.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
@@ -230,6 +264,13 @@ class Loop:
                     tensor = self.optimizer.state.get(weight, {}).get(name)
                     if tensor is not None:
                         self.tape.before_write(tensor)
+
+    def _refuse_other_weights(self) -> None:
+        if {id(weight) for weight in self.weights()} != set(self.tape.trained):
+            raise CaptureError(
+                "parameters were added to or removed from the optimizer inside the context. Build the optimizer "
+                "before the context, or open a new context for the new parameters."
+            )
 
     def _refuse_replaced(self) -> None:
         # A parameter that was replaced in the model looks like a new hyperparameter, while the old one, which the
@@ -258,10 +299,7 @@ class Loop:
             grad = weight.grad
             assert grad is not None
             if grad.is_sparse:
-                raise CaptureError(
-                    f"a weight of shape {tuple(weight.shape)} has a sparse gradient, which has no second derivative. "
-                    "Use dense gradients (`nn.Embedding(..., sparse=False)`)."
-                )
+                raise _sparse(weight)
             grads.append(self._raw(grad))
         update = Update(rule, tuple((flag, group.get(flag, False)) for flag in rule.flags))
         arguments = {
@@ -360,6 +398,26 @@ class Loop:
             if check:
                 self.verifier.check(segment, self.tape, self.steps)
             self.on_segment(segment, check)
+
+
+def _with_closure(closure: Callable[[], Any], args: Any, kwargs: Any) -> Any:
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": closure}
+    return (args[0], closure, *args[2:]), kwargs
+
+
+def _sparse(weight: Tensor) -> CaptureError:
+    return CaptureError(
+        f"a weight of shape {tuple(weight.shape)} has a sparse gradient, which has no second derivative. Use dense "
+        "gradients (`nn.Embedding(..., sparse=False)`)."
+    )
+
+
+def _no_update(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("a wrapped optimizer has no rule")
+
+
+_NO_RULE = Rule(Optimizer, _no_update, settings={})
 
 
 def _put_first(hooks: OrderedDict[int, Any], key: int) -> None:

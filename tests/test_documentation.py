@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def blocks(page: str) -> str:
-    return "\n\n".join(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
+    return "\n\n".join(separate(page))
+
+
+def separate(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def test_extending(capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,3 +39,18 @@ def test_readme() -> None:
     hyper = names["hyper"]
     assert isinstance(hyper, metaopt.Hyperparameters)
     assert all(leaf.grad is not None and leaf.grad.abs().sum() > 0 for leaf in hyper.parameters())
+
+
+def test_checking() -> None:
+    exec(compile(blocks("docs/checking.md"), "docs/checking.md", "exec"), {"__name__": "checking"})
+
+
+def test_coming_from() -> None:
+    torch.set_default_dtype(torch.float32)
+    names: dict[str, object] = {"__name__": "coming_from"}
+    for block in separate("docs/coming-from.md"):
+        missing = [name for name in re.findall(r"^import (\w+)$", block, re.MULTILINE) if not find_spec(name)]
+        if not missing:
+            exec(compile(block, "docs/coming-from.md", "exec"), names)
+    assert isinstance(names["lr"], torch.Tensor)
+    assert names["lr"].grad is not None

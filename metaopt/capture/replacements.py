@@ -6,13 +6,23 @@ the forward saved as constants, so its second derivative lacks a term (torch 2.1
 ``torch._amp_foreach_non_finite_check_and_unscale_`` (in ``GradScaler``) has no derivative, and autograd takes it for
 the identity.
 
+``torch._foreach_copy_`` has no derivative either, and says so.
+
 ``F.cross_entropy`` and ``F.nll_loss`` with more than two dimensions: the kernel behind them refuses gradients that
 are not contiguous, which the transposed pass of forward mode has (torch 2.13: "grad_input must be contiguous").
 """
 
 from __future__ import annotations
 
-__all__ = ["REPLACEMENTS", "cross_entropy", "hard_gumbel_softmax", "nll_loss", "unscale_", "weight_norm"]
+__all__ = [
+    "REPLACEMENTS",
+    "cross_entropy",
+    "foreach_copy_",
+    "hard_gumbel_softmax",
+    "nll_loss",
+    "unscale_",
+    "weight_norm",
+]
 
 from collections.abc import Callable
 from typing import Any
@@ -83,9 +93,16 @@ def unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
         grad.mul_(inv_scale.to(device=grad.device, dtype=grad.dtype))
 
 
+def foreach_copy_(targets: list[Tensor], sources: list[Tensor], non_blocking: bool = False) -> None:
+    """``target.copy_(source)``, pair by pair."""
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source, non_blocking=non_blocking)
+
+
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
     F.cross_entropy: cross_entropy,
     F.nll_loss: nll_loss,
     torch._amp_foreach_non_finite_check_and_unscale_: unscale_,
+    torch._foreach_copy_: foreach_copy_,
 }

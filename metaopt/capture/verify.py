@@ -34,7 +34,13 @@ class Verifier:
             return
         actual = {binding.key: tensor for binding in tape.bindings() if (tensor := binding.ref()) is not None}
         keys = [key for key in segment.outputs if key in actual]
-        outputs = segment.replay(keys).outputs
+        try:
+            outputs = segment.replay(keys).outputs
+        except TypeError as error:
+            raise CaptureError(
+                f"step {step} can't be replayed: {str(error).splitlines()[0]} A hyperparameter arrives where torch "
+                "takes Python numbers only, which have no derivative. Multiply with the tensor instead."
+            ) from error
         loose = 5e-2 if segment.program.uses_autocast else 0.0
         floors = _floors(tape, [actual[key] for key in keys])
         wrong = [

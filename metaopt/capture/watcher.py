@@ -20,6 +20,7 @@ from metaopt.capture.calls import name_of
 from metaopt.capture.cells import version_of
 from metaopt.capture.primitives import flatten
 from metaopt.capture.replacements import REPLACEMENTS
+from metaopt.capture.steps import in_step
 from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Instruction
 from metaopt.errors import CaptureError, EagerWarning, HeldConstantWarning
@@ -60,6 +61,9 @@ class Watcher(TorchFunctionMode):
         self.paused = False
         self.check_functions = True
         self.withheld: set[int] = set()
+        # Whether the step of a wrapped optimizer is running, and whether it may take numbers out of tensors.
+        self.stepping: Callable[[], bool] = lambda: False
+        self.numbers_held = True
         self._looked_for_compiler = 0
         self._said: set[Any] = set()
 
@@ -154,7 +158,7 @@ class Watcher(TorchFunctionMode):
         kwargs_spec = tuple([(key, tape.spec(value, read)) for key, value in kwargs.items()])
         outs = tuple([tape.trace.new() if new else None for new in fresh])
         many = not isinstance(result, Tensor)
-        called = REPLACEMENTS.get(func, func)
+        called = self.called(func, args, kwargs)
         setting = self.setting(func, seed)
         tape.trace.code.append(Instruction(called, args_spec, kwargs_spec, outs, many=many, phased=phased, **setting))
         for place, (tensor, out) in enumerate(zip(results, outs, strict=True)):
@@ -169,6 +173,13 @@ class Watcher(TorchFunctionMode):
         if self._looked_for_compiler < 64:
             self._looked_for_compiler += 1
             self._look_for_compiler()
+
+    def called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """What the replay calls in place of a function."""
+        replaced = in_step(func, args, kwargs)
+        if replaced is not None and self.stepping():
+            return replaced
+        return REPLACEMENTS.get(func, func)
 
     def setting(self, func: Callable[..., Any], seed: Any) -> dict[str, Any]:
         """What a replayed call needs around it: random numbers, precision, kernels."""
@@ -224,6 +235,13 @@ class Watcher(TorchFunctionMode):
 
     def say_constant(self, name: str) -> None:
         """Say once a line that a value which depends on the weights became a Python number."""
+        if not self.numbers_held and self.stepping():
+            raise CaptureError(
+                f"the step of the wrapped optimizer took a Python number (`{name}`) out of a tensor that depends on "
+                "the weights or hyperparameters. What it computes from that number would have no derivative. If the "
+                "number only decides a branch or is logged, pass `metaopt.wrap(optimizer, hold_numbers=True)`; else "
+                "keep the value a tensor, or write a rule for the optimizer (docs: extending)."
+            )
         level = user_frame()
         frame = sys._getframe(level)
         place = (frame.f_code, frame.f_lineno)

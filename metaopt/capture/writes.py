@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from metaopt.capture.bindings import Binding
+from metaopt.capture.cells import version_of
 from metaopt.capture.primitives import assign, flatten, stop
-from metaopt.capture.replacements import REPLACEMENTS
 from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Instruction, Val
 from metaopt.errors import CaptureError
@@ -52,6 +52,11 @@ def call(
         raise CaptureError(
             f"`{name}` changed a tensor that depends on the weights; metaopt can't replay it. Make a new tensor "
             "instead."
+        )
+    if name.startswith("_fused_"):
+        raise CaptureError(
+            f"`{name}`, a fused optimizer's kernel, has no derivative. Pass `fused=False` to the optimizer, or use the "
+            "class of the same name in `metaopt.optim` without `metaopt.wrap`, which may be fused."
         )
     if _moves_hyperparameter(tape, written, flatten([*args, *kwargs.values()])):
         for target in written:
@@ -174,16 +179,30 @@ def _general(
         kwargs_spec = tuple((key, tape.spec(value, read)) for key, value in kwargs.items())
         return args_spec, kwargs_spec
 
+    sources = flatten(args) + flatten(kwargs.values())
+    memory = {_memory(target) for target in written}
+    others = [tensor for tensor in sources if _memory(tensor) not in memory]
+
     def run() -> dict[str, Any]:
         for target in written:
             tape.before_write(target)
+        versions = [version_of(tensor) for tensor in others]
         result.append(func(*args, **kwargs))
+        if versions != [version_of(tensor) for tensor in others]:
+            raise CaptureError(
+                f"`{getattr(func, '__name__', '')}` writes more of its arguments in place than its first one, which "
+                "metaopt can't replay. Use the version of the operation that returns new tensors."
+            )
         return watcher.setting(func, seed)
 
-    sources = [] if stopped else flatten(args) + flatten(kwargs.values())
-    inner = max((tape.inner_of(tensor) for tensor in sources), default=0)
-    _write_through(tape, written, func, specs, {}, stopped=stopped, run=run, inner=inner)
+    inner = 0 if stopped else max((tape.inner_of(tensor) for tensor in sources), default=0)
+    called = watcher.called(func, args, kwargs)
+    _write_through(tape, written, called, specs, {}, stopped=stopped, run=run, inner=inner)
     return result[0]
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
 def _passes_stop(tape: Tape, target: Tensor) -> bool:
@@ -226,8 +245,7 @@ def _write_through(
     if run is not None:
         options = run()
     aliases = tuple((tape.trace.new(), clone) for clone in clones.values())
-    called = REPLACEMENTS.get(func, func)
-    tape.trace.code.append(Instruction(called, args, kwargs, (), aliases, **options))
+    tape.trace.code.append(Instruction(func, args, kwargs, (), aliases, **options))
     for (root, _), (value, _) in zip(clones.items(), aliases, strict=True):
         _settle(tape, root, value, inner)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Start"]
+__all__ = ["Start", "random_states", "set_random_states"]
 
 import copy
 import random
@@ -26,12 +26,12 @@ class Start:
         self._saved: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._order: list[int] = []
         self._open = True
-        self._groups = [{k: copy.copy(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self._groups = [{k: _copied(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         self._grads = [(weight, weight.grad) for group in optimizer.param_groups for weight in group["params"]]
         self._state = {weight: _shallow(state) for weight, state in optimizer.state.items()}
         bookmark = getattr(optimizer, "bookmark", None)
         self._bookmark = None if bookmark is None else bookmark()
-        self._random = _random_states()
+        self._random = random_states()
 
     def remember(self, tensor: Tensor) -> None:
         """Copy a tensor that is about to be written for the first time."""
@@ -64,7 +64,7 @@ class Start:
         for group, numbers in zip(self.optimizer.param_groups, self._groups, strict=False):
             for name in [name for name in group if name != "params" and name not in numbers]:
                 del group[name]
-            group.update({key: copy.copy(value) for key, value in numbers.items()})
+            group.update({key: _copied(value) for key, value in numbers.items()})
         for weight, grad in self._grads:
             weight.grad = grad
         self.optimizer.state.clear()
@@ -72,7 +72,12 @@ class Start:
             self.optimizer.state[weight] = _shallow(state)
         if self._bookmark is not None:
             self.optimizer.go_back(self._bookmark)  # type: ignore[attr-defined]
-        _set_random_states(self._random)
+        set_random_states(self._random)
+
+
+def _copied(setting: Any) -> Any:
+    # A tensor among the settings is a hyperparameter, and stays the object that it is.
+    return setting if isinstance(setting, Tensor) else copy.copy(setting)
 
 
 def _shallow(state: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +89,8 @@ def _shallow(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _random_states() -> dict[str, Any]:
+def random_states() -> dict[str, Any]:
+    """Where the random generators of torch, Python and numpy stand."""
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
@@ -95,7 +101,8 @@ def _random_states() -> dict[str, Any]:
     return states
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the random generators back."""
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
     numpy.random.set_state(states["numpy"])

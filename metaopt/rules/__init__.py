@@ -70,8 +70,8 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
         if inspect.unwrap(kind.step) is not inspect.unwrap(rule.optimizer.step):
             raise RuleError(
                 f"{kind.__module__}.{kind.__qualname__} replaces the `step` of {base.__name__}, so the rule for "
-                f"{base.__name__} does not describe it. Register a rule for {kind.__qualname__} with "
-                "`metaopt.rules.register` (docs: extending)."
+                f"{base.__name__} does not describe it. Follow its step as it runs with `metaopt.wrap(optimizer)`, or "
+                f"register a rule for {kind.__qualname__} with `metaopt.rules.register` (docs: extending)."
             )
         return rule
     for base in kind.__mro__:
@@ -80,8 +80,8 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
     known = ", ".join(sorted(rule.optimizer.__name__ for rule in _RULES.values()))
     raise RuleError(
         f"there is no rule for {kind.__module__}.{kind.__qualname__}, so its step can't be differentiated. Rules "
-        f"exist for {known}. Use one of these, or write the update as a function and register it with "
-        "`metaopt.rules.register` (docs: extending)."
+        f"exist for {known}. Use one of these; or `metaopt.wrap(optimizer)`, which follows any step as it runs; or "
+        "write the update as a function and register it with `metaopt.rules.register` (docs: extending)."
     )
 
 
