@@ -27,6 +27,7 @@ from metaopt.hyperparameters import (
     nonnegative,
     positive,
     real,
+    schedule,
     simplex,
 )
 from metaopt.modes import Recording, Streaming, record, stream
@@ -63,6 +64,7 @@ __all__ = [
     "real",
     "record",
     "rules",
+    "schedule",
     "simplex",
     "stream",
     "wrap",

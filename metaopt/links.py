@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.errors import DomainError, HeldConstantWarning
+from metaopt.errors import DomainError, HeldConstantWarning, RuleError
 from metaopt.followed import Followed, shifted
+from metaopt.rules import Rule
 
 
 class Link:
@@ -146,19 +147,37 @@ def _plateau(optimizer: torch.optim.Optimizer, origin: tuple[int, str], link: Li
     return None
 
 
-def unlink(key: str, given: Any, links: dict[str, Link]) -> Any:
-    """The plain number for a setting; what it came from goes to ``links``, under the rule's name for it."""
-    if isinstance(given, Tensor) and given.requires_grad:
-        links[key] = Link(given)
+def unlink(key: str, given: Any, links: dict[str, Link], rule: Rule) -> Any:
+    """The plain number for a setting; what it came from goes to ``links``, under the rule's name for it.
+
+    Raises:
+        RuleError: if a hyperparameter is where the rule has no continuous setting.
+        DomainError: if the weights have no derivative in that setting, or 0 everywhere.
+    """
+    if _differentiable(given):
+        links[_linkable(rule, key, None)] = Link(given)
         return _first(given)
-    if isinstance(given, tuple) and any(isinstance(entry, Tensor) and entry.requires_grad for entry in given):
-        numbers = []
+    if isinstance(given, tuple | list) and any(_differentiable(entry) for entry in given):
         for place, entry in enumerate(given):
-            if isinstance(entry, Tensor) and entry.requires_grad:
-                links[f"{key.rstrip('s')}{place + 1}"] = Link(entry)
-            numbers.append(_first(entry))
-        return tuple(numbers)
+            if _differentiable(entry):
+                links[_linkable(rule, key, place)] = Link(entry)
+        return tuple(None if entry is None else _first(entry) for entry in given)
     return given
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def _linkable(rule: Rule, key: str, place: int | None) -> str:
+    name = rule.name_of(key, place)
+    if name is None:
+        raise RuleError(
+            f"{key} of {rule.optimizer.__name__} can't be a hyperparameter: it is no continuous setting of its rule. "
+            f"Continuous are {', '.join(rule.settings)}."
+        )
+    rule.refuse_flat(name)
+    return name
 
 
 def _first(value: Any) -> float:

@@ -301,7 +301,7 @@ class Loop:
             if grad.is_sparse:
                 raise _sparse(weight)
             grads.append(self._raw(grad))
-        update = Update(rule, tuple((flag, bool(group.get(flag, False))) for flag in rule.flags))
+        update = Update(rule, tuple((flag, group.get(flag, False)) for flag in rule.flags))
         arguments = {
             "weights": Group(list, tuple(self._raw(weight) for weight in weights)),
             "grads": Group(list, tuple(grads)),
@@ -337,13 +337,16 @@ class Loop:
         tape, rule = self.tape, self.rule
         linked = getattr(self.optimizer, "linked_settings", None)
         links: dict[str, tuple[Tensor, float, float]] = linked(group) if linked is not None else {}
-        numbers = {name: rule.number(group, name) for name in rule.settings}
+        found = {name: rule.number(group, name) for name in rule.settings}
+        numbers = {name: number for name, number in found.items() if number is not None}
         plain = {n: float(v.detach() if isinstance(v, Tensor) else v) for n, v in numbers.items()}
         for name, number in plain.items():
             rule.check(name, number)
         differentiable = frozenset(links) | {
             name for name, number in numbers.items() if isinstance(number, Tensor) and self.tape.is_live(number)
         }
+        for name in differentiable:
+            rule.refuse_flat(name)
         if rule.refuse is not None:
             rule.refuse({**group, **plain}, differentiable)
         settings: list[tuple[str, Any]] = []
@@ -399,9 +402,10 @@ class Loop:
         segment = self.tape.end(self.library.seal)
         if not segment.outputs:
             return
-        if check:
-            self.verifier.check(segment, self.tape, self.steps)
-        self.on_segment(segment, check)
+        with torch._C.DisableTorchFunction():  # what is called for the segment's sake need not pass by the watcher
+            if check:
+                self.verifier.check(segment, self.tape, self.steps)
+            self.on_segment(segment, check)
 
 
 def _with_closure(closure: Callable[[], Any], args: Any, kwargs: Any) -> Any:

@@ -27,6 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LAWS, RULES = "tests/test_laws.py", "tests/test_rules.py"
+FORWARD = "tests/test_forward_laws.py"
 CASES, INPUT = "tests/test_cases.py", "tests/test_bad_input.py"
 # Appended to the copy's conftest. The library compares its replays with the loop, and many mutants would end there;
 # that check rests, so that it is the tests which have to see them.
@@ -70,6 +71,47 @@ class Mutant:
 
 
 MUTANTS = [
+    # -- forward mode
+    Mutant(
+        "reset-tangents",
+        "each step begins with Z = 0",
+        "modes/stream.py",
+        "        before = self._tangents\n        if is_step",
+        "        before: dict[int, Tensor] = {}\n        if is_step",
+        (FORWARD, "forward_is_unrolled"),
+    ),
+    Mutant(
+        "forget-mixed",
+        "the gradient's tangent has the Hessian's part, and not that of the hyperparameters in the loss",
+        "modes/tangents.py",
+        "return carried + [self._columns.tangent(x, rows) for x in self._hypers]",
+        "return carried + [torch.zeros_like(self._columns.tangent(x, rows)) for x in self._hypers]",
+        (FORWARD, "forward_is_unrolled"),
+    ),
+    Mutant(
+        "split-what-stops",
+        "a step with `detach` in its forward pass is taken for a plain gradient",
+        "capture/split.py",
+        "    if any(code[index].phased for index in needed(code, set(asked))):\n        return None\n",
+        "",
+        (CASES, "forward_is_reverse"),
+    ),
+    Mutant(
+        "narrow-tangents",
+        "the columns of a hyperparameter that appears later take the place of the first ones",
+        "modes/stream.py",
+        "torch.cat([tangent, tangent.new_zeros(",
+        "torch.cat([tangent.flip(0), tangent.new_zeros(",
+        ("tests/test_real_time.py", "appears_later"),
+    ),
+    Mutant(
+        "sum-of-directions",
+        "the estimates along random directions are summed, and not averaged",
+        "modes/columns.py",
+        "torch.tensordot(along.to(drawn.dtype), drawn, 1) / self.count",
+        "torch.tensordot(along.to(drawn.dtype), drawn, 1)",
+        ("tests/test_real_time.py", "sign_vectors"),
+    ),
     # -- the reverse sweep
     Mutant(
         "forget-B1",
@@ -362,7 +404,7 @@ MUTANTS = [
     Mutant(
         "outside-domain",
         "a hyperparameter that left its domain is used all the same",
-        "optim.py",
+        "optim/drop_in.py",
         "                rule.check(name, new)\n",
         "",
         (RULES, "outside"),

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaopt
+from metaopt.capture.program import Program
+from metaopt.modes.columns import Directions
 from tests.cases import data, mlp
 
 
@@ -120,6 +127,198 @@ def test_chunks_give_the_same_number() -> None:
         gradients.append(run.hypergradient(F.cross_entropy(model(x_val), y_val), wrt=weights)[0])
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-12, atol=0)
+
+
+def weighted_training(context: Callable[[torch.optim.Optimizer], Any], steps: int = 3) -> tuple[Any, Tensor, Tensor]:
+    """A run under weights of the examples and a learned rate, and the validation loss after it."""
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    weights = torch.ones(12, requires_grad=True)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with context(optimizer) as run:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (weights * F.cross_entropy(model(x), y, reduction="none")).mean().backward()
+            optimizer.step()
+    return run, weights, F.cross_entropy(model(x_val), y_val)
+
+
+def test_random_directions_are_unbiased_and_have_the_variance_of_the_docs() -> None:
+    """E‖ĝ - g‖² = (m - 1)/k ‖g‖² for directions with entries ±1."""
+    run, weights, outer = weighted_training(metaopt.stream)
+    (exact,) = run.hypergradient(outer, wrt=weights)
+    generator = torch.Generator().manual_seed(0)
+    estimates = []
+    for _ in range(150):
+        run, weights, outer = weighted_training(
+            partial(metaopt.stream, directions=2, generator=generator, verify="never")
+        )
+        estimates.append(run.hypergradient(outer, wrt=weights)[0])
+    errors = torch.stack(estimates) - exact
+    variance = (errors**2).sum(1).mean() / (exact**2).sum()
+    assert variance == pytest.approx(11 / 2, rel=0.3)
+    # Unbiased: the mean's squared error is the variance over the number of estimates.
+    assert (errors.mean(0) ** 2).sum() / (exact**2).sum() < 3 * variance / 150
+
+
+def test_all_sign_vectors_together_give_the_hypergradient() -> None:
+    """With a full set of orthogonal directions the estimate is no estimate."""
+    hadamard = torch.tensor([[1.0, 1], [1, -1]])
+    lr, momentum = (torch.tensor(v, requires_grad=True) for v in (0.1, 0.5))
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    with metaopt.stream(optimizer, directions=2) as run, drawn(run, [lr, momentum], hadamard):
+        for _ in range(4):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        found = run.hypergradient(F.cross_entropy(model(x_val), y_val), wrt=[lr, momentum])
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    with metaopt.record(optimizer) as exact:
+        for _ in range(4):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    expected = exact.hypergradient(F.cross_entropy(model(x_val), y_val), wrt=[lr, momentum])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+@contextmanager
+def drawn(run: metaopt.Streaming, leaves: list[Tensor], rows: Tensor) -> Iterator[None]:
+    columns = run._columns
+    assert isinstance(columns, Directions)
+    columns._shapes = {id(leaf): leaf.shape for leaf in leaves}
+    columns._drawn = {id(leaf): (leaf, rows[:, place].to(leaf)) for place, leaf in enumerate(leaves)}
+    yield
+
+
+def test_drawing_directions_leaves_the_random_numbers_of_the_loop_alone() -> None:
+    states = []
+    for directions in (None, 3):
+        run, weights, _ = weighted_training(partial(metaopt.stream, directions=directions))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    first = run._columns._drawn[id(weights)][1].clone()
+    run.reset_tangents()
+    assert not torch.equal(run._columns._drawn[id(weights)][1], first)
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear"])
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_a_schedule_of_few_knots(kind: str, mode: Callable[..., Any]) -> None:
+    """The knots' hypergradient is that of the steps, summed over each knot's share."""
+
+    def trained(values: Tensor, leaf: Tensor) -> Tensor:
+        x, y, x_val, y_val = data()
+        model = mlp(5, 6, 3)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=values, momentum=0.5)
+        with mode(optimizer) as run:
+            for _ in range(7):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        gradient: Tensor = run.hypergradient(F.cross_entropy(model(x_val), y_val), wrt=leaf)[0]
+        return gradient
+
+    knots = torch.tensor([0.3, 0.1, 0.2], requires_grad=True)
+    steps = metaopt.schedule(knots, 7, kind=kind).detach().requires_grad_()
+    expected = torch.autograd.grad(metaopt.schedule(knots, 7, kind=kind), knots, trained(steps, steps))[0]
+    found = trained(metaopt.schedule(knots, 7, kind=kind), knots)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+def test_a_schedule_follows_its_knots() -> None:
+    hyper = metaopt.Hyperparameters(lr=metaopt.positive(torch.tensor([0.1, 0.2])))
+    optimizer = metaopt.optim.SGD([nn.Parameter(torch.ones(1))], lr=metaopt.schedule(hyper.lr, 4))
+    hyper.lr = torch.tensor([0.3, 0.4])
+    rates = []
+    for _ in range(4):
+        optimizer.param_groups[0]["params"][0].grad = torch.ones(1)
+        optimizer.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.3, 0.3, 0.4, 0.4])
+    with pytest.raises(metaopt.DomainError, match="knots"):
+        metaopt.schedule(torch.ones(5), 4)
+    with pytest.raises(ValueError, match="kind"):
+        metaopt.schedule(torch.ones(2), 4, kind="cubic")
+
+
+def test_the_engines_agree() -> None:
+    """Through the gradient's own graph, and through the transpose of the whole step."""
+    gradients = []
+    for chunk in (None, 1):
+        for splits in (True, False):
+            with pytest.MonkeyPatch.context() as patch:
+                if not splits:
+                    patch.setattr(Program, "split", lambda self, places: None)
+                run, weights, outer = weighted_training(partial(metaopt.stream, chunk=chunk), steps=5)
+            gradients.append(run.hypergradient(outer, wrt=weights)[0])
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-10, atol=0)
+
+
+def test_a_hyperparameter_that_appears_later_begins_with_no_tangent() -> None:
+    x, y, x_val, y_val = data()
+    gradients = []
+    for mode in (metaopt.stream, metaopt.record):
+        model = mlp(5, 6, 3)
+        first, second = (torch.tensor([0.1, 0.2], requires_grad=True) for _ in range(2))
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with mode(optimizer) as run:
+            for t in range(5):
+                optimizer.zero_grad()
+                scores = model(x)
+                loss = F.cross_entropy(scores, y) + first[0] * scores.square().mean() + first[1] * scores.exp().mean()
+                if t >= 3:
+                    loss = loss + second[0] * scores.abs().mean() + second[1] * scores.sin().mean()
+                loss.backward()
+                optimizer.step()
+        gradients.append(run.hypergradient(F.cross_entropy(model(x_val), y_val), wrt=[first, second]))
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=0)
+
+
+def test_a_hyperparameter_keeps_its_shape_and_its_domain() -> None:
+    x, y, _, _ = data()
+
+    def stream(change: Callable[[Tensor, Tensor], Any]) -> None:
+        model = mlp(5, 6, 3)
+        lr, weights = torch.tensor(0.1, requires_grad=True), torch.ones(12, requires_grad=True)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        with metaopt.stream(optimizer):
+            for _ in range(3):
+                optimizer.zero_grad()
+                (weights.mean() * F.cross_entropy(model(x), y)).backward()
+                optimizer.step()
+                with torch.no_grad():
+                    change(lr, weights)
+
+    def shrink(lr: Tensor, weights: Tensor) -> None:
+        weights.data = torch.ones(6)
+
+    with pytest.raises(metaopt.StaleError, match=r"shape \(12,\).*\(6,\)"):
+        stream(shrink)
+    with pytest.raises(metaopt.DomainError, match=r"lr is -0\.2.*project"):
+        stream(lambda lr, weights: lr.sub_(0.3))
+
+
+def test_a_tangent_that_overflows_is_named_with_its_step() -> None:
+    """An unstable equilibrium: the weight stays at 0 while its derivative grows a hundredfold a step."""
+    weight, tilt = nn.Parameter(torch.zeros(1)), torch.tensor(0.0, requires_grad=True)
+    optimizer = metaopt.optim.SGD([weight], lr=0.1)
+    message = r"not finite by step \d+ \(norms.*discount"
+    with pytest.raises(metaopt.SweepError, match=message), metaopt.stream(optimizer):
+        for _ in range(200):
+            optimizer.zero_grad()
+            (-500 * weight**2 + tilt * weight).sum().backward()
+            optimizer.step()
+    with metaopt.stream(optimizer, discount=0.005) as run:
+        for _ in range(200):
+            optimizer.zero_grad()
+            (-500 * weight**2 + tilt * weight).sum().backward()
+            optimizer.step()
+    assert run.hypergradient(weight.sum(), wrt=tilt)[0].isfinite()
 
 
 def test_forward_mode_refuses_the_initial_weights_and_bad_options() -> None:

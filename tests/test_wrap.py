@@ -108,6 +108,54 @@ def test_a_rate_that_is_a_tensor_is_a_hyperparameter(name: str) -> None:
     assert hypergradcheck(trainer(lambda p, lr: getattr(torch.optim, name)(p, lr=lr), {"lr": lr}), outer, {"lr": lr})
 
 
+@pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Adamax", "NAdam", "Adagrad", "Adadelta", "RMSprop", "ASGD"])
+def test_a_single_hyperparameter(name: str, foreach: bool) -> None:
+    """Forward mode pushes one column by forward formulas, which are others than those of many."""
+    scale = leaf(0.7)
+
+    def train(watch: Watch) -> nn.Module:
+        model = mlp(5, 6, 3)
+        x, y, _, _ = data()
+        optimizer = metaopt.wrap(getattr(torch.optim, name)(model.parameters(), lr=0.05, foreach=foreach))
+        with watch(optimizer):
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.mse_loss(model(x), scale * F.one_hot(y).to(x)).backward()
+                optimizer.step()
+        return model
+
+    assert hypergradcheck(train, outer, scale)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_weights_that_the_loop_writes_around_the_step(when: str) -> None:
+    lr = leaf(0.1)
+
+    def train(watch: Watch) -> nn.Module:
+        model = mlp(5, 6, 3)
+        x, y, _, _ = data()
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+
+        def shrink() -> None:
+            with torch.no_grad():
+                for w in model.parameters():
+                    w.mul_(0.9)
+
+        with watch(optimizer):
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                if when == "before":
+                    shrink()
+                optimizer.step()
+                if when == "after":
+                    shrink()
+        return model
+
+    assert hypergradcheck(train, outer, lr)
+
+
 def test_many_iterations_of_lbfgs() -> None:
     def make(parameters: Any, **settings: Any) -> torch.optim.Optimizer:
         return torch.optim.LBFGS(parameters, lr=0.5, max_iter=4, **settings)

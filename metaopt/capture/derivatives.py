@@ -31,7 +31,8 @@ def check_segment(segment: Segment, step: int) -> None:
     """Raise if autograd's derivative of ``Φ_t`` is not the derivative of ``Φ_t``."""
     program = segment.program
     names = [getattr(instruction.func, "__name__", "") for instruction in program.code]
-    if program.uses_autocast or any(name.startswith(_SURROGATES) for name in names):
+    surrogate = any(getattr(instruction.func, "surrogate", False) for instruction in program.code)
+    if program.uses_autocast or surrogate or any(name.startswith(_SURROGATES) for name in names):
         return
     keys = list(segment.outputs)
 
@@ -169,7 +170,7 @@ def _compare(
     sides = [(along(k * h), along(-k * h), k * h) for k in (1, 3)]
     near, far = ((right - left) / (2 * step) for right, left, step in sides)
     scale = max(abs(near), abs(found))
-    if not scale < float("inf") or abs(near - far) > _AGREE * scale + 1e-8:
+    if not scale < float("inf") or not abs(near - far) <= _AGREE * scale + 1e-8:  # a stencil may have left the domain
         return None
     # Exactly at a kink the stencils agree, on the mean of two slopes. What is left of the slopes' difference as the
     # step goes to 0 gives it away.

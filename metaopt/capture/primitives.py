@@ -139,7 +139,8 @@ def stop(phase: Phase, x: Tensor) -> Tensor:
 
 def leaf(x: Tensor) -> Tensor:
     """``x`` as something that gradients can be taken with respect to."""
-    return x if x.requires_grad else x.detach().requires_grad_()
+    # Not `detach`, which takes the tangent of forward mode away.
+    return x if x.requires_grad else x.view_as(x).requires_grad_()
 
 
 def inner_gradient(

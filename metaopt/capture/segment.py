@@ -17,6 +17,7 @@ from metaopt.capture.primitives import Phase
 
 if TYPE_CHECKING:
     from metaopt.capture.bindings import External
+    from metaopt.capture.lowering import Function
     from metaopt.capture.program import Program
 
 
@@ -54,23 +55,32 @@ class Segment:
             keys: which of ``outputs`` to compute.
             state: values to use in place of the recorded ones, by key.
         """
+        return self.call(self.program.function(tuple(self.outputs[key] for key in keys)), state=state)
+
+    def call(self, part: Function, *, state: dict[int, Tensor] | None = None) -> Replay:
+        """Call a part of ``Φ_t``, with a graph from its inputs, as `replay` does."""
         phase = Phase()
-        call = self.program.function(tuple(self.outputs[key] for key in keys))
         state = state or {}
-        for place in call.externals:
-            self.externals[place].check()
-        inputs = {key: variable(state.get(key, cell.value())) for key, cell in self._pick(call.inputs)}
-        chosen = [self.externals[place] for place in call.externals]
-        externals = [(external, variable(external.cell.value())) for external in chosen]
-        with torch.enable_grad(), undisturbed():
-            outputs = call(
-                phase,
-                list(inputs.values()),
-                [value for _, value in externals],
-                [self.constants[place].value() for place in call.constants],
-                self,
-            )
+        values, hypers = self.arguments(part)
+        inputs = {key: variable(state.get(key, value)) for key, value in values.items()}
+        externals = [(external, variable(value)) for external, value in hypers]
+        with torch.enable_grad():
+            outputs = self.apply(part, [*inputs.values(), *(value for _, value in externals)], phase=phase)
         return Replay(inputs, externals, outputs, phase)
+
+    def arguments(self, part: Function) -> tuple[dict[int, Tensor], list[tuple[External, Tensor]]]:
+        """What a part of ``Φ_t`` was recorded with: carried values by key, and hyperparameters."""
+        for place in part.externals:
+            self.externals[place].check()
+        hypers = [(self.externals[place], self.externals[place].cell.value()) for place in part.externals]
+        return {key: cell.value() for key, cell in self._pick(part.inputs)}, hypers
+
+    def apply(self, part: Function, values: Sequence[Tensor], *, phase: Phase | None = None) -> list[Tensor]:
+        """Call a part of ``Φ_t`` with other values: carried ones, hyperparameters, then what the part is given."""
+        first, second = len(part.inputs), len(part.inputs) + len(part.externals)
+        constants = [self.constants[place].value() for place in part.constants]
+        with undisturbed():
+            return part(phase or Phase(), values[:first], values[first:second], constants, self, values[second:])
 
     def point(self, keys: Sequence[int]) -> list[Tensor]:
         """Where the iteration was recorded: the floating-point values that these outputs depend on."""

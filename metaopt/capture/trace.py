@@ -142,14 +142,14 @@ class Trace:
         return Num(len(self.numbers) - 1, type(value))
 
 
-def needed(code: Sequence[Instruction], wanted: set[int]) -> list[int]:
-    """The indices of the instructions on which the wanted values depend, in order."""
-    wanted = set(wanted)
+def needed(code: Sequence[Instruction], wanted: set[int], given: set[int] | frozenset[int] = frozenset()) -> list[int]:
+    """The indices of the instructions on which the wanted values depend, in order; those given need none."""
+    wanted = wanted - given
     kept = []
     for index in range(len(code) - 1, -1, -1):
         instruction = code[index]
         if not instruction.effect and any(v in wanted for v in instruction.defined()):
-            wanted.update(instruction.used())
+            wanted.update(v for v in instruction.used() if v not in given)
             kept.append(index)
     # An effect (a gradient hook, say) belongs to a value, whoever uses that value and whenever.
     kept += [i for i, ins in enumerate(code) if ins.effect and all(v in wanted for v in ins.used())]

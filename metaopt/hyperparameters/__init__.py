@@ -24,6 +24,7 @@ __all__ = [
     "project_box",
     "project_l1_box",
     "real",
+    "schedule",
     "simplex",
 ]
 
@@ -43,3 +44,4 @@ from metaopt.hyperparameters.history import History
 from metaopt.hyperparameters.module import Hyperparameters
 from metaopt.hyperparameters.projections import project_box, project_l1_box
 from metaopt.hyperparameters.registry import name_of, owner_of
+from metaopt.hyperparameters.schedules import schedule

@@ -18,16 +18,23 @@ from torch.optim import Optimizer
 
 from metaopt.capture.segment import Segment
 from metaopt.errors import CaptureError, MetaoptWarning, SweepError
+from metaopt.modes.columns import Columns, Directions
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.run import Run
-from metaopt.modes.tangents import Columns, push_forward
+from metaopt.modes.tangents import push_forward
 
 _MANY = 1000
 _CHECK_EVERY = 10
 
 
 def stream(
-    optimizer: Optimizer, *, chunk: int | None = None, discount: float = 1.0, verify: str = "first"
+    optimizer: Optimizer,
+    *,
+    chunk: int | None = None,
+    discount: float = 1.0,
+    directions: int | None = None,
+    generator: torch.Generator | None = None,
+    verify: str = "first",
 ) -> Streaming:
     """Watch the training loop inside the ``with`` block, and carry the derivative of its state along (forward mode).
 
@@ -40,6 +47,12 @@ def stream(
         chunk: how many tangents to push forward at once; None for all. A smaller number needs less memory.
         discount: the factor on ``Z_{t-1}``; below 1 it forgets the past, which bounds the tangent of a chaotic training
             and biases the hypergradient.
+        directions: carry tangents along so many random directions of the hyperparameters, in place of one for each of
+            their entries; the hypergradient is then an unbiased estimate, ``1/k Σ_j (dE/dλ · v_j) v_j`` with entries
+            ±1 in ``v_j``, whose mean squared error is ``(m - 1)/k · ‖dE/dλ‖²`` for m entries. The directions stay
+            until `Streaming.reset_tangents` draws new ones.
+        generator: draws the directions; None for one of the run's own, seeded by ``torch.initial_seed()`` and a count
+            of the runs, so that the loop's own draws stay what they are.
         verify: as for `record`.
 
     Returns:
@@ -53,21 +66,34 @@ def stream(
     Source:
         Franceschi, Donini, Frasconi & Pontil 2017, algorithm 2 (FORWARD-HG) and section 3.3 (real time).
     """
-    return Streaming(optimizer, chunk=chunk, discount=discount, verify=verify)
+    return Streaming(
+        optimizer, chunk=chunk, discount=discount, directions=directions, generator=generator, verify=verify
+    )
 
 
 class Streaming(Run):
     """What `stream` watches, and the hypergradients that it has at any moment."""
 
-    def __init__(self, optimizer: Optimizer, *, chunk: int | None, discount: float, verify: str) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        chunk: int | None,
+        discount: float,
+        directions: int | None,
+        generator: torch.Generator | None,
+        verify: str,
+    ) -> None:
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1, not {chunk}.")
         if not 0 <= discount <= 1:
             raise ValueError(f"discount must lie between 0 and 1, not {discount:g}.")
+        if directions is not None and directions < 1:
+            raise ValueError(f"directions must be at least 1, not {directions}.")
         super().__init__(optimizer, verify=verify, moving=True)
         self._chunk = chunk
         self._discount = discount
-        self._columns = Columns()
+        self._columns = Columns() if directions is None else Directions(directions, generator)
         self._tangents: dict[int, Tensor] = {}
         # The iterations since the last step but one, with the tangents that they began with: a tensor that is neither
         # weight nor state gets its tangent only if a later iteration reads it.
@@ -76,7 +102,11 @@ class Streaming(Run):
         self._warned = False
 
     def reset_tangents(self) -> None:
-        """Forget how the state came to be: ``Z = 0``, as if the training began here with constant weights."""
+        """Forget how the state came to be: ``Z = 0``, as if the training began here with constant weights.
+
+        With random directions, new ones are drawn.
+        """
+        self._columns.renew()
         self._tangents.clear()
         self._recent.clear()
 
@@ -214,15 +244,16 @@ class Streaming(Run):
                 break
             adjoint.pull_back(segment, self._loop.steps)
             tangents = before
-        for leaf, place in self._columns.places():
-            parts = [
-                tangents[key][place].flatten(1) @ alpha.flatten().to(tangents[key].dtype)
-                for key, alpha in adjoint.carried.items()
-                if key in tangents
-            ]
-            if parts:
-                total = torch.stack(parts).sum(0)
-                adjoint.direct.append((leaf, total.view(leaf.shape).to(leaf.dtype)))
+        parts = [
+            (
+                tangents[key].reshape(len(tangents[key]), alpha.numel()) @ alpha.flatten().to(tangents[key].dtype)
+            ).double()
+            for key, alpha in adjoint.carried.items()
+            if key in tangents
+        ]
+        if parts:
+            along = torch.stack(parts).sum(0)
+            adjoint.direct += self._columns.gradients(along)
         if not all(bool(torch.isfinite(grad).all()) for _, grad in adjoint.direct):
             self._check_finite()
         return adjoint

@@ -1,61 +1,34 @@
 """Pushing tangents through one iteration: ``A Z + B``, all columns in one batched pass.
 
-The engine is a reverse pass and its transpose. ``v(u) = Jᵀu`` is linear in ``u``, so its own reverse pass is ``J``: a
-graph of ``v`` is made once, and one batched pass over it pushes all the tangents. It needs no forward-mode formula of
-any operation.
+Two engines. Where the iteration is a gradient and an update, `_split` takes the gradient's tangent from its own graph:
+a Hessian is symmetric, so ``dg = ∇_w ⟨∇_(w,λ) L, (dw, dλ)⟩`` is one reverse pass, and pushes it on through
+the update. Where it is anything else, `_whole` transposes: ``v(u) = Jᵀu`` is linear in ``u``, so its own reverse
+pass is ``J``. Neither needs a forward-mode formula of any operation of the model.
 """
 
 from __future__ import annotations
 
-__all__ = ["Columns", "push_forward"]
+__all__ = ["push_forward"]
 
-from collections.abc import Iterable, Iterator
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from metaopt.capture.bindings import leaves_of
-from metaopt.capture.segment import Segment
+from metaopt.capture.program import Program
+from metaopt.capture.segment import Replay, Segment
+from metaopt.capture.split import Split
+from metaopt.modes.columns import Columns
 
+# From tangents of the sources (each with its columns first) to those of the outputs.
+Push = Callable[[Sequence[Tensor | None]], list[Tensor | None]]
 
-class Columns:
-    """Which column of ``Z`` belongs to which entry of which hyperparameter."""
-
-    def __init__(self) -> None:
-        self._places: dict[int, tuple[Tensor, int]] = {}
-        self.count = 0
-
-    def discover(self, externals: Iterable[Tensor]) -> None:
-        """Give columns to the leaves behind these tensors that have none yet."""
-        for external in externals:
-            for leaf in leaves_of(external):
-                if id(leaf) not in self._places:
-                    self._places[id(leaf)] = (leaf, self.count)
-                    self.count += leaf.numel()
-
-    def places(self) -> Iterator[tuple[Tensor, slice]]:
-        """Every hyperparameter and its columns."""
-        for leaf, start in self._places.values():
-            yield leaf, slice(start, start + leaf.numel())
-
-    def tangent(self, external: Tensor, rows: slice) -> Tensor:
-        """``d external / dλ`` for some columns: the identity for a leaf, else the transform's derivative."""
-        leaves = leaves_of(external)
-        whole = external.new_zeros((self.count, *external.shape))
-        for leaf in leaves:
-            _, start = self._places[id(leaf)]
-            whole[start : start + leaf.numel()] = _derivative(external, leaf)
-        return whole[rows]
-
-
-def _derivative(external: Tensor, leaf: Tensor) -> Tensor:
-    if external is leaf:
-        return torch.eye(leaf.numel(), dtype=leaf.dtype, device=leaf.device).view(leaf.numel(), *leaf.shape)
-    basis = torch.eye(external.numel(), dtype=external.dtype, device=external.device)
-    (rows,) = torch.autograd.grad(
-        external, leaf, basis.view(external.numel(), *external.shape), retain_graph=True, is_grads_batched=True
-    )
-    return rows.view(external.numel(), leaf.numel()).T.reshape(leaf.numel(), *external.shape)
+# Programs whose update has an operation without a forward derivative, or one that can't be batched.
+_no_forward: weakref.WeakSet[Program] = weakref.WeakSet()
 
 
 def push_forward(
@@ -70,51 +43,190 @@ def push_forward(
         columns: the layout of ``Z``.
         chunk: how many columns at once.
     """
-    replay = segment.replay(keys)
-    sources: list[tuple[Tensor, int | Tensor]] = [
-        (x, key) for key, x in replay.inputs.items() if key in tangents and x.requires_grad
+    split = segment.program.split(tuple(segment.outputs[key] for key in keys))
+    push = _whole(segment, keys, tangents, columns) if split is None else _split(segment, split, tangents, columns)
+    size = chunk or max(columns.count, 1)
+    chunks = [slice(start, min(start + size, columns.count)) for start in range(0, columns.count, size)]
+    parts = [push(rows) for rows in chunks]
+    return {
+        key: joined
+        for place, key in enumerate(keys)
+        if (joined := _joined([part[place] for part in parts], chunks)) is not None
+    }
+
+
+def _joined(parts: list[Tensor | None], chunks: list[slice]) -> Tensor | None:
+    known = next((z for z in parts if z is not None), None)
+    if known is None or len(parts) == 1:
+        return known
+    filled = [
+        known.new_zeros((rows.stop - rows.start, *known.shape[1:])) if z is None else z
+        for z, rows in zip(parts, chunks, strict=True)
     ]
-    sources += [(x, external.tensor) for external, x in replay.externals if x.requires_grad]
-    outputs = [(key, out) for key, out in zip(keys, replay.outputs, strict=True) if out.requires_grad]
-    if not sources or not outputs:
-        return {}
+    return torch.cat(filled)
+
+
+def _whole(
+    segment: Segment, keys: list[int], tangents: dict[int, Tensor], columns: Columns
+) -> Callable[[slice], list[Tensor | None]]:
+    """Push through ``Φ_t`` as it stands."""
+    replay = segment.replay(keys)
+    sources = _Sources(replay, tangents, columns)
+    push = _transposed(replay.outputs, sources.variables)
+    return lambda rows: push(sources.tangents(rows))
+
+
+def _split(
+    segment: Segment, split: Split, tangents: dict[int, Tensor], columns: Columns
+) -> Callable[[slice], list[Tensor | None]]:
+    """Push through the gradients, then through the update that is made of them."""
+    before = segment.call(split.before)
+    sources = _Sources(before, tangents, columns)
+    gradients: list[Tensor] = []
+    pushes: list[Push] = []
+    for gradient in split.gradients:
+        values, push = _gradient(before.outputs[gradient.losses], before.outputs[gradient.weights], sources.variables)
+        gradients += values
+        pushes.append(push)
+    inputs, hypers = segment.arguments(split.after)
+    values = [*inputs.values(), *(value for _, value in hypers), *gradients]
+    after = _update(segment, split, values)
+
+    def push_all(rows: slice) -> list[Tensor | None]:
+        given = sources.tangents(rows)
+        moved = [z for push in pushes for z in push(given)]
+        direct: list[Tensor | None] = [tangents[key][rows] if key in tangents else None for key in inputs]
+        direct += [columns.tangent(external.tensor, rows) for external, _ in hypers]
+        return after([*direct, *moved])
+
+    return push_all
+
+
+class _Sources:
+    """The variables of a replay that have a tangent."""
+
+    def __init__(self, replay: Replay, tangents: dict[int, Tensor], columns: Columns) -> None:
+        carried = [(x, key) for key, x in replay.inputs.items() if key in tangents and x.requires_grad]
+        hypers = [(x, external.tensor) for external, x in replay.externals if x.requires_grad]
+        self.variables = [x for x, _ in carried] + [x for x, _ in hypers]
+        self._carried = [tangents[key] for _, key in carried]
+        self._hypers = [tensor for _, tensor in hypers]
+        self._columns = columns
+
+    def tangents(self, rows: slice) -> list[Tensor | None]:
+        """Theirs, for some of the columns."""
+        carried: list[Tensor | None] = [z[rows] for z in self._carried]
+        return carried + [self._columns.tangent(x, rows) for x in self._hypers]
+
+
+def _gradient(losses: list[Tensor], weights: list[Tensor], sources: list[Tensor]) -> tuple[list[Tensor], Push]:
+    """``g = ∇_w L``, and the push of its tangent over its own graph."""
+    losses = [loss for loss in losses if loss.requires_grad]
+    zeros = [torch.zeros_like(weight) for weight in weights]
+    if not losses:
+        return zeros, lambda _: [None] * len(weights)
     with torch.enable_grad():
-        u = [torch.zeros_like(out, requires_grad=True) for _, out in outputs]
+        found = torch.autograd.grad(losses, [*weights, *sources], create_graph=True, allow_unused=True)
+    values = [zero if g is None else g.detach() for zero, g in zip(zeros, found, strict=False)]
+    slopes = found[len(weights) :]
+    used = [(place, slope) for place, slope in enumerate(slopes) if slope is not None and slope.requires_grad]
+
+    def push(tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        given = [(slope, z) for place, slope in used if (z := tangents[place]) is not None]
+        if not given:
+            return [None] * len(weights)
+        return _batched([slope for slope, _ in given], weights, [z for _, z in given])
+
+    return values, push
+
+
+def _update(segment: Segment, split: Split, values: list[Tensor]) -> Push:
+    """The push through what follows the gradients, in forward mode if it can be had."""
+    fallback: list[Push] = []
+
+    def transposed(tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        if not fallback:
+            variables = [v.detach().requires_grad_(v.dtype.is_floating_point) for v in values]
+            with torch.enable_grad():
+                fallback.append(_transposed(segment.apply(split.after, variables), variables))
+        return fallback[0](tangents)
+
+    def push(tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        # For several columns the reverse pass needs fewer passes over the memory than batched forward formulas do.
+        if segment.program in _no_forward or any(z is not None and len(z) > 1 for z in tangents):
+            return transposed(tangents)
+        try:
+            return _forward(lambda moved: segment.apply(split.after, moved), values, tangents)
+        except (RuntimeError, NotImplementedError):
+            _no_forward.add(segment.program)
+            return transposed(tangents)
+
+    return push
+
+
+def _forward(
+    function: Callable[[Sequence[Tensor]], list[Tensor]], values: list[Tensor], tangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Forward-mode AD of one column."""
+    _prepare_forward()
+    with torch.no_grad(), forward_ad.dual_level():
+        moved = [v if z is None else forward_ad.make_dual(v, z[0]) for v, z in zip(values, tangents, strict=True)]
+        found = [forward_ad.unpack_dual(output).tangent for output in function(moved)]
+        return [None if z is None else z.detach().unsqueeze(0) for z in found]
+
+
+@cache
+def _prepare_forward() -> None:
+    # The first dual number of a process scripts torch's own decompositions, with a warning about scripting.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.ones(()), torch.ones(()))
+
+
+def _transposed(outputs: Sequence[Tensor], sources: Sequence[Tensor]) -> Push:
+    """The push over any graph: the reverse pass of its reverse pass."""
+    moving = [place for place, output in enumerate(outputs) if output.requires_grad]
+    wanted = [place for place, source in enumerate(sources) if source.requires_grad]
+    nothing: list[Tensor | None] = [None] * len(outputs)
+    if not moving or not wanted:
+        return lambda _: nothing
+    with torch.enable_grad():
+        u = [torch.zeros_like(outputs[place], requires_grad=True) for place in moving]
         v = torch.autograd.grad(
-            [out for _, out in outputs], [x for x, _ in sources], u, create_graph=True, allow_unused=True
+            [outputs[place] for place in moving],
+            [sources[place] for place in wanted],
+            u,
+            create_graph=True,
+            allow_unused=True,
         )
-    linear = [(place, part) for place, part in enumerate(v) if part is not None and part.requires_grad]
-    if not linear:
-        return {}
-    size = chunk or columns.count
-    chunks: list[tuple[Tensor | None, ...]] = []
-    for start in range(0, columns.count, size):
-        rows = slice(start, min(start + size, columns.count))
-        given = []
-        for place, _ in linear:
-            _, source = sources[place]
-            given.append(columns.tangent(source, rows) if isinstance(source, Tensor) else tangents[source][rows])
-        chunks.append(_transposed([part for _, part in linear], u, given))
-    pushed = {}
-    for place, (key, _) in enumerate(outputs):
-        parts = [part[place] for part in chunks]
-        if all(part is not None for part in parts):
-            pushed[key] = torch.cat([part for part in parts if part is not None])
-    return pushed
+    linear = [(place, part) for place, part in zip(wanted, v, strict=True) if part is not None and part.requires_grad]
+
+    def push(tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+        given = [(part, z) for place, part in linear if (z := tangents[place]) is not None]
+        result = list(nothing)
+        if given:
+            found = _batched([part for part, _ in given], u, [z for _, z in given])
+            for place, z in zip(moving, found, strict=True):
+                result[place] = z
+        return result
+
+    return push
 
 
-def _transposed(v: list[Tensor], u: list[Tensor], tangents: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """The reverse pass of ``v(u)``, for all tangents at once, or one by one where an operation can't be batched."""
+def _batched(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+    """A reverse pass for all cotangents at once, or one by one where an operation can't be batched."""
 
-    def reverse(given: list[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(v, u, given, is_grads_batched=batched, allow_unused=True, retain_graph=True)
+    def reverse(given: Sequence[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            outputs, inputs, given, is_grads_batched=batched, allow_unused=True, retain_graph=True
+        )
 
-    try:
-        return reverse(tangents, batched=True)
-    except RuntimeError:
-        rows = [reverse([z[row] for z in tangents], batched=False) for row in range(len(tangents[0]))]
-        stacked: list[Tensor | None] = []
-        for parts in zip(*rows, strict=True):
-            present = [part for part in parts if part is not None]
-            stacked.append(torch.stack(present) if len(present) == len(parts) else None)
-        return tuple(stacked)
+    count = len(cotangents[0])
+    if count > 1:
+        try:
+            return list(reverse(cotangents, batched=True))
+        except RuntimeError:
+            pass  # no batching rule
+    rows = [reverse([z[row] for z in cotangents], batched=False) for row in range(count)]
+    return [None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True)]

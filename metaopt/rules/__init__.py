@@ -9,12 +9,41 @@ import inspect
 import torch
 
 from metaopt.errors import RuleError
+from metaopt.rules.adadelta import Adadelta
+from metaopt.rules.adafactor import Adafactor
+from metaopt.rules.adagrad import Adagrad
 from metaopt.rules.adam import Adam
+from metaopt.rules.adamax import Adamax
 from metaopt.rules.adamw import AdamW
+from metaopt.rules.asgd import ASGD
+from metaopt.rules.lamb import LAMB
+from metaopt.rules.lars import LARS
+from metaopt.rules.lion import Lion
+from metaopt.rules.nadam import NAdam
+from metaopt.rules.radam import RAdam
+from metaopt.rules.rmsprop import RMSprop
+from metaopt.rules.rprop import Rprop
 from metaopt.rules.rule import Rule, Update, safe_sqrt
+from metaopt.rules.schedule_free_adamw import ScheduleFreeAdamW
+from metaopt.rules.schedule_free_sgd import ScheduleFreeSGD
 from metaopt.rules.sgd import SGD
 
 _RULES: dict[type[torch.optim.Optimizer], Rule] = {}
+
+# Optimizers of torch that can't have a rule: why, and what to use.
+_WITHOUT_RULE: dict[type[torch.optim.Optimizer], str] = {
+    torch.optim.SparseAdam: (
+        "SparseAdam steps from sparse gradients, which have no second derivative in torch, so its step can't be "
+        "differentiated. Use `metaopt.optim.Adam` with dense gradients (`nn.Embedding(..., sparse=False)`): the same "
+        "step, except that rows without a gradient move on by their momentum."
+    ),
+    torch.optim.LBFGS: (
+        "LBFGS evaluates the loss many times within one step, so its step is no formula of the gradient. Follow it as "
+        "it runs, `metaopt.wrap(optimizer, hold_numbers=True)` (its Python numbers decide when to stop; without a line "
+        "search that is all they do); or solve the inner problem with it before the context, and take the last steps "
+        "inside with `metaopt.optim.SGD`: near the solution their hypergradient tends to the solution's."
+    ),
+}
 
 
 def register(rule: Rule) -> Rule:
@@ -45,6 +74,9 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
                 f"register a rule for {kind.__qualname__} with `metaopt.rules.register` (docs: extending)."
             )
         return rule
+    for base in kind.__mro__:
+        if base in _WITHOUT_RULE:
+            raise RuleError(_WITHOUT_RULE[base])
     known = ", ".join(sorted(rule.optimizer.__name__ for rule in _RULES.values()))
     raise RuleError(
         f"there is no rule for {kind.__module__}.{kind.__qualname__}, so its step can't be differentiated. Rules "
@@ -53,5 +85,11 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
     )
 
 
-for _rule in (SGD, Adam, AdamW):
+_ALL = (SGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta, ASGD, Rprop, Adafactor)
+for _rule in (*_ALL, Lion, LAMB, LARS, ScheduleFreeSGD, ScheduleFreeAdamW):
     register(_rule)
+
+if hasattr(torch.optim, "Muon"):  # since torch 2.9
+    from metaopt.rules.muon import Muon
+
+    register(Muon)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from metaopt.rules.rule import Setting, add_scaled, double, safe_sqrt
+from metaopt.rules.rule import FRACTION, NONNEGATIVE, Setting, add_scaled, double, safe_sqrt
 
 ADAM_STATE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 ADAM_SETTINGS: Mapping[str, str | tuple[str, int]] = {
@@ -20,11 +20,11 @@ ADAM_SETTINGS: Mapping[str, str | tuple[str, int]] = {
     "weight_decay": "weight_decay",
 }
 ADAM_DOMAIN = {
-    "lr": (lambda x: x >= 0, "at least 0"),
-    "beta1": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
-    "beta2": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
-    "eps": (lambda x: x >= 0, "at least 0"),
-    "weight_decay": (lambda x: x >= 0, "at least 0"),
+    "lr": NONNEGATIVE,
+    "beta1": FRACTION,
+    "beta2": FRACTION,
+    "eps": NONNEGATIVE,
+    "weight_decay": NONNEGATIVE,
 }
 
 

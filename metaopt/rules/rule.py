@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-__all__ = ["Rule", "Setting", "Update", "add_scaled", "double", "safe_sqrt"]
+__all__ = [
+    "ABOVE_ZERO",
+    "FRACTION",
+    "NONNEGATIVE",
+    "Rule",
+    "Setting",
+    "State",
+    "Update",
+    "add_scaled",
+    "decayed",
+    "double",
+    "is_on",
+    "lerp",
+    "norm",
+    "safe_sqrt",
+    "scalar",
+]
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +30,12 @@ from torch import Tensor
 from metaopt.errors import DomainError
 
 Setting = Tensor | float
+State = Mapping[str, Tensor | None]
+
+# Domains that many settings share.
+NONNEGATIVE = (lambda x: x >= 0, "at least 0")
+ABOVE_ZERO = (lambda x: x > 0, "above 0")
+FRACTION = (lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -30,6 +52,9 @@ class Rule:
         state: the names of the tensors in ``optimizer.state[w]`` that are part of the dynamics.
         domain: for each setting the test that it must pass, and the words for it.
         refuse: looks at a param group's settings and flags and raises if the update has no derivative there.
+        flat: settings in which the trained weights have derivative 0 wherever they have one, each with the reason; a
+            hyperparameter there is an error, and not a hypergradient of 0.
+        surrogate: whether value and derivative differ on purpose, so that finite differences are no check.
     """
 
     optimizer: type[torch.optim.Optimizer]
@@ -39,11 +64,25 @@ class Rule:
     state: tuple[str, ...] = ()
     domain: Mapping[str, tuple[Callable[[float], bool], str]] = field(default_factory=dict)
     refuse: Callable[[Mapping[str, Any], frozenset[str]], None] | None = None
+    flat: Mapping[str, str] = field(default_factory=dict)
+    surrogate: bool = False
 
     def number(self, group: Mapping[str, Any], name: str) -> Any:
         """The group's present number for a setting."""
         where = self.settings[name]
         return group[where] if isinstance(where, str) else group[where[0]][where[1]]
+
+    def name_of(self, key: str, place: int | None = None) -> str | None:
+        """The rule's name for a group's setting, or for one entry of it; None if it is not continuous."""
+        where = key if place is None else (key, place)
+        return next((name for name, found in self.settings.items() if found == where), None)
+
+    def refuse_flat(self, name: str) -> None:
+        """Raise `DomainError` if the weights have derivative 0 in a setting wherever they have one."""
+        if name in self.flat:
+            raise DomainError(
+                f"{name} of {self.optimizer.__name__} can't be a hyperparameter: {self.flat[name]} Give a plain number."
+            )
 
     def check(self, name: str, value: float) -> None:
         """Raise `DomainError` if a setting lies outside its formula's domain."""
@@ -63,6 +102,7 @@ class Update:
     def __init__(self, rule: Rule, flags: tuple[tuple[str, Any], ...]) -> None:
         self.rule = rule
         self.flags = flags
+        self.surrogate = rule.surrogate
         self.__name__ = f"{rule.optimizer.__name__.lower()}_update"
 
     def __eq__(self, other: object) -> bool:
@@ -108,3 +148,34 @@ def safe_sqrt(x: Tensor) -> Tensor:
     """
     zero = x == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
+
+
+def is_on(value: Setting) -> bool:
+    """Whether a term is there: a hyperparameter's always is, since its derivative at 0 is asked for."""
+    return isinstance(value, Tensor) or value != 0
+
+
+def decayed(w: Tensor, g: Tensor, weight_decay: Setting, maximize: bool) -> Tensor:
+    """The descent direction's gradient with ``weight_decay · w`` added to it, as most of torch's optimizers begin."""
+    g = -g if maximize else g
+    return add_scaled(g, w, weight_decay) if is_on(weight_decay) else g
+
+
+def lerp(x: Tensor, y: Tensor, weight: Setting) -> Tensor:
+    """``x + weight · (y - x)`` as ``torch.lerp`` rounds it, differentiable in all three."""
+    return torch.lerp(x, y, weight.to(x) if isinstance(weight, Tensor) else weight)
+
+
+def norm(x: Tensor) -> Tensor:
+    """The Euclidean norm, whose derivative at 0 is 0."""
+    return safe_sqrt((x * x).sum())
+
+
+def scalar(value: Setting, before: Tensor | None, w: Tensor) -> Tensor:
+    """A number that an optimizer keeps in its state, as a tensor of torch's scalar type or that of ``before``."""
+    if before is not None:
+        dtype, device = before.dtype, before.device
+    else:
+        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        device = value.device if isinstance(value, Tensor) else w.device
+    return torch.as_tensor(value, dtype=dtype, device=device)

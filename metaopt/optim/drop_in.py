@@ -1,14 +1,14 @@
-"""Drop-in optimizers: ``torch.optim`` classes whose settings may be hyperparameters."""
+"""What the drop-in optimizers share: hyperparameters among the settings, plain numbers in the groups."""
 
 from __future__ import annotations
 
-__all__ = ["SGD", "Adam", "AdamW", "DifferentiableOptimizer"]
+__all__ = ["DifferentiableOptimizer", "Setting"]
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from metaopt.followed import Followed, plainly, restored, slopes_of
 from metaopt.links import Given, Link, assign, follow, shift, unlink
@@ -29,9 +29,10 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
         self._defaults_given = {key: Given(value) for key, value in settings.items()}
         self.schedule_step = 0
         links: dict[str, Link] = {}
-        numbers = {key: unlink(key, value, links) for key, value in settings.items()}
+        rule = rule_of(self)
+        numbers = {key: unlink(key, value, links, rule) for key, value in settings.items()}
         for name, link in links.items():
-            rule_of(self).check(name, float(link.at(0).detach()))
+            rule.check(name, float(link.at(0).detach()))
         return numbers
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -39,7 +40,7 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
         links: dict[str, Link] = {}
         group = dict(param_group)
         for key, default in self._defaults_given.items():
-            group[key] = unlink(key, group.get(key, default.value), links)
+            group[key] = unlink(key, group.get(key, default.value), links, rule_of(self))
         super().add_param_group(group)
         self._links[len(self.param_groups) - 1] = links
         self._hook()
@@ -68,6 +69,12 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
 
     def _after_step(self) -> None:
         """What a subclass does after torch's step."""
+
+    def _linked(self, name: str) -> Iterator[dict[str, Any]]:
+        """The groups in which a setting is a hyperparameter."""
+        for place, group in enumerate(self.param_groups):
+            if name in self._links.get(place, {}):
+                yield group
 
     def linked_settings(self, group: dict[str, Any]) -> dict[str, tuple[Tensor, float, float]]:
         """The hyperparameter ``λ`` behind each linked setting of a group at the present step, and ``(c, d)``.
@@ -151,98 +158,3 @@ def _count(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 
 _count.part_of_step = True  # type: ignore[attr-defined]
-
-
-class SGD(DifferentiableOptimizer, torch.optim.SGD):
-    """``torch.optim.SGD`` whose ``lr``, ``momentum``, ``dampening`` and ``weight_decay`` may be hyperparameters.
-
-    Each may be a number, a tensor that requires grad (a scalar, or a vector with one entry per step), or an entry of
-    `metaopt.Hyperparameters`; param groups may have their own. A linked momentum that is exactly 0 keeps its buffers,
-    so that it has a derivative there and can leave 0.
-
-    Raises:
-        DomainError: if a setting lies outside its domain, at the start or when its hyperparameter has moved.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: Setting = 1e-3,
-        momentum: Setting = 0,
-        dampening: Setting = 0,
-        weight_decay: Setting = 0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-    ) -> None:
-        settings = self._link(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
-        flags: dict[str, Any] = {
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, **settings, nesterov=nesterov, **flags)
-
-    _buffers: list[tuple[Tensor, Tensor]]
-
-    def _before_step(self) -> None:
-        # torch keeps no buffer while the momentum is 0. A momentum that may leave 0, or whose derivative is asked for
-        # at 0, needs the one that torch would have kept in the limit: the last gradient.
-        self._buffers = []
-        for place, group in enumerate(self.param_groups):
-            if "momentum" not in self._links.get(place, {}) or group["momentum"] != 0:
-                continue
-            for weight in group["params"]:
-                if weight.grad is not None:
-                    grad = -weight.grad if group["maximize"] else weight.grad
-                    self._buffers.append((weight, torch.add(grad, weight.detach(), alpha=group["weight_decay"])))
-
-    def _after_step(self) -> None:
-        for weight, buffer in self._buffers:
-            self.state[weight]["momentum_buffer"] = buffer
-        self._buffers = []
-
-
-class Adam(DifferentiableOptimizer, torch.optim.Adam):
-    """``torch.optim.Adam`` whose ``lr``, ``betas``, ``eps`` and ``weight_decay`` may be hyperparameters.
-
-    Each may be a number, a tensor that requires grad (a scalar, or a vector with one entry per step), or an entry of
-    `metaopt.Hyperparameters`; either of the betas too; param groups may have their own.
-
-    Raises:
-        DomainError: if a setting lies outside its domain, at the start or when its hyperparameter has moved.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: Setting = 1e-3,
-        betas: tuple[Setting, Setting] = (0.9, 0.999),
-        eps: Setting = 1e-8,
-        weight_decay: Setting = 0,
-        amsgrad: bool = False,
-        **flags: Any,
-    ) -> None:
-        settings = self._link(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__(params, **settings, amsgrad=amsgrad, **flags)
-
-
-class AdamW(DifferentiableOptimizer, torch.optim.AdamW):
-    """``torch.optim.AdamW``, whose ``lr``, ``betas``, ``eps`` and ``weight_decay`` may be hyperparameters."""
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: Setting = 1e-3,
-        betas: tuple[Setting, Setting] = (0.9, 0.999),
-        eps: Setting = 1e-8,
-        weight_decay: Setting = 1e-2,
-        amsgrad: bool = False,
-        **flags: Any,
-    ) -> None:
-        settings = self._link(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        super().__init__(params, **settings, amsgrad=amsgrad, **flags)

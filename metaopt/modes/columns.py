@@ -1,0 +1,119 @@
+"""The layout of ``Z``: which directions of the hyperparameters its columns are tangents along."""
+
+from __future__ import annotations
+
+__all__ = ["Columns", "Directions"]
+
+from collections.abc import Iterable
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from metaopt.capture.bindings import leaves_of
+from metaopt.errors import StaleError
+
+_runs = count(1)
+
+
+class Columns:
+    """A column for each entry of each hyperparameter."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._places: dict[int, tuple[Tensor, int]] = {}
+        self._shapes: dict[int, torch.Size] = {}
+
+    def discover(self, externals: Iterable[Tensor]) -> None:
+        """Give columns to the leaves behind these tensors that have none yet.
+
+        Raises:
+            StaleError: if one that has columns has another shape now.
+        """
+        for external in externals:
+            for leaf in leaves_of(external):
+                if id(leaf) not in self._shapes:
+                    self._shapes[id(leaf)] = leaf.shape
+                    self._add(leaf)
+                elif self._shapes[id(leaf)] != leaf.shape:
+                    raise StaleError(
+                        f"a hyperparameter of shape {tuple(self._shapes[id(leaf)])} has the shape {tuple(leaf.shape)} "
+                        "now, so its tangents no longer belong to its entries. Change its values and not its shape, or "
+                        "open a new context for a new hyperparameter."
+                    )
+
+    def _add(self, leaf: Tensor) -> None:
+        self._places[id(leaf)] = (leaf, self.count)
+        self.count += leaf.numel()
+
+    def tangent(self, external: Tensor, rows: slice) -> Tensor:
+        """``d external / dλ`` along some columns: the identity for a leaf, else the transform's derivative."""
+        whole = external.new_zeros((self.count, *external.shape))
+        for leaf in leaves_of(external):
+            _, start = self._places[id(leaf)]
+            whole[start : start + leaf.numel()] = _derivative(external, leaf)
+        return whole[rows]
+
+    def gradients(self, along: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The gradient of each leaf, from the derivatives along all columns."""
+        return [
+            (leaf, along[start : start + leaf.numel()].view(leaf.shape).to(leaf.dtype))
+            for leaf, start in self._places.values()
+        ]
+
+    def renew(self) -> None:
+        """Nothing to draw anew."""
+
+
+class Directions(Columns):
+    """Columns along random directions ``v`` with independent entries ±1, over all hyperparameters together.
+
+    ``(dE/dλ · v) v`` is an unbiased estimate of ``dE/dλ``, since ``E[v vᵀ] = I``; k of them are averaged.
+    """
+
+    def __init__(self, count: int, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.count = count
+        # Not torch's default generator: the loop's own draws must stay what they are. Each run gets another seed.
+        self._generator = generator or torch.Generator().manual_seed(torch.initial_seed() + next(_runs))
+        self._drawn: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _add(self, leaf: Tensor) -> None:
+        self._drawn[id(leaf)] = (leaf, self._draw(leaf))
+
+    def _draw(self, leaf: Tensor) -> Tensor:
+        shape = (self.count, *leaf.shape)
+        bits = torch.randint(0, 2, shape, generator=self._generator, device=self._generator.device)
+        return bits.to(leaf) * 2 - 1
+
+    def tangent(self, external: Tensor, rows: slice) -> Tensor:
+        """``(d external / dλ) v`` for some of the directions."""
+        whole = external.new_zeros((self.count, *external.shape))
+        for leaf in leaves_of(external):
+            _, drawn = self._drawn[id(leaf)]
+            if external is leaf:
+                return drawn[rows]
+            derivative = _derivative(external, leaf).reshape(leaf.numel(), -1)
+            whole += (drawn.reshape(self.count, -1) @ derivative).view(whole.shape)
+        return whole[rows]
+
+    def gradients(self, along: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The estimate for each leaf, ``1/k Σ_j (dE/dλ · v_j) v_j``."""
+        return [
+            (leaf, torch.tensordot(along.to(drawn.dtype), drawn, 1) / self.count)
+            for leaf, drawn in self._drawn.values()
+        ]
+
+    def renew(self) -> None:
+        """Draw new directions."""
+        self._drawn = {key: (leaf, self._draw(leaf)) for key, (leaf, _) in self._drawn.items()}
+
+
+def _derivative(external: Tensor, leaf: Tensor) -> Tensor:
+    if external is leaf:
+        return torch.eye(leaf.numel(), dtype=leaf.dtype, device=leaf.device).view(leaf.numel(), *leaf.shape)
+    basis = torch.eye(external.numel(), dtype=external.dtype, device=external.device)
+    (rows,) = torch.autograd.grad(
+        external, leaf, basis.view(external.numel(), *external.shape), retain_graph=True, is_grads_batched=True
+    )
+    return rows.view(external.numel(), leaf.numel()).T.reshape(leaf.numel(), *external.shape)
