@@ -213,6 +213,7 @@ def test_every_rule_has_its_row() -> None:
         assert issubclass(row.drop_in, row.bare)
         assert row.name in metaopt.optim.__all__
         assert not (set(row.remarks) - set(row.rule.settings))
+        assert row.gradient == (not row.rule.blind)
 
 
 def test_torch_has_no_other_optimizer() -> None:
@@ -317,6 +318,27 @@ def test_a_setting_without_a_derivative_is_an_error(row: Row, name: str) -> None
     with metaopt.record(optimizer), pytest.raises(metaopt.DomainError, match="can't be a hyperparameter"):
         Problem(row).loss(weights, 0).backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS.values() if not row.gradient], ids=lambda row: row.name)
+def test_what_acts_through_a_sign_is_said(row: Row) -> None:
+    """A penalty has derivative 0; the initial weights' scale, and the optimizer's own settings, have one."""
+    assert row.rule.blind
+    penalty, scale, lr = (torch.tensor(x, requires_grad=True) for x in (0.1, 1.1, 0.05))
+    problem = Problem(row)
+    weights = problem.weights()
+    optimizer = row.drop_in(weights, lr=lr)
+    warns = pytest.warns(metaopt.UnusedHyperparameterWarning, match="acts through the gradient")
+    with warns as warned, metaopt.record(optimizer) as run:
+        with torch.no_grad():
+            weights[0].mul_(scale)
+        for t in range(2):
+            optimizer.zero_grad()
+            (problem.loss(weights, t) + penalty * (weights[0] ** 2).sum()).backward()
+            optimizer.step()
+    assert len(warned) == 1
+    grads = run.hypergradient(problem.outer(weights), [penalty, scale, lr])
+    assert [bool(g != 0) for g in grads] == [False, True, True]
 
 
 @pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)

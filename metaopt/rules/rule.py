@@ -54,6 +54,7 @@ class Rule:
         refuse: looks at a param group's settings and flags and raises if the update has no derivative there.
         flat: settings in which the trained weights have derivative 0 wherever they have one, each with the reason; a
             hyperparameter there is an error, and not a hypergradient of 0.
+        blind: why the weights have derivative 0 in the gradient wherever they have one, in words; empty if they do not.
         surrogate: whether value and derivative differ on purpose, so that finite differences are no check.
     """
 
@@ -65,6 +66,7 @@ class Rule:
     domain: Mapping[str, tuple[Callable[[float], bool], str]] = field(default_factory=dict)
     refuse: Callable[[Mapping[str, Any], frozenset[str]], None] | None = None
     flat: Mapping[str, str] = field(default_factory=dict)
+    blind: str = ""
     surrogate: bool = False
 
     def number(self, group: Mapping[str, Any], name: str) -> Any:
