@@ -10,6 +10,7 @@ from __future__ import annotations
 
 __all__ = ["CHANNELS", "VOICES", "Recording", "Speech", "Voice", "cepstra", "load_speech", "load_voice", "read_group"]
 
+import hashlib
 import io
 import lzma
 import shutil
@@ -37,7 +38,7 @@ class Voice:
 
     Args:
         name: of the speaker.
-        package: the Debian package, whose file name ends in `version`.
+        package: the Debian package.
         version: of the package.
         folder: of the voice, where the package is installed.
         file: of the recordings.
@@ -54,10 +55,14 @@ class Voice:
     sha256: str
 
     @property
+    def package_file(self) -> str:
+        """The name of the package's file."""
+        return f"{self.package}_{self.version}_all.deb"
+
+    @property
     def url(self) -> str:
-        """Of the package's file."""
-        pool = f"https://deb.debian.org/debian/pool/main/f/{self.package}"
-        return f"{pool}/{self.package}_{self.version}_all.deb"
+        """Where Debian has the package's file."""
+        return f"https://deb.debian.org/debian/pool/main/f/{self.package}/{self.package_file}"
 
 
 VOICES = {
@@ -142,12 +147,12 @@ def find_voice(voice: Voice) -> tuple[bytes | None, str]:
     path = first_existing(*(folder / voice.file for folder in folders))
     if path is not None:
         return checked(path.read_bytes(), voice.sha256, str(path), algorithm="sha256"), "cached"
-    path = first_existing(*(folder / voice.url.rpartition("/")[2] for folder in folders))
+    path = first_existing(*(folder / voice.package_file for folder in folders))
     if path is not None:
         return unpacked(path.read_bytes(), voice, str(path)), "cached"
     path = first_existing(FESTIVAL / voice.folder / "group" / voice.file)
-    if path is not None:
-        return checked(path.read_bytes(), voice.sha256, str(path), algorithm="sha256"), "installed"
+    if path is not None and hashlib.sha256(file := path.read_bytes()).hexdigest() == voice.sha256:
+        return file, "installed"  # another version is none of ours to complain of
     return None, ""
 
 
@@ -177,7 +182,7 @@ def from_apt(voice: Voice, timeout: float = 60.0) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         command = [apt, "download", f"{voice.package}={voice.version}"]
         subprocess.run(command, cwd=folder, timeout=timeout, check=True, capture_output=True)
-        return next(Path(folder).glob("*.deb")).read_bytes()
+        return (Path(folder) / voice.package_file).read_bytes()
 
 
 def unpacked(package: bytes, voice: Voice, where: str) -> bytes:
