@@ -216,9 +216,9 @@ def test_the_memory_does_not_depend_on_the_number_of_steps(problem: Any) -> None
         alive.append(sum(x.nbytes for x in gc.get_objects() if type(x) is Tensor and x.device.type == "cpu"))
         tangents.append(sum(z.nbytes for z in run._tangents.values()))
 
-    tutorial.real_time(problem, tutorial.INFORMED, replace(SMALL, every=30, epochs=8), seed=0, watch=weigh)
+    tutorial.real_time(problem, tutorial.INFORMED, replace(SMALL, every=30, epochs=6), seed=0, watch=weigh)
     state = 2 * sum(p.nbytes for p in training.make_network(problem, SMALL, seed=0).parameters())
-    assert tangents == [3 * state] * 8  # weights and momentum buffers, a tangent for each of ρ, η and μ
+    assert tangents == [3 * state] * 6  # weights and momentum buffers, a tangent for each of ρ, η and μ
     assert max(alive[2:]) <= alive[2] + state / 10
 
 

@@ -137,7 +137,7 @@ class Training:
     Args:
         epochs: where it stood after each.
         schedule: the hyperparameters at each hyper-step, in the order of time; one entry if they stayed.
-        seconds: how long it took.
+        seconds: of the processor; other work on the machine is not counted.
         trials: how many runs it is the best of.
     """
 
@@ -168,7 +168,7 @@ def evaluate(network: nn.Module, problem: Problem) -> Epoch:
 
 def fixed(problem: Problem, setting: Setting, settings: Settings, *, seed: int) -> Training:
     """Train with hyperparameters that stay as they are; a training that has diverged is ended."""
-    begin = time.perf_counter()
+    begin = time.process_time()
     training = Training(schedule=[setting])
     network = make_network(problem, settings, seed)
     optimizer = torch.optim.SGD(network.parameters(), lr=setting.lr, momentum=setting.momentum)
@@ -180,7 +180,7 @@ def fixed(problem: Problem, setting: Setting, settings: Settings, *, seed: int) 
         training.epochs.append(evaluate(network, problem))
         if not math.isfinite(training.epochs[-1].val_loss):
             break
-    training.seconds = time.perf_counter() - begin
+    training.seconds = time.process_time() - begin
     return training
 
 
@@ -203,7 +203,7 @@ def random_search(
         problem: the problem.
         settings: of each run.
         seed: of the network, the batches and the drawing.
-        seconds: the time; at least one run is made.
+        seconds: of the processor, for all of them; at least one run is made.
         watch: called with each run.
 
     Returns:

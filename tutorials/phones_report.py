@@ -113,7 +113,7 @@ def table(results: Results, name: str) -> str:
     """Every method's accuracy and time, beside TIMIT's."""
     seeds = len(results["Vanilla"])
     ours = f"{name}, this run, " + (f"mean of {seeds} seeds" if seeds > 1 else "one seed")
-    lines = [f"{'':10}{ours:>32}   {'TIMIT, as published':>26}", f"{'':10}{'accuracy %':>16}{'time s':>16}"]
+    lines = [f"{'':10}{ours:>32}   {'TIMIT, as published':>26}", f"{'':10}{'accuracy %':>16}{'CPU s':>16}"]
     lines[1] += f"   {'accuracy %':>13}{'time min':>13}"
     for method, runs in results.items():
         row = f"{method:10}{in_words(accuracies(runs)):>16}{in_words([run.seconds for run in runs], 1):>16}"
@@ -138,7 +138,7 @@ def remarks(results: Results, problems: Sequence[Problem]) -> str:
     return (
         "Accuracy: single frames of the test diphones, at the epoch that is the best on the validation diphones.\n"
         "TIMIT's figures are not of this run: it is another corpus, with other features and a larger network.\n"
-        f"RS had RTHO's time, enough for {trials:.1f} runs on average.\n"
+        f"RS had RTHO's processor time, enough for {trials:.1f} runs on average.\n"
         f"{gain(results, 'RTHO', 'Vanilla')}.\n"
         f"{gain(results, 'RTHO', 'RS')}.\n"
         f"RTHO-NT begins with ρ = η = μ = 0 and reaches {100 * null / vanilla:.0f} % of Vanilla's accuracy. No steps "
