@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-__all__ = ["Given", "Link", "assign", "factor", "rescale", "unlink"]
+__all__ = ["Given", "Link", "assign", "follow", "shift", "unlink"]
 
 import functools
 import gc
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metaopt.errors import DomainError, RuleError
+from metaopt.errors import DomainError, HeldConstantWarning, RuleError
+from metaopt.followed import Followed, shifted
 from metaopt.rules import Rule
-
-# What a scheduler keeps in the group besides the setting itself, in the same unit.
-_SCALED_WITH = {
-    "lr": ("initial_lr", "max_lr", "min_lr"),
-    "momentum": ("base_momentum", "max_momentum"),
-    "beta1": ("base_momentum", "max_momentum"),
-}
 
 
 class Link:
     """A setting of a param group that comes from a hyperparameter.
 
-    ``base`` is the number that the group was given; the group's number over it is the scheduler's factor.
+    ``base`` is the number that the group was given, ``last`` the group's number at the last step.
     """
 
     def __init__(self, value: Tensor) -> None:
         self.source: Callable[[], Tensor] | None = getattr(value, "_metaopt_source", None)
         self.fixed = value
         self.base: float | None = None
+        self.last: float | None = None
+        self.said = False
         self._current: Tensor | None = None
         self._stamp: Any = None
 
@@ -82,41 +79,72 @@ class Given:
         return Given(memo.get(id(self.value), self.value))
 
 
-def rescale(optimizer: torch.optim.Optimizer, place: int, name: str, ratio: float, *, search: bool = False) -> None:
-    """Scale what schedulers keep of a setting, in the group and in themselves, when its hyperparameter has moved."""
+def shift(optimizer: torch.optim.Optimizer, origin: tuple[int, str], change: float, *, search: bool = False) -> None:
+    """Move what schedulers keep of a setting, in the group and in themselves, when its hyperparameter has moved."""
+    place, name = origin
     group = optimizer.param_groups[place]
-    for key in _SCALED_WITH.get(name, ()):
-        if key in group:
-            group[key] = group[key] * ratio
+    for key in [key for key in group if key != "params"]:
+        group[key] = shifted(group[key], origin, change)
     if name != "lr" or not (search or "initial_lr" in group):
         return
-    # Schedulers in closed form multiply their own copy of the first rate, and the optimizer does not know them.
-    for holder in gc.get_referrers(optimizer):
-        state = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
-        bases = state.get("base_lrs") if state.get("optimizer") is optimizer else None
-        if isinstance(bases, list) and place < len(bases):
-            bases[place] = bases[place] * ratio
+    # Schedulers in closed form compute with their own copy of the first rate, and the optimizer does not know them.
+    for state in _schedulers(optimizer):
+        for key in ("base_lrs", "max_lrs"):
+            if isinstance(state.get(key), list):
+                state[key][:] = shifted(state[key], origin, change)
 
 
-def factor(name: str, number: float, base: float | None, group: dict[str, Any]) -> float:
-    """The factor that a scheduler put on a linked setting.
+def _schedulers(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    holders = gc.get_referrers(optimizer)
+    states = [holder if isinstance(holder, dict) else getattr(holder, "__dict__", {}) for holder in holders]
+    return [state for state in states if state.get("optimizer") is optimizer]
+
+
+def follow(optimizer: torch.optim.Optimizer, origin: tuple[int, str], link: Link, number: float) -> Followed:
+    """The group's number for a linked setting, with its derivative by the hyperparameter.
 
     Raises:
-        DomainError: if the hyperparameter is exactly 0, so that the factor can't be seen.
+        DomainError: if the number was computed from another setting's.
     """
-    if base is None or number == base:
-        if base == 0 and name == "lr" and "initial_lr" in group:
-            raise DomainError(
-                "lr is exactly 0 under a scheduler, so the factor that the scheduler put on it can't be seen. Start "
-                "from a small positive lr."
-            )
-        return 1.0
-    if base == 0:
+    if isinstance(number, Followed):
+        if number.origin == origin and number.slope == number.slope:
+            return number
         raise DomainError(
-            f"{name} is linked to a hyperparameter that is exactly 0, but a scheduler set it to {number:g}; what it "
-            "should be multiplied with can't be told. Start the hyperparameter from a small positive value."
+            f"{origin[1]} was computed from the numbers of two linked settings; its derivative by both can't be "
+            "followed. Compute each from its own, or in tensors."
         )
-    return number / base
+    if link.base is None or number == link.base:
+        return Followed(number, 1.0, origin)
+    found = _plateau(optimizer, origin, link, number)
+    if found is not None:
+        return found
+    if not link.said:
+        link.said = True
+        warnings.warn(
+            f"{origin[1]} of group {origin[0]} is linked to a hyperparameter ({link.base:g}), but a scheduler or the "
+            f"loop set it to {number:g}, a number that does not come from it: with another hyperparameter it would be "
+            "the same. So it has no derivative there. If it should follow, compute it from the group's own number, as "
+            'in `OneCycleLR(optimizer, max_lr=2 * optimizer.param_groups[0]["lr"], …)`, `group["lr"] *= 0.5`.',
+            HeldConstantWarning,
+            stacklevel=6,
+        )
+    return Followed(number, 0.0, origin)
+
+
+def _plateau(optimizer: torch.optim.Optimizer, origin: tuple[int, str], link: Link, number: float) -> Followed | None:
+    """The same for `ReduceLROnPlateau`, which computes with ``float(lr)``, a number that follows nothing any more."""
+    place, name = origin
+    if name != "lr" or not isinstance(link.last, Followed):
+        return None
+    for state in _schedulers(optimizer):
+        if "min_lrs" not in state or "factor" not in state:
+            continue
+        reduced: Any = link.last
+        for _ in range(8):
+            reduced = max(reduced * state["factor"], state["min_lrs"][place])
+            if reduced == number:
+                return reduced if isinstance(reduced, Followed) else Followed(number, 0.0, origin)
+    return None
 
 
 def unlink(key: str, given: Any, links: dict[str, Link], rule: Rule) -> Any:

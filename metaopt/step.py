@@ -358,7 +358,7 @@ class Loop:
         """Every continuous setting: a number, or its hyperparameter times the scheduler's factor."""
         tape, rule = self.tape, self.rule
         linked = getattr(self.optimizer, "linked_settings", None)
-        links: dict[str, tuple[Tensor, float]] = linked(group) if linked is not None else {}
+        links: dict[str, tuple[Tensor, float, float]] = linked(group) if linked is not None else {}
         found = {name: rule.number(group, name) for name in rule.settings}
         numbers = {name: number for name, number in found.items() if number is not None}
         plain = {n: float(v.detach() if isinstance(v, Tensor) else v) for n, v in numbers.items()}
@@ -374,17 +374,25 @@ class Loop:
         settings: list[tuple[str, Any]] = []
         for name, number in numbers.items():
             if name in links and not (isinstance(number, Tensor) and tape.is_live(number)):
-                value, factor = links[name]
-                spec: Any = tape.read(value)
-                if factor != 1.0:
-                    (scaled,) = tape.trace.emit(torch.mul, spec, tape.trace.number(float(factor)))
-                    spec = Val(scaled)
+                spec: Any = self._scheduled(*links[name], plain[name])
             elif isinstance(number, Tensor) and tape.is_live(number):
                 spec = self._raw(number)
             else:
                 spec = tape.trace.number(plain[name])
             settings.append((name, spec))
         return tuple(settings)
+
+    def _scheduled(self, value: Tensor, slope: float, rest: float, number: float) -> Any:
+        """``slope · λ + rest``, what a scheduler made of a hyperparameter."""
+        tape = self.tape
+        if slope == 0.0:
+            return tape.trace.number(number)
+        spec: Any = tape.read(value)
+        if slope != 1.0:
+            spec = Val(tape.trace.emit(torch.mul, spec, tape.trace.number(slope))[0])
+        if rest != 0.0:
+            spec = Val(tape.trace.emit(torch.add, spec, tape.trace.number(rest))[0])
+        return spec
 
     def _after_update(self) -> None:
         """Record the update, now that the optimizer has made its state."""

@@ -247,6 +247,19 @@ networks = st.sampled_from(list(NETWORKS))
 
 
 S = torch.optim.lr_scheduler
+
+
+def one_cycle(optimizer: torch.optim.Optimizer) -> S.OneCycleLR:
+    """A cycle of lr, and of the momentum or the first beta, in multiples of the groups' own numbers."""
+    groups = optimizer.param_groups
+    momenta = [group["momentum"] if "momentum" in group else group.get("betas", (None,))[0] for group in groups]
+    cycled = None not in momenta
+    options: dict[str, Any] = {"base_momentum": [0.6 * m for m in momenta], "max_momentum": momenta} if cycled else {}
+    return S.OneCycleLR(
+        optimizer, [3 * group["lr"] for group in groups], total_steps=8, cycle_momentum=cycled, **options
+    )
+
+
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], S.LRScheduler]] = {
     "step": lambda o: S.StepLR(o, 2, 0.5),
     "multi_step": lambda o: S.MultiStepLR(o, [1, 3], 0.5),
@@ -258,7 +271,7 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], S.LRScheduler]] = {
     "polynomial": lambda o: S.PolynomialLR(o, 8),
     "sequential": lambda o: S.SequentialLR(o, [S.LinearLR(o, 0.25, 1.0, 2), S.ExponentialLR(o, 0.8)], [2]),
     "chained": lambda o: S.ChainedScheduler([S.ConstantLR(o, 0.5, 2), S.ExponentialLR(o, 0.8)]),
-    "one_cycle": lambda o: S.OneCycleLR(o, [0.3] * len(o.param_groups), total_steps=8),
+    "one_cycle": lambda o: one_cycle(o),
 }
 
 

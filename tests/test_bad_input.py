@@ -238,16 +238,6 @@ def test_schedule_that_is_too_short_or_of_the_wrong_shape() -> None:
         trained(torch.ones(2, 2, requires_grad=True))
 
 
-def test_scheduler_over_a_rate_of_zero() -> None:
-    model = mlp(5, 6, 3)
-    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.0, requires_grad=True))
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    with pytest.raises(metaopt.DomainError, match="exactly 0 under a scheduler"), metaopt.record(optimizer):
-        loss(model).backward()
-        optimizer.step()
-        scheduler.step()
-
-
 def test_shapes_that_do_not_fit_pass_torchs_own_error() -> None:
     model = mlp(5, 6, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -276,6 +276,14 @@ def test_a_kink_exactly_at_zero() -> None:
     assert found.rows[0].verdict == "not smooth there"
 
 
+def test_a_kink_of_straight_lines() -> None:
+    """The stencils agree to the last digit there."""
+    scale = leaf(1.0)
+    train = trainer({"lr": torch.tensor(0.1)}, loss=lambda model, x, y: scale * F.cross_entropy(model(x), y))
+    found = report(train, lambda model: outer(model) + torch.relu(scale - 1.0), {"scale": scale})
+    assert kinds(found) == ["kink"]
+
+
 def test_a_step_nearby() -> None:
     scale = leaf(1.0)
 

@@ -612,7 +612,7 @@ def test_the_step_of_a_drop_in_is_torchs_step(
         both.assert_equal()
     for group in both.linked.param_groups:
         for name in REGISTERED[optimizer].settings:
-            assert type(REGISTERED[optimizer].number(group, name)) is float
+            assert isinstance(REGISTERED[optimizer].number(group, name), float)
 
 
 @given(chosen=settings("SGD", momentum=0.0))

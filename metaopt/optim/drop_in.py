@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.links import Given, Link, assign, factor, rescale, unlink
+from metaopt.followed import Followed, plainly, restored, slopes_of
+from metaopt.links import Given, Link, assign, follow, shift, unlink
 from metaopt.rules import rule_of
 
 Setting = float | Tensor
@@ -75,31 +76,41 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
             if name in self._links.get(place, {}):
                 yield group
 
-    def linked_settings(self, group: dict[str, Any]) -> dict[str, tuple[Tensor, float]]:
-        """The hyperparameter behind each linked setting of a group, at the present step, and the scheduler's factor."""
+    def linked_settings(self, group: dict[str, Any]) -> dict[str, tuple[Tensor, float, float]]:
+        """The hyperparameter ``λ`` behind each linked setting of a group at the present step, and ``(c, d)``.
+
+        A scheduler has made ``c · λ + d`` of it; ``c`` and ``d`` are constants of the step.
+        """
         place = next(i for i, candidate in enumerate(self.param_groups) if candidate is group)
         rule = rule_of(self)
         result = {}
         for name, link in self._links.get(place, {}).items():
-            number = float(rule.number(group, name))
-            result[name] = (link.at(self.schedule_step), factor(name, number, link.base, group))
+            number = follow(self, (place, name), link, rule.number(group, name))
+            link.last = number
+            value = link.at(self.schedule_step)
+            rest = float(number) - number.slope * float(value.detach())
+            result[name] = (value, number.slope, 0.0 if abs(rest) < 1e-14 * abs(number) else rest)
         return result
 
     def _sync(self, *, search: bool = False) -> None:
-        """Give the groups the hyperparameters' present numbers, times what schedulers made of the last ones."""
+        """Give the groups the hyperparameters' present numbers, as schedulers would have made them of these."""
         rule = rule_of(self)
         for place, links in self._links.items():
             group = self.param_groups[place]
             for name, link in links.items():
                 new = float(link.at(self.schedule_step).detach())
-                if link.base is not None and new == link.base:
+                old, origin = link.base, (place, name)
+                if old is not None and new == old:
                     continue
                 rule.check(name, new)
-                old = link.base
-                scheduled = 1.0 if old is None else factor(name, float(rule.number(group, name)), old, group)
-                assign(group, rule.settings[name], new * scheduled)
-                if old:
-                    rescale(self, place, name, new / old, search=search)
+                if old is None:
+                    assign(group, rule.settings[name], Followed(new, 1.0, origin))
+                else:
+                    number = follow(self, origin, link, rule.number(group, name))
+                    assign(group, rule.settings[name], number)
+                    shift(self, origin, new - old, search=search)
+                    if float(number) == number.slope * old:  # to the last digit, where it can be had
+                        assign(group, rule.settings[name], Followed(number.slope * new, number.slope, origin))
                 link.base = new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,14 +124,22 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with the step that learned schedules are at and the numbers that linked settings were given."""
         result = super().state_dict()
+        groups = result["param_groups"]
+        result["param_groups"] = [{key: plainly(value) for key, value in group.items()} for group in groups]
         if any(self._links.values()):
             result["schedule_step"], result["link_bases"] = self.bookmark()
+            result["link_slopes"] = [
+                {key: slopes for key, value in group.items() if key != "params" and (slopes := slopes_of(value))}
+                for group in groups
+            ]
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the linked settings keep following their hyperparameters, at their present values."""
-        own = ("schedule_step", "link_bases")
+        own = ("schedule_step", "link_bases", "link_slopes")
         super().load_state_dict({key: value for key, value in state_dict.items() if key not in own})
+        for group, slopes in zip(self.param_groups, state_dict.get("link_slopes", ()), strict=False):
+            group.update({key: restored(group[key], entry) for key, entry in slopes.items()})
         self.go_back((state_dict.get("schedule_step", 0), state_dict.get("link_bases", {})))
 
 
