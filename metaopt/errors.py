@@ -82,7 +82,7 @@ class HeldConstantWarning(MetaoptWarning):
 
 
 class UnusedHyperparameterWarning(MetaoptWarning):
-    """A hyperparameter took no part in the loop or in the outer objective."""
+    """A hyperparameter took no part in the loop or in the outer objective, or one that has no derivative."""
 
 
 class EagerWarning(MetaoptWarning):

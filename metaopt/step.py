@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Loop"]
 
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -28,8 +29,8 @@ from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Group, Instruction, Val
 from metaopt.capture.verify import Verifier
 from metaopt.capture.watcher import Watcher
-from metaopt.errors import CaptureError
-from metaopt.hyperparameters import owner_of
+from metaopt.errors import CaptureError, UnusedHyperparameterWarning
+from metaopt.hyperparameters import name_of, owner_of
 from metaopt.rules import Rule, Update, rule_of
 from metaopt.wrapping import refresh, steps_on_stack, wrapped
 
@@ -73,6 +74,7 @@ class Loop:
         self._exit: ExitStack | None = None
         self._thread = 0
         self._sums: list[Tensor] = []
+        self._blind: set[int] = set()
         self._pending: list[tuple[dict[str, Any], list[Tensor], Update, dict[str, Any]]] = []
         self._known = 0
         self._received: set[int] = set()
@@ -309,7 +311,27 @@ class Loop:
             "steps": Group(list, tuple(tape.trace.number(self._count(weight) + 1) for weight in weights)),
             "settings": self._settings(group),
         }
+        if rule.blind:
+            self._warn_blind(arguments)
         return group, weights, update, arguments
+
+    def _warn_blind(self, arguments: dict[str, Any]) -> None:
+        # A hypergradient of exactly 0 through a sign is right, and of no use to anybody who does not know why.
+        tape = self.tape
+        through = tape.trace.behind(arguments["grads"])
+        through -= tape.trace.behind((arguments["weights"], arguments["states"], arguments["settings"]))
+        for external in tape.externals.values():
+            if external.epoch != tape.epoch or external.value not in through or id(external.tensor) in self._blind:
+                continue
+            self._blind.add(id(external.tensor))
+            name = name_of(external.tensor) or f"of shape {tuple(external.tensor.shape)}"
+            warnings.warn(
+                f"the hyperparameter {name} acts through the gradient, and {self.rule.optimizer.__name__} "
+                f"{self.rule.blind}: its derivative through these steps is 0. Train with an optimizer that follows the "
+                "gradient (SGD, AdamW, …), or make hyperparameters of the optimizer's own settings.",
+                UnusedHyperparameterWarning,
+                stacklevel=2,
+            )
 
     def _raw(self, tensor: Tensor) -> Val:
         binding = self.tape.find(tensor)

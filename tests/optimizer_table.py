@@ -189,7 +189,7 @@ ROWS = {
             steps=6,
             remarks={"lr": FIRST_STEP, "step_size_min": KINK, "step_size_max": KINK},
             remark="Takes the gradient's sign: what acts through the gradient (a penalty, example weights) has "
-            "derivative 0 between the signs' jumps.",
+            "derivative 0 between the signs' jumps, and a warning says so.",
             gradient=False,
         ),
         Row(
@@ -227,7 +227,7 @@ ROWS = {
             implementations=(),
             remarks={"beta1": SIGN, "beta2": SIGN},
             remark="Takes a sign: what acts through the gradient (a penalty, example weights) has derivative 0 between "
-            "its jumps.",
+            "its jumps, and a warning says so.",
             gradient=False,
         ),
         Row(

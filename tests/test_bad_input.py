@@ -138,10 +138,10 @@ def test_an_adjoint_that_is_not_finite_names_the_step() -> None:
 
 def test_no_rule_names_those_that_exist() -> None:
     class Unknown(torch.optim.Optimizer):
-        def __init__(self, params: object) -> None:
-            super().__init__(params, {})  # type: ignore[arg-type]
+        def step(self, closure=None):  # type: ignore[no-untyped-def, override]
+            return None
 
-    optimizer = Unknown(mlp(5, 3).parameters())
+    optimizer = Unknown(mlp(5, 3).parameters(), {})
     with pytest.raises(metaopt.RuleError, match=r"no rule for .*Unknown.*Adam.*SGD.*register"):
         metaopt.record(optimizer)
 

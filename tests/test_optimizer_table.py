@@ -58,16 +58,25 @@ class Problem:
 
     row: Row
     silent: bool = False
+    dtype: torch.dtype = torch.float64
 
     def weights(self) -> list[torch.nn.Parameter]:
         shapes = [(3, 4), (4, 2)] if self.row.matrices else [(3, 4), (4, 2), (4,), ()]
         scales = (0.7, 0.7, 0.1, 0.5)
         return [
-            torch.nn.Parameter(s * randn(i, *shape)) for i, (s, shape) in enumerate(zip(scales, shapes, strict=False))
+            torch.nn.Parameter(s * self.draw(i, *shape))
+            for i, (s, shape) in enumerate(zip(scales, shapes, strict=False))
         ]
 
+    def draw(self, seed: int, *shape: int) -> Tensor:
+        # Drawn in single precision, so that every precision has the same problem.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(
+            torch.get_default_device(), self.dtype
+        )
+
     def loss(self, weights: list[Any], step: int) -> Tensor:
-        x, y = randn(10, 6, 3), randn(11, 6, 2)
+        x, y = self.draw(10, 6, 3), self.draw(11, 6, 2)
         first, second, *rest = weights
         hidden = torch.tanh(x @ first + (rest[0] if rest else 0.0))
         out = hidden @ second * (rest[1] if rest else 1.0)
@@ -75,7 +84,7 @@ class Problem:
         return wave * ((out - y) ** 2).mean() * (not self.silent)
 
     def outer(self, weights: list[Any]) -> Tensor:
-        return ((torch.tanh(randn(12, 5, 3) @ weights[0]) @ weights[1] - 1) ** 2).mean() + sum(
+        return ((torch.tanh(self.draw(12, 5, 3) @ weights[0]) @ weights[1] - 1) ** 2).mean() + sum(
             (w**2).sum() for w in weights[2:]
         )
 
@@ -140,10 +149,11 @@ def linked(
     mode: Callable[..., Any] | None,
     *,
     silent: bool = False,
+    dtype: torch.dtype = torch.float64,
     **options: Any,
 ) -> tuple[Any, Any, Any]:
     """The loop as a user writes it, in a context."""
-    problem = Problem(row, silent=silent)
+    problem = Problem(row, silent, dtype)
     weights = problem.weights()
     groups: list[dict[str, Any]] = []
     for place, members in enumerate(groups_of(kind, weights)):
@@ -213,6 +223,7 @@ def test_every_rule_has_its_row() -> None:
         assert issubclass(row.drop_in, row.bare)
         assert row.name in metaopt.optim.__all__
         assert not (set(row.remarks) - set(row.rule.settings))
+        assert row.gradient == (not row.rule.blind)
 
 
 def test_torch_has_no_other_optimizer() -> None:
@@ -252,6 +263,42 @@ def test_the_implementation_does_not_matter(row: Row, implementation: str) -> No
         for name, values in leaves.items():
             for value, found in zip(expected[name], run.hypergradient(outer, values), strict=True):
                 torch.testing.assert_close(found, value, rtol=1e-7, atol=1e-10)
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_where_the_default_precision_is_single(row: Row, dtype: torch.dtype) -> None:
+    """torch keeps scalars of the state in single precision then, whatever the weights' is."""
+    with smooth():
+        leaves, expected = hypergradients(row.name, "scalar", 0)
+        torch.set_default_dtype(torch.float32)
+        singles = {name: [value.detach().to(dtype).requires_grad_() for value in leaves[name]] for name in leaves}
+        mode: Callable[..., Any] = metaopt.record if dtype == torch.float32 else metaopt.stream
+        run, outer, _ = linked(row, "scalar", row.variants[0], singles, mode, verify="all", dtype=dtype)
+        for name, values in singles.items():
+            for value, found in zip(expected[name], run.hypergradient(outer, values), strict=True):
+                assert found.dtype == dtype
+                torch.testing.assert_close(found.double(), value, rtol=2e-2, atol=1e-4)
+
+
+@each
+def test_a_second_time_after_a_rewind(row: Row) -> None:
+    leaves = leaves_for(row, "group")
+    wanted = [leaf for values in leaves.values() for leaf in values]
+    problem, options = Problem(row), group_arguments(row.rule, {**row.flat, **{n: v[0] for n, v in leaves.items()}})
+    weights = problem.weights()
+    optimizer = row.drop_in(weights, **options)
+    found = []
+    for _ in range(2):
+        with metaopt.record(optimizer, verify="never") as run:
+            for t in range(row.steps):
+                optimizer.zero_grad()
+                problem.loss(weights, t).backward()
+                optimizer.step()
+            row.finish(optimizer)
+        found.append((problem.outer(weights), *run.hypergradient(problem.outer(weights), wanted[::2])))
+        run.rewind()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @each
@@ -317,6 +364,27 @@ def test_a_setting_without_a_derivative_is_an_error(row: Row, name: str) -> None
     with metaopt.record(optimizer), pytest.raises(metaopt.DomainError, match="can't be a hyperparameter"):
         Problem(row).loss(weights, 0).backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS.values() if not row.gradient], ids=lambda row: row.name)
+def test_what_acts_through_a_sign_is_said(row: Row) -> None:
+    """A penalty has derivative 0; the initial weights' scale, and the optimizer's own settings, have one."""
+    assert row.rule.blind
+    penalty, scale, lr = (torch.tensor(x, requires_grad=True) for x in (0.1, 1.1, 0.05))
+    problem = Problem(row)
+    weights = problem.weights()
+    optimizer = row.drop_in(weights, lr=lr)
+    warns = pytest.warns(metaopt.UnusedHyperparameterWarning, match="acts through the gradient")
+    with warns as warned, metaopt.record(optimizer) as run:
+        with torch.no_grad():
+            weights[0].mul_(scale)
+        for t in range(2):
+            optimizer.zero_grad()
+            (problem.loss(weights, t) + penalty * (weights[0] ** 2).sum()).backward()
+            optimizer.step()
+    assert len(warned) == 1
+    grads = run.hypergradient(problem.outer(weights), [penalty, scale, lr])
+    assert [bool(g != 0) for g in grads] == [False, True, True]
 
 
 @pytest.mark.parametrize("kind", REFUSED, ids=lambda kind: kind.__name__)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import metaopt
 from metaopt.capture.program import Program
 from metaopt.modes.columns import Directions
+from metaopt.rules import _RULES
 from tests.cases import data, mlp
 
 
@@ -301,6 +302,51 @@ def test_a_hyperparameter_keeps_its_shape_and_its_domain() -> None:
         stream(shrink)
     with pytest.raises(metaopt.DomainError, match=r"lr is -0\.2.*project"):
         stream(lambda lr, weights: lr.sub_(0.3))
+
+
+def test_what_forward_mode_drops_in_silence_is_pushed_by_the_transpose() -> None:
+    """A rule with a `detach` inside an operation that autograd's own backward differentiates."""
+
+    class Through(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * 2
+
+        @staticmethod
+        def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+            return torch.zeros_like(tangent)  # wrong, as a formula of torch's might be
+
+    class Doubled(torch.optim.SGD):
+        """Twice the step."""
+
+    def update(w: Tensor, g: Tensor, state: Any, step: int, *, lr: Any) -> Any:
+        return w - lr * Through.apply(g), {}
+
+    metaopt.rules.register(metaopt.rules.Rule(Doubled, update, settings={"lr": "lr"}))
+    x, y, x_val, y_val = data()
+    gradients = []
+    try:
+        for mode in (metaopt.stream, metaopt.record):
+            model = mlp(5, 6, 3)
+            tilt = torch.tensor(0.1, requires_grad=True)
+            optimizer = Doubled(model.parameters(), lr=0.1)
+            with mode(optimizer, verify="never") as run:
+                for _ in range(4):
+                    optimizer.zero_grad()
+                    scores = model(x)
+                    (F.cross_entropy(scores, y) + tilt * scores.square().mean()).backward()
+                    optimizer.step()
+            gradients.append(run.hypergradient(F.cross_entropy(model(x_val), y_val), wrt=tilt)[0])
+    finally:
+        _RULES.pop(Doubled)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=0)
 
 
 def test_a_tangent_that_overflows_is_named_with_its_step() -> None:

@@ -128,7 +128,7 @@ def test_a_damaged_file_is_an_error_that_names_it(files: dict[str, bytes], cache
     assert not isinstance(error.value, data.MissingDataError)
 
 
-@pytest.mark.parametrize("junk", [b"no gzip", gzip.compress(b"cut short" * 99)[:-9]])
+@pytest.mark.parametrize("junk", [b"no gzip", gzip.compress(b"cut short" * 99)[:-9]], ids=["no gzip", "cut short"])
 def test_a_damaged_archive_is_an_error_that_names_it(files: dict[str, bytes], cache: Path, junk: bytes) -> None:
     put(cache / "mnist", {f"{name}.gz": junk for name in files})
     with pytest.raises(data.DataError, match=r"ubyte\.gz can't be read .* delete it"):

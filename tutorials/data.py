@@ -1,7 +1,7 @@
 """Real data for the tutorials: found where it is cached, fetched where it can be, and always named.
 
 Files are kept under ``$METAOPT_DATA``, or ``~/.cache/metaopt`` where that is not set. None of them is part of the
-package. Every file is checked against its published MD5 before it is used, whoever brought it.
+package. Every file is checked against its published checksum before it is used, whoever brought it.
 """
 
 from __future__ import annotations
@@ -168,11 +168,12 @@ def read_checked(path: Path, md5: str) -> bytes:
     return checked(data, md5, str(path))
 
 
-def checked(data: bytes, md5: str, where: str) -> bytes:
-    """The same bytes, if they have this MD5."""
-    seen = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if seen != md5:
-        raise DataError(f"{where} has MD5 {seen} instead of {md5}: it is damaged or another file; delete it.")
+def checked(data: bytes, wanted: str, where: str, *, algorithm: str = "md5") -> bytes:
+    """The same bytes, if they have this checksum."""
+    seen = hashlib.new(algorithm, data, usedforsecurity=False).hexdigest()
+    if seen != wanted:
+        name = algorithm.upper()
+        raise DataError(f"{where} has {name} {seen} instead of {wanted}: it is damaged or another file; delete it.")
     return data
 
 
@@ -201,7 +202,7 @@ def fetch_mnist() -> tuple[dict[str, bytes] | None, str]:
             files = {file: checked(data, MNIST_MD5[file], name) for file, data in source().items()}
         except (DataError, *UNREACHABLE):
             continue
-        return files, f"fetched from {name}, {keep(files)}"
+        return files, f"fetched from {name}, {keep(files, 'mnist')}"
     return None, ""
 
 
@@ -237,9 +238,9 @@ def read_member(archive: tarfile.TarFile, name: str) -> bytes:
     return member.read()
 
 
-def keep(files: dict[str, bytes]) -> str:
+def keep(files: dict[str, bytes], name: str) -> str:
     """Put the files where the next run finds them; a cache that can't be written costs the next run a download."""
-    folder = cache() / "mnist"
+    folder = cache() / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in files.items():

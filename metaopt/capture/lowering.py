@@ -88,8 +88,8 @@ class _Writer:
         func = instruction.func
         if func is inner_gradient:
             self._gradients_left -= 1
-        if func is primitives.stop and not self._gradients_left:
-            # No gradient of the loop follows that could pass through here.
+        if func in (primitives.stop, primitives.leaf) and not self._gradients_left:
+            # No gradient of the loop follows that could pass through here, or be taken here.
             (out,) = instruction.outs
             assert out is not None
             self.nodes[out] = self.nodes[instruction.args[0].index]

@@ -136,6 +136,11 @@ class Trace:
         self.code.append(Instruction(func, args, outs=made, many=outs > 1, **options))
         return made
 
+    def behind(self, spec: Any) -> set[int]:
+        """The values that a nested argument depends on, itself included."""
+        found = set(values_in(spec))
+        return found.union(*(self.code[index].used() for index in needed(self.code, found)))
+
     def number(self, value: float) -> Num:
         """Keep a Python number aside."""
         self.numbers.append(value)

@@ -62,6 +62,7 @@ ASGD = Rule(
     settings={name: name for name in ("lr", "lambd", "alpha", "t0", "weight_decay")},
     flags=("maximize",),
     state=("eta", "mu", "ax"),
+    scalars=("eta", "mu"),
     domain=dict.fromkeys(("lr", "weight_decay"), NONNEGATIVE),
     refuse=refuse,
 )

@@ -48,4 +48,5 @@ Lion = Rule(
     state=("exp_avg",),
     domain={"lr": NONNEGATIVE, "beta1": FRACTION, "beta2": FRACTION, "weight_decay": NONNEGATIVE},
     flat={"beta1": _FLAT, "beta2": _FLAT},
+    blind="takes only a sign of it",
 )

@@ -77,6 +77,7 @@ NAdam = Rule(
     },
     flags=("decoupled_weight_decay", "maximize"),
     state=("exp_avg", "exp_avg_sq", "mu_product"),
+    scalars=("mu_product",),
     domain=dict.fromkeys(("lr", "eps", "weight_decay", "momentum_decay"), NONNEGATIVE)
     | dict.fromkeys(("beta1", "beta2"), FRACTION),
 )

@@ -65,4 +65,5 @@ Rprop = Rule(
         "step_size_min": NONNEGATIVE,
         "step_size_max": ABOVE_ZERO,
     },
+    blind="takes only its sign",
 )

@@ -50,10 +50,12 @@ class Rule:
             a key or as (key, index) for a member of a tuple such as ``betas``.
         flags: the settings that choose a formula (``nesterov``, ``amsgrad``, …).
         state: the names of the tensors in ``optimizer.state[w]`` that are part of the dynamics.
+        scalars: those of them that are numbers, whatever the weight's shape is.
         domain: for each setting the test that it must pass, and the words for it.
         refuse: looks at a param group's settings and flags and raises if the update has no derivative there.
         flat: settings in which the trained weights have derivative 0 wherever they have one, each with the reason; a
             hyperparameter there is an error, and not a hypergradient of 0.
+        blind: why the weights have derivative 0 in the gradient wherever they have one, in words; empty if they do not.
         surrogate: whether value and derivative differ on purpose, so that finite differences are no check.
     """
 
@@ -62,9 +64,11 @@ class Rule:
     settings: Mapping[str, str | tuple[str, int]]
     flags: tuple[str, ...] = ()
     state: tuple[str, ...] = ()
+    scalars: tuple[str, ...] = ()
     domain: Mapping[str, tuple[Callable[[float], bool], str]] = field(default_factory=dict)
     refuse: Callable[[Mapping[str, Any], frozenset[str]], None] | None = None
     flat: Mapping[str, str] = field(default_factory=dict)
+    blind: str = ""
     surrogate: bool = False
 
     def number(self, group: Mapping[str, Any], name: str) -> Any:
@@ -124,8 +128,13 @@ class Update:
         results: list[Tensor] = []
         for w, g, state, step in zip(weights, grads, states, steps, strict=True):
             named = dict(zip(self.rule.state, state, strict=True))
-            new, after = self.rule.update(w, g, named, step, **settings, **flags)
-            results.append(new)
+            # Beside a weight without a dimension, a setting's precision would win over the weight's.
+            shaped = [name for name in named if name not in self.rule.scalars] if w.dim() == 0 else []
+            named |= {name: s.reshape(1) for name in shaped if (s := named[name]) is not None}
+            x, y = (w.reshape(1), g.reshape(1)) if w.dim() == 0 else (w, g)
+            new, after = self.rule.update(x, y, named, step, **settings, **flags)
+            results.append(new.reshape(w.shape))
+            after |= {name: s.reshape(w.shape) for name in shaped if (s := after.get(name)) is not None}
             results += [value for name in self.rule.state if (value := after.get(name)) is not None]
         return results
 

@@ -49,6 +49,7 @@ ScheduleFreeAdamW = Rule(
     settings=ADAM_SETTINGS,
     flags=("warmup_steps", "maximize"),
     state=("z", "x", "weight_sum", "exp_avg_sq"),
+    scalars=("weight_sum",),
     domain=ADAM_DOMAIN,
     refuse=refuse,
 )

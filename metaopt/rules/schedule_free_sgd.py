@@ -40,6 +40,7 @@ ScheduleFreeSGD = Rule(
     settings={name: name for name in ("lr", "momentum", "weight_decay")},
     flags=("warmup_steps", "maximize"),
     state=("z", "x", "weight_sum"),
+    scalars=("weight_sum",),
     domain={"lr": NONNEGATIVE, "momentum": FRACTION, "weight_decay": NONNEGATIVE},
     refuse=refuse,
 )
