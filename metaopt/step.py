@@ -32,7 +32,7 @@ from metaopt.capture.watcher import Watcher
 from metaopt.errors import CaptureError, UnusedHyperparameterWarning
 from metaopt.hyperparameters import name_of, owner_of
 from metaopt.rules import Rule, Update, rule_of
-from metaopt.wrapping import refresh, steps_on_stack, wrapped
+from metaopt.wrapping import refuse_filled, steps_on_stack, wrapped
 
 _open: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -195,7 +195,6 @@ class Loop:
         if steps_on_stack(self.optimizer) > 1:
             return None  # a class that calls the step of its base
         with self.paused():
-            refresh(self.optimizer)
             self._refuse_other_weights()
             self._refuse_replaced()
             for weight in self.weights():
@@ -376,6 +375,7 @@ class Loop:
             if name in links and not (isinstance(number, Tensor) and tape.is_live(number)):
                 spec: Any = self._scheduled(*links[name], plain[name])
             elif isinstance(number, Tensor) and tape.is_live(number):
+                refuse_filled(number)
                 spec = self._raw(number)
             else:
                 spec = tape.trace.number(plain[name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Wrapped", "refresh", "steps_on_stack", "wrap", "wrapped"]
+__all__ = ["Wrapped", "refuse_filled", "steps_on_stack", "wrap", "wrapped"]
 
 import sys
 import weakref
@@ -43,7 +43,8 @@ def wrap(optimizer: Opt, *, hold_numbers: bool = False) -> Opt:
     step the derivative there is 0, as in metaopt's rules.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``. It stays the object that it is; nothing of it is changed.
+        optimizer: any ``torch.optim.Optimizer``. It stays the object that it is, and gets a hook that renews settings
+            such as ``hyper.lr`` before each step.
         hold_numbers: what to do where the step takes a Python number out of a tensor that depends on the weights
             (``.item()``, ``float(x)``), whose derivative is lost: False refuses with an error; True holds the number
             constant, which is right where it only decides a branch or is logged.
@@ -70,6 +71,8 @@ def wrap(optimizer: Opt, *, hold_numbers: bool = False) -> Opt:
             f"{type(optimizer).__name__} has hyperparameters among its settings, which its rule differentiates and a "
             "watched step would take for numbers. Use it as it is, without `metaopt.wrap`."
         )
+    if optimizer not in _wrapped:
+        optimizer.register_step_pre_hook(_follow)
     _wrapped[optimizer] = Wrapped(hold_numbers)
     return optimizer
 
@@ -97,22 +100,36 @@ def _self(frame: FrameType) -> Any:
     return args[0] if args else None
 
 
-def refresh(optimizer: torch.optim.Optimizer) -> None:
-    """Give the groups the present values of constrained hyperparameters, which are tensors made of a leaf."""
-    for group in optimizer.param_groups:
-        for key, value in group.items():
-            if key == "params":
-                continue
-            if isinstance(value, tuple):
-                group[key] = tuple(_present(entry) for entry in value)
-            else:
-                group[key] = _present(value)
+def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Before each step, watched or not: the groups get the present values of constrained hyperparameters."""
+    with torch._C.DisableTorchFunction():  # bookkeeping, and no part of the loop that a context may be watching
+        for group in optimizer.param_groups:
+            for key, value in group.items():
+                if key == "params":
+                    continue
+                if isinstance(value, tuple):
+                    group[key] = tuple(_present(entry) for entry in value)
+                else:
+                    group[key] = _present(value)
 
 
 def _present(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    refuse_filled(value)
     source = getattr(value, "_metaopt_source", None)
-    if not isinstance(value, Tensor) or source is None:
+    if source is None:
         return value
     present = source()
     # The same object for as long as it does not change.
     return value if torch.equal(present.detach(), value.detach()) else present
+
+
+def refuse_filled(setting: Any) -> None:
+    """Raise if a scheduler has written into a tensor that was computed from a hyperparameter, as torch's do."""
+    if isinstance(setting, Tensor) and type(setting.grad_fn).__name__.startswith("FillBackward"):
+        raise RuleError(
+            "a scheduler wrote its number into a setting that is a hyperparameter, which cuts it off from the "
+            "hyperparameter. Use a class of `metaopt.optim`, where schedulers and hyperparameters go together; or "
+            "schedule a plain number, or compute the schedule with the tensor in the loop."
+        )

@@ -334,6 +334,42 @@ def test_constrained_hyperparameters_are_followed() -> None:
     assert w.item() == pytest.approx(expected.item())
 
 
+def test_a_scheduler_of_a_wrapped_optimizer() -> None:
+    w = weights()
+
+    def train(watch: Watch) -> nn.Module:
+        model = mlp(5, 6, 3)
+        x, y, _, _ = data()
+        optimizer = metaopt.wrap(torch.optim.RMSprop(model.parameters(), lr=0.05))
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4, eta_min=0.01)
+        with watch(optimizer):
+            for _ in range(3):
+                optimizer.zero_grad()
+                (w * F.cross_entropy(model(x), y, reduction="none")).mean().backward()
+                optimizer.step()
+                scheduler.step()
+        return model
+
+    assert hypergradcheck(train, outer, {"weights": w}, entries=1)
+
+
+def test_a_scheduler_on_a_hyperparameter_of_a_wrapped_optimizer_is_refused() -> None:
+    w = nn.Parameter(torch.ones(2))
+    optimizer = metaopt.wrap(torch.optim.SGD([w], lr=leaf(0.1)))
+    with pytest.raises(RuntimeError, match="in-place"):  # torch's own error
+        torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    hyper = metaopt.Hyperparameters(lr=metaopt.positive(0.1))
+    for optimizer in (
+        metaopt.wrap(torch.optim.SGD([w], lr=hyper.lr)),
+        metaopt.wrap(torch.optim.SGD([w], lr=2 * leaf(0.1))),
+        torch.optim.SGD([w], lr=2 * leaf(0.1)),
+    ):
+        torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        with pytest.raises(metaopt.RuleError, match="a scheduler wrote its number"), metaopt.record(optimizer):
+            (w**2).sum().backward()
+            optimizer.step()
+
+
 def test_rewinding_keeps_the_hyperparameter_in_the_groups() -> None:
     lr = leaf(0.1)
     w = nn.Parameter(torch.tensor(1.0))
