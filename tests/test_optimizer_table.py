@@ -69,11 +69,10 @@ class Problem:
         ]
 
     def draw(self, seed: int, *shape: int) -> Tensor:
-        # Drawn in single precision, so that every precision has the same problem.
+        # Rounded to single precision, so that every precision has the same problem.
         generator = torch.Generator("cpu").manual_seed(seed)
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(
-            torch.get_default_device(), self.dtype
-        )
+        value = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        return value.float().to(torch.get_default_device(), self.dtype)
 
     def loss(self, weights: list[Any], step: int) -> Tensor:
         x, y = self.draw(10, 6, 3), self.draw(11, 6, 2)
