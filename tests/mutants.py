@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LAWS, RULES = "tests/test_laws.py", "tests/test_rules.py"
+LAWS, RULES, TABLE = "tests/test_laws.py", "tests/test_rules.py", "tests/test_optimizer_table.py"
 FORWARD = "tests/test_forward_laws.py"
 CASES, INPUT = "tests/test_cases.py", "tests/test_bad_input.py"
 # Appended to the copy's conftest. The library compares its replays with the loop, and many mutants would end there;
@@ -335,6 +335,62 @@ MUTANTS = [
         "return value.double() if isinstance(value, Tensor)",
         "return value if isinstance(value, Tensor)",
         (RULES, "given_as_a_tensor"),
+    ),
+    Mutant(
+        "product-detached",
+        "NAdam's product of all momenta is a number: it forgets the settings of the steps before",
+        "rules/nadam.py",
+        "mu if before is None else before * mu",
+        "mu if before is None else before.detach() * mu",
+        (TABLE, "cell and NAdam"),
+    ),
+    Mutant(
+        "start-constant",
+        "Adagrad's sums begin at a number, with no derivative for their initial value",
+        "rules/adagrad.py",
+        "if s is None or (step == 1 and isinstance(initial_accumulator_value, Tensor)):",
+        "if s is None:",
+        (TABLE, "cell and Adagrad"),
+    ),
+    Mutant(
+        "rate-detached",
+        "the rate that ASGD carries from step to step is a number",
+        "rules/asgd.py",
+        "rate = lr if eta is None else double(eta)",
+        "rate = lr if eta is None else double(eta.detach())",
+        (TABLE, "cell and ASGD"),
+    ),
+    Mutant(
+        "size-detached",
+        "the weights' own size, by which Adafactor scales its step, is a number, as torch has it",
+        "rules/adafactor.py",
+        "_at_least(norm(w) / size, eps2)",
+        "_at_least(norm(w.detach()) / size, eps2)",
+        (TABLE, "cell and Adafactor"),
+    ),
+    Mutant(
+        "trust-detached",
+        "LAMB's trust ratio is a number",
+        "rules/lamb.py",
+        "trust = torch.where(zero_ratio, 1.0, size / torch.where(zero_ratio, 1.0, length))",
+        "trust = torch.where(zero_ratio, 1.0, size / torch.where(zero_ratio, 1.0, length)).detach()",
+        (TABLE, "cell and LAMB"),
+    ),
+    Mutant(
+        "rounded-derivative",
+        "Muon's derivative is that of torch's bfloat16 iteration, which has none",
+        "rules/muon.py",
+        "x = x + (rounded - x).detach()",
+        "x = rounded",
+        (TABLE, "Muon"),
+    ),
+    Mutant(
+        "flat-allowed",
+        "a hyperparameter where the weights have derivative 0 gets a hypergradient of 0",
+        "rules/rule.py",
+        "if name in self.flat:",
+        "if False:",
+        (TABLE, "without_a_derivative"),
     ),
     # -- schedules, and the way back
     Mutant(

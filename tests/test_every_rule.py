@@ -66,7 +66,7 @@ def settings(draw: DrawFn, row: Row) -> tuple[dict[str, float], dict[str, Any]]:
 
 
 @st.composite
-def histories(draw: DrawFn, row: Row, steps: int = 4) -> list[list[Tensor | None]]:
+def histories(draw: DrawFn, row: Row, steps: int = 3) -> list[list[Tensor | None]]:
     """Gradients for three weights and some steps; None where a weight takes no part."""
     some = ((3, 4), (4, 2), (1, 1)) if row.matrices else ((), (1,), (5,), (3, 4))
     shapes = [draw(st.sampled_from(some if row.matrices or not row.elementwise else (*some, (0,)))) for _ in range(3)]

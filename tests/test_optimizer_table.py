@@ -69,11 +69,10 @@ class Problem:
         ]
 
     def draw(self, seed: int, *shape: int) -> Tensor:
-        # Drawn in single precision, so that every precision has the same problem.
+        # Rounded to single precision, so that every precision has the same problem.
         generator = torch.Generator("cpu").manual_seed(seed)
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(
-            torch.get_default_device(), self.dtype
-        )
+        value = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        return value.float().to(torch.get_default_device(), self.dtype)
 
     def loss(self, weights: list[Any], step: int) -> Tensor:
         x, y = self.draw(10, 6, 3), self.draw(11, 6, 2)
@@ -205,7 +204,8 @@ def test_a_cell(row: Row, name: str, kind: str) -> None:
                 moved = [leaf.detach() + h * d for leaf, d in zip(leaves[name], directions, strict=True)]  # noqa: B023
                 return float(bare(row, kind, flags, {**leaves, name: moved})[0].detach())  # noqa: B023
 
-            slopes = [(8 * (value(h) - value(-h)) - value(2 * h) + value(-2 * h)) / (12 * h) for h in (1e-4, 2e-4)]
+            f = {k: value(k * 1e-4) for k in (-4, -2, -1, 1, 2, 4)}
+            slopes = [(8 * (f[k] - f[-k]) - f[2 * k] + f[-2 * k]) / (12e-4 * k) for k in (1, 2)]
             found = sum(float((g * d).sum()) for g, d in zip(grads[name], directions, strict=True))
             assert slopes[0] != 0, "the setting makes no difference here, so nothing was tested"
             assert slopes[0] == pytest.approx(slopes[1], rel=1e-5, abs=1e-9), flags

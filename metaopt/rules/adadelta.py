@@ -13,7 +13,7 @@ __all__ = ["Adadelta"]
 import torch
 from torch import Tensor
 
-from metaopt.rules.rule import NONNEGATIVE, Rule, Setting, State, add_scaled, decayed, safe_sqrt
+from metaopt.rules.rule import NONNEGATIVE, Rule, Setting, State, add_scaled, decayed, double, safe_sqrt
 
 
 def update(
@@ -29,6 +29,7 @@ def update(
     maximize: bool,
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """One step of Adadelta."""
+    rho = double(rho)
     g = decayed(w, g, weight_decay, maximize)
     zero = torch.zeros_like(w)
     v, d = state["square_avg"], state["acc_delta"]

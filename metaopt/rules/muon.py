@@ -39,7 +39,7 @@ def update(
     adjust_lr_fn: str | None,
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """One step of Muon."""
-    b = state["momentum_buffer"]
+    momentum, b = double(momentum), state["momentum_buffer"]
     b = lerp(torch.zeros_like(g) if b is None else b, g, 1 - momentum)
     u = lerp(g, b, momentum) if nesterov else b
     x = orthogonal(u, (ns_a, ns_b, ns_c), ns_steps, eps)

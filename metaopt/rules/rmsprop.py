@@ -14,7 +14,7 @@ __all__ = ["RMSprop"]
 import torch
 from torch import Tensor
 
-from metaopt.rules.rule import NONNEGATIVE, Rule, Setting, State, add_scaled, decayed, is_on, lerp, safe_sqrt
+from metaopt.rules.rule import NONNEGATIVE, Rule, Setting, State, add_scaled, decayed, double, is_on, lerp, safe_sqrt
 
 
 def update(
@@ -32,6 +32,7 @@ def update(
     maximize: bool,
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """One step of RMSprop."""
+    alpha, momentum = double(alpha), double(momentum)
     g = decayed(w, g, weight_decay, maximize)
     zero = torch.zeros_like(w)
     v, mean, b = state["square_avg"], state["grad_avg"], state["momentum_buffer"]

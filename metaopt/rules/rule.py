@@ -47,8 +47,8 @@ class Rule:
         update: ``(w, g, state, step, **settings, **flags) -> (w', state')``. Pure, for one tensor; ``state`` maps
             names to tensors, with None for what the optimizer has not made yet; ``step`` counts from 1.
         settings: the continuous settings, by the rule's name for them: where each is found in a param group, as
-            a key or as (key, index) for a member of a tuple such as ``betas``.
-        flags: the settings that choose a formula (``nesterov``, ``amsgrad``, …).
+            a key or as (key, index) for a member of a tuple such as ``betas``. One that is None there is not passed on.
+        flags: the settings that choose a formula (``nesterov``, ``amsgrad``, ``ns_steps``, …), as the group has them.
         state: the names of the tensors in ``optimizer.state[w]`` that are part of the dynamics.
         scalars: those of them that are numbers, whatever the weight's shape is.
         domain: for each setting the test that it must pass, and the words for it.
