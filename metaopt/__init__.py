@@ -30,7 +30,7 @@ from metaopt.hyperparameters import (
     schedule,
     simplex,
 )
-from metaopt.modes import Recording, Streaming, record, stream
+from metaopt.modes import Implicit, Recording, Streaming, implicit, record, stream
 from metaopt.wrapping import wrap
 
 __version__ = "0.1.0"
@@ -43,6 +43,7 @@ __all__ = [
     "HeldConstantWarning",
     "History",
     "Hyperparameters",
+    "Implicit",
     "MetaoptError",
     "MetaoptWarning",
     "MissingExtraError",
@@ -56,6 +57,7 @@ __all__ = [
     "check",
     "constrained",
     "errors",
+    "implicit",
     "interval",
     "l1_box",
     "nonnegative",

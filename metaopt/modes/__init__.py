@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-__all__ = ["Recording", "Streaming", "record", "stream"]
+__all__ = ["Implicit", "Recording", "Streaming", "implicit", "record", "stream"]
 
+from metaopt.modes.implicit import Implicit, implicit
 from metaopt.modes.record import Recording, record
 from metaopt.modes.stream import Streaming, stream
