@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from metaopt import errors, optim, rules
+from metaopt import errors, optim, rules, stn
 from metaopt.errors import (
     CaptureError,
     DomainError,
     EagerWarning,
+    FallbackWarning,
     HeldConstantWarning,
     MetaoptError,
     MetaoptWarning,
     MissingExtraError,
+    ResponseError,
     RuleError,
+    SkippedStepWarning,
     StaleError,
     SweepError,
     UnusedHyperparameterWarning,
@@ -37,6 +40,7 @@ __all__ = [
     "CaptureError",
     "DomainError",
     "EagerWarning",
+    "FallbackWarning",
     "HeldConstantWarning",
     "History",
     "Hyperparameters",
@@ -44,7 +48,9 @@ __all__ = [
     "MetaoptWarning",
     "MissingExtraError",
     "Recording",
+    "ResponseError",
     "RuleError",
+    "SkippedStepWarning",
     "StaleError",
     "Streaming",
     "SweepError",
@@ -62,5 +68,6 @@ __all__ = [
     "record",
     "rules",
     "simplex",
+    "stn",
     "stream",
 ]

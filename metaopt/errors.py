@@ -8,12 +8,15 @@
     │   └── StaleError                     a value changed, or was freed, after it was recorded
     ├── RuleError (TypeError)              an optimizer without a rule, or a rule that does not fit
     ├── DomainError (ValueError)           a setting outside the domain of its formula
+    ├── ResponseError (RuntimeError)       a model, a loss or a batch that a best response can't be learnt from
     └── MissingExtraError (ImportError)    an optional package that is not installed
 
     MetaoptWarning (UserWarning)
     ├── HeldConstantWarning                something that depends on the weights is held constant
     ├── UnusedHyperparameterWarning        a hyperparameter that took no part in the loop or the objective
-    └── EagerWarning                       a compiled model runs eagerly inside a context
+    ├── EagerWarning                       a compiled model runs eagerly inside a context
+    ├── FallbackWarning                    a slower way is taken for a model that forbids the faster one
+    └── SkippedStepWarning                 a hyper-step was left out, since its gradient was not finite
 
 An error's text says what was seen, why it matters, and what to do.
 """
@@ -24,11 +27,14 @@ __all__ = [
     "CaptureError",
     "DomainError",
     "EagerWarning",
+    "FallbackWarning",
     "HeldConstantWarning",
     "MetaoptError",
     "MetaoptWarning",
     "MissingExtraError",
+    "ResponseError",
     "RuleError",
+    "SkippedStepWarning",
     "StaleError",
     "SweepError",
     "UnusedHyperparameterWarning",
@@ -63,6 +69,10 @@ class DomainError(MetaoptError, ValueError):
     """A setting lies outside the domain in which its formula is defined."""
 
 
+class ResponseError(MetaoptError, RuntimeError):
+    """A best response can't be learnt from this model, loss or batch."""
+
+
 class MissingExtraError(MetaoptError, ImportError):
     """An optional package is needed and not installed."""
 
@@ -81,6 +91,14 @@ class UnusedHyperparameterWarning(MetaoptWarning):
 
 class EagerWarning(MetaoptWarning):
     """A compiled model or function runs eagerly inside a context."""
+
+
+class FallbackWarning(MetaoptWarning):
+    """A slower way is taken for a model that forbids the faster one."""
+
+
+class SkippedStepWarning(MetaoptWarning):
+    """A hyper-step was left out, since its loss or gradient was not finite."""
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

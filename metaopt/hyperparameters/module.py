@@ -174,6 +174,18 @@ class Hyperparameters(torch.nn.Module):
             known = ", ".join(self._domains) or "none"
             raise KeyError(f"no hyperparameter {name!r}; there are: {known}") from None
 
+    def get_leaf(self, name: str) -> Parameter:
+        """The leaf of a hyperparameter: the parameter that a hyper-optimizer moves.
+
+        Args:
+            name: its name.
+
+        Raises:
+            KeyError: if there is no such hyperparameter.
+        """
+        self._domain(name)
+        return self._leaf(name)
+
     @property
     def domains(self) -> dict[str, Domain]:
         """The domains by name."""
