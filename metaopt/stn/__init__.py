@@ -22,7 +22,8 @@ __all__ = [
 from metaopt.stn.penalties import l2
 from metaopt.stn.perturbations import Values
 from metaopt.stn.responses import Responses
+from metaopt.stn.session import train
 from metaopt.stn.structures import Structure, along, dense, structures
-from metaopt.stn.training import Tuner, train
+from metaopt.stn.training import Tuner
 from metaopt.stn.transform import transform
 from metaopt.stn.tuned import Tuned

@@ -102,8 +102,8 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """BatchNorm: in training mode through the batch's statistics, in evaluation through the running ones."""
-    # Without the running statistics torch takes the batch's, and has nothing to update.
-    stats = (None, None) if training else (running_mean, running_var)
+    # Without the running statistics torch takes the batch's, and has nothing to update: that is left to one pass.
+    stats = (None, None) if training and not p.moves_statistics else (running_mean, running_var)
     y = func(input, *stats, weight, bias, training, momentum, eps)
     dims = [d for d in range(input.ndim) if d != 1]
 
@@ -119,7 +119,7 @@ def batch_norm(
         input,
         weight,
         bias,
-        lambda: func(input, *stats, None, None, training, momentum, eps),
+        lambda: func(input, *((None, None) if training else stats), None, None, training, momentum, eps),
         derivative,
         _channel(input),
     )
@@ -141,7 +141,8 @@ def instance_norm(
     """InstanceNorm: each example by its own statistics, or by running ones in evaluation."""
     if not use_input_stats:
         return batch_norm(p, func, input, running_mean, running_var, weight, bias, False, momentum, eps)
-    y = func(input, None, None, weight, bias, True, momentum, eps)
+    stats = (running_mean, running_var) if p.moves_statistics else (None, None)
+    y = func(input, *stats, weight, bias, True, momentum, eps)
     return _finish(
         p,
         func,

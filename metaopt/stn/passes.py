@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from metaopt.stn.layouts import Layout, NeedsGroups, Site
+from metaopt.stn.perturbations import Noise
 from metaopt.stn.responses import Active
 
 Rule = Callable[..., Any]
@@ -55,6 +56,8 @@ class Pass(TorchFunctionMode):
         self.used: set[str] = set()
         self.hyper_used: set[str] = set()
         self.functional_dropout = False
+        self.noise = Noise()
+        self.moves_statistics = False
         self.fixed: Layout | None = None
         self._kept: list[Tensor] = []
 

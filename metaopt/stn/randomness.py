@@ -92,7 +92,7 @@ def dropout(
             return func(input, p, training, inplace) if training else input
         # The same draw as torch's own, seen through ones.
         return _apply(run, input, func(torch.ones_like(input), p, training), None, inplace)
-    noise = torch.rand(_shape(func, input), dtype=input.dtype, device=input.device)
+    noise = run.noise.uniform(_shape(func, input), input)
     return _apply(run, input, (noise >= rates) / (1 - rates), None, inplace)
 
 
@@ -111,7 +111,7 @@ def alpha_dropout(
         return input
     # Never torch's own: its draw could not be seen from outside, and must be the same in every pass.
     rate = torch.as_tensor(float(p), dtype=input.dtype, device=input.device) if rates is None else rates
-    kept = (torch.rand(_shape(func, input), dtype=input.dtype, device=input.device) >= rate).to(input.dtype)
+    kept = (run.noise.uniform(_shape(func, input), input) >= rate).to(input.dtype)
     scale = 1 / torch.sqrt((1 - rate) * (1 + rate * SATURATION**2))
     return _apply(run, input, kept * scale, scale * SATURATION * (1 - kept) - scale * SATURATION * rate, inplace)
 

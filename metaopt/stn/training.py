@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-__all__ = ["Tuner", "train"]
+__all__ = ["Factory", "Tuner"]
 
 import inspect
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from itertools import cycle, islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer, RMSprop
+from torch.optim import Optimizer
 
-from metaopt.errors import FallbackWarning, ResponseError, SkippedStepWarning, UnusedHyperparameterWarning
+from metaopt.errors import ResponseError, SkippedStepWarning
 from metaopt.hyperparameters.transformed import Integer, Interval
 from metaopt.stn.batches import size_of
-from metaopt.stn.checks import uses_directly
+from metaopt.stn.checks import check_first, evaluation, groups_of, require_scalar
+from metaopt.stn.generators import random_state, set_random_state
 from metaopt.stn.layouts import NeedsGroups
-from metaopt.stn.perturbations import Perturbation, draw, entropy, inverse_softplus
-from metaopt.stn.substitution import random_state, set_random_state
-from metaopt.stn.tuned import GROUPS, Tuned
+from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy, inverse_softplus
+from metaopt.stn.tuned import Tuned
 
 Factory = Callable[[Iterable[Tensor]], Optimizer]
 
 # An interval's leaf is kept where its sigmoid still has a slope: a thousandth of the width from the bounds.
 LEAF = 6.9
-
-
-def _sgd(parameters: Iterable[Tensor]) -> Optimizer:
-    return SGD(parameters, lr=0.01, momentum=0.9)
-
-
-def _rmsprop(parameters: Iterable[Tensor]) -> Optimizer:
-    return RMSprop(parameters, lr=0.01)
 
 
 class Tuner:
@@ -85,6 +77,7 @@ class Tuner:
         self.generator = torch.Generator("cpu").manual_seed(torch.initial_seed() if seed is None else seed)
         self.steps = 0
         self.skipped = 0
+        self._noise: Noise | None = None
         self._accepts_values = len(inspect.signature(valid_loss).parameters) > 2
 
     # -- the algorithm
@@ -127,6 +120,7 @@ class Tuner:
             return self._attempt(lambda: self._joint(batch), state)
         loss = self._weights(batch)
         after = random_state(self.tuned.device)
+        set_random_state(self.tuned.device, state)
         self._attempt(lambda: self._response(batch), state)
         set_random_state(self.tuned.device, after)
         return loss
@@ -148,19 +142,20 @@ class Tuner:
 
     def _weights(self, batch: Any) -> float:
         examples = size_of(batch)
-        point = self.tuned.coordinates.leaf().detach()
-        at = Perturbation(None, self.tuned.coordinates.values(point.expand(examples, -1)), weights=True)
+        at = Perturbation(None, self.tuned.coordinates.present(examples), weights=True)
         loss = self._loss(self.train_loss, batch, at)
+        self._noise = at.noise
         self._descend(loss, self.weights, self.optimizer)
         return loss.item()
 
     def _response(self, batch: Any) -> float:
         z, point, groups = self._perturb(size_of(batch))
         at = Perturbation(z / self.tuned.reference, self.tuned.coordinates.values(point), groups)
+        at.noise = Noise(self._noise)
         at.response, at.linearised = True, self.tuned.method == "delta"
         loss = self._loss(self.train_loss, batch, at)
         if self.steps == 1:
-            self._first(loss, at)
+            check_first(loss, at, self.weights)
         self._descend(loss, self.response, self.response_optimizer)
         return loss.item()
 
@@ -169,7 +164,7 @@ class Tuner:
         at = Perturbation(point, self.tuned.coordinates.values(point), groups, weights=True, response=True)
         loss = self._loss(self.train_loss, batch, at)
         if self.steps == 1:
-            self._first(loss, at)
+            check_first(loss, at, self.weights)
         self.optimizer.zero_grad()
         self._descend(loss, self.response, self.response_optimizer, (self.weights, self.optimizer))
         return loss.item()
@@ -182,7 +177,7 @@ class Tuner:
             groups: int | None = 1
             point = leaf.expand(examples, -1)
         else:
-            groups = self._groups(examples)
+            groups = groups_of(self.tuned, examples)
             point = leaf + sigma * self._normal(examples, groups)
         z = (point - origin) / (tuned.reference if tuned.standardize else 1)
         at = Perturbation(z, tuned.coordinates.values(point.detach()), groups, linearised=self.linearize_valid)
@@ -210,14 +205,7 @@ class Tuner:
     def _loss(self, function: Callable[..., Tensor], batch: Any, at: Perturbation, *, values: bool = True) -> Tensor:
         with self.tuned.perturbed(at):
             loss = function(self.tuned, batch, at.values) if values else function(self.tuned, batch)
-        if not isinstance(loss, Tensor) or loss.ndim != 0:
-            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ResponseError(f"a loss function returns a scalar tensor, got {what}; take the mean over the batch.")
-        if not loss.requires_grad:
-            raise ResponseError(
-                "the loss does not depend on the model that the loss function was given; compute it from "
-                "`model(x)`, where `model` is the function's first argument, without `no_grad`."
-            )
+        require_scalar(loss)
         return loss
 
     def _attempt(self, step: Callable[[], float], state: Any) -> float:
@@ -231,39 +219,8 @@ class Tuner:
                         f"{needs.name}: {needs.why}. A dropout rate differs from example to example, so its module "
                         "must see the examples along an axis; name its hyperparameter in `per_batch`."
                     ) from needs
-                told = self.tuned.fallback.get(needs.name)
-                if told != needs.why or needs.name not in self.tuned.warned:
-                    self.tuned.warned.add(needs.name)
-                    warnings.warn(
-                        f"parameter {needs.name!r} can't respond per example ({needs.why}): each group of examples has "
-                        "one perturbation, which makes the response noisier. `groups` in `transform` says how many "
-                        "groups, `metaopt.stn.structures.register` names a rule for a layer of your own.",
-                        FallbackWarning,
-                        stacklevel=4,
-                    )
                 self.tuned.fallback[needs.name] = needs.why
                 set_random_state(self.tuned.device, state)
-
-    def _groups(self, examples: int) -> int | None:
-        tuned = self.tuned
-        if not tuned.fallback:
-            return None
-        coupled = tuned.model.training and any(
-            isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training for m in tuned.model.modules()
-        )
-        if tuned.groups is None:
-            return 1 if coupled else min(GROUPS, examples)
-        if tuned.groups > examples:
-            raise ResponseError(
-                f"a batch of {examples} examples can't be split into {tuned.groups} groups of perturbations; use "
-                "larger batches (`drop_last=True` leaves out a short last one), or fewer `groups` in `transform`."
-            )
-        if coupled and tuned.groups > 1:
-            raise ResponseError(
-                "BatchNorm takes its statistics from the whole batch, which groups of examples would change; set "
-                "`groups=1` in `transform`, so that the batch has one perturbation."
-            )
-        return tuned.groups
 
     def _normal(self, examples: int, groups: int | None) -> Tensor:
         coordinates = self.tuned.coordinates
@@ -279,7 +236,7 @@ class Tuner:
 
     def _perturb(self, examples: int) -> tuple[Tensor, Tensor, int | None]:
         """``ε``, ``λ0 + ε``, and the number of groups."""
-        groups = self._groups(examples)
+        groups = groups_of(self.tuned, examples)
         z = self.tuned.scale.detach() * self._normal(examples, groups)
         return z, self.tuned.coordinates.leaf().detach() + z, groups
 
@@ -328,28 +285,6 @@ class Tuner:
             tuned.responses.rescale_(ratio)
             tuned.reference.mul_(ratio)
 
-    def _first(self, loss: Tensor, at: Perturbation) -> None:
-        """What can be seen of a wrong loss function after the first step."""
-        if not at.weights and uses_directly(loss, self.weights):
-            raise ResponseError(
-                "the training loss uses the model's parameters directly, and not through `model(x)`: that part would "
-                "not see the perturbed weights. For weight decay use `metaopt.stn.l2(model, values.NAME)`."
-            )
-        unused = set(at.values) - at.values.read - at.uses
-        if unused:
-            functional = (
-                " Its forward calls a functional dropout: make it a module, `self.drop = nn.Dropout()`, and bind that "
-                "by `bind={'NAME': 'drop'}` in `transform`."
-                if at.functional_dropout
-                else ""
-            )
-            warnings.warn(
-                f"hyperparameters that neither the model nor the training loss uses: {', '.join(sorted(unused))}. Read "
-                "them from the loss function's third argument, or bind them to a dropout module by name." + functional,
-                UnusedHyperparameterWarning,
-                stacklevel=5,
-            )
-
     # -- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
@@ -379,101 +314,5 @@ class Tuner:
         return [self.optimizer, self.response_optimizer, self.hyper_optimizer, self.scale_optimizer]
 
 
-@contextmanager
-def train(
-    tuned: Tuned,
-    train_loss: Callable[..., Tensor],
-    valid_loss: Callable[..., Tensor],
-    *,
-    optimizer: Factory = _sgd,
-    response_optimizer: Factory | None = None,
-    hyper_optimizer: Factory = _rmsprop,
-    scale_optimizer: Factory | None = _rmsprop,
-    train_steps: int = 5,
-    valid_steps: int = 1,
-    warmup: int = 0,
-    entropy_weight: float = 1e-3,
-    scale_bounds: tuple[float, float] = (1e-3, 2.0),
-    clip: float | None = None,
-    antithetic: bool = False,
-    linearize_valid: bool = False,
-    seed: int | None = None,
-) -> Iterator[Tuner]:
-    """Train a model and its best response, and tune its hyperparameters along the way.
-
-    Args:
-        tuned: what `transform` gave.
-        train_loss: ``train_loss(model, batch, values)`` returns a scalar; it is called with the present and with
-            perturbed hyperparameters. ``values`` holds each hyperparameter's value for each example, as a constant.
-        valid_loss: ``valid_loss(model, batch)``, without the regularisers; or with ``values`` as a third argument.
-        optimizer: makes the optimizer of the weights from their list.
-        response_optimizer: makes the response's; by default like ``optimizer``.
-        hyper_optimizer: makes the hyperparameters'.
-        scale_optimizer: makes the scales'; None keeps σ fixed, and validates without perturbation.
-        train_steps: T_train, training steps between validations.
-        valid_steps: T_valid, validation steps in turn.
-        warmup: training steps before the first validation.
-        entropy_weight: τ, the weight of the perturbations' entropy.
-        scale_bounds: between which σ is kept: where the response is flat, σ would grow without end.
-        clip: the largest norm of a gradient, of weights, response, hyperparameters and scales each.
-        antithetic: whether perturbations come in pairs of opposite sign.
-        linearize_valid: whether the output is linearised in validation too.
-        seed: of the perturbations; by default torch's initial seed.
-
-    Yields:
-        The tuner. The model is in training mode within, and in the mode that it had before, afterwards.
-
-    Raises:
-        ResponseError: if a number of steps, τ or a bound makes no sense.
-
-    References:
-        Bae and Grosse 2020, Alg. 1; MacKay et al. 2019, Alg. 1 and Eq. 15 (entropy).
-    """
-    if train_steps < 1 or valid_steps < 0 or warmup < 0:
-        raise ResponseError(
-            f"train_steps >= 1, valid_steps >= 0 and warmup >= 0, got {train_steps}, {valid_steps}, {warmup}."
-        )
-    if not 0 < scale_bounds[0] <= scale_bounds[1] or entropy_weight < 0:
-        raise ResponseError(
-            f"needs 0 < low <= high for scale_bounds and entropy_weight >= 0, got {scale_bounds}, {entropy_weight}."
-        )
-    modes = [(module, module.training) for module in tuned.modules()]
-    tuned.train()
-    try:
-        yield Tuner(
-            tuned,
-            train_loss,
-            valid_loss,
-            optimizer=optimizer,
-            response_optimizer=response_optimizer or optimizer,
-            hyper_optimizer=hyper_optimizer,
-            scale_optimizer=scale_optimizer,
-            train_steps=train_steps,
-            valid_steps=valid_steps,
-            warmup=warmup,
-            entropy_weight=entropy_weight,
-            scale_bounds=scale_bounds,
-            clip=clip,
-            antithetic=antithetic,
-            linearize_valid=linearize_valid,
-            seed=seed,
-        )
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def evaluation(tuned: Tuned) -> Iterator[None]:
-    """Evaluation mode, and back to the mode of each module."""
-    modes = [(module, module.training) for module in tuned.modules()]
-    tuned.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def _finite(tensors: list[Tensor | None]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in tensors if t is not None)
+    return math.isfinite(float(torch.nn.utils.get_total_norm([t for t in tensors if t is not None])))
