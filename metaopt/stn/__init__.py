@@ -12,6 +12,7 @@ __all__ = [
     "Tuner",
     "Values",
     "along",
+    "augment",
     "dense",
     "l2",
     "structures",
@@ -19,6 +20,7 @@ __all__ = [
     "transform",
 ]
 
+from metaopt.stn import augment
 from metaopt.stn.penalties import l2
 from metaopt.stn.perturbations import Values
 from metaopt.stn.responses import Responses
