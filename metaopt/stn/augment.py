@@ -1,8 +1,8 @@
 """Augmentation of batches, as tensor operations with a strength for each example, on any device.
 
 Every function draws the same number of random numbers whatever the strengths are. So the weights' step and the
-response's, which start from the same state of the generator, see the same draws at different strengths. A strength of zero
-leaves an example as it is.
+response's, which start from the same state of the generator, see the same draws at different strengths. A strength of
+zero leaves an example as it is.
 """
 
 from __future__ import annotations
