@@ -34,3 +34,12 @@ def test_readme() -> None:
     hyper = names["hyper"]
     assert isinstance(hyper, metaopt.Hyperparameters)
     assert all(leaf.grad is not None and leaf.grad.abs().sum() > 0 for leaf in hyper.parameters())
+
+
+def test_best_responses() -> None:
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    names = {"__name__": "stn"}
+    exec(compile(blocks("docs/stn.md"), "docs/stn.md", "exec"), names)
+    assert all(torch.isfinite(value).all() for value in names["plain"].values())  # type: ignore[attr-defined]
+    assert len(names["hyper"].history["rate"]) > 0  # type: ignore[attr-defined]
