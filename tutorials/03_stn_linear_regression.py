@@ -46,7 +46,7 @@ class Settings:
     Args:
         steps: training steps.
         warmup: the first of them, in which the hyperparameter stays.
-        lr: of the weights and the response, SGD with momentum 0.9.
+        lr: of the weights and the response, SGD with momentum 0.9; it falls to a fifth along the run.
         hyper_lr: of the hyperparameter, RMSprop; it falls to zero along the run.
         batch: examples in a batch.
         seeds: runs of each kind.
@@ -128,6 +128,8 @@ def tune(task: Task, kind: str, method: str, seed: int, settings: Settings) -> l
             if step >= settings.warmup and step % 5 == 0:
                 left = 1 - (step - settings.warmup) / settings.steps
                 tuner.hyper_optimizer.param_groups[0]["lr"] = settings.hyper_lr * max(left, 0.02)
+                for optimizer in (tuner.optimizer, tuner.response_optimizer):
+                    optimizer.param_groups[0]["lr"] = settings.lr * max(left, 0.2)
                 tuner.valid_step(task.valid)
             trail.append(tuned.coordinates.leaf().item())
     return trail

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "Diagnosis",
     "Responses",
     "Structure",
     "Tuned",
@@ -14,6 +15,7 @@ __all__ = [
     "along",
     "augment",
     "dense",
+    "diagnose",
     "l2",
     "structures",
     "train",
@@ -21,6 +23,7 @@ __all__ = [
 ]
 
 from metaopt.stn import augment
+from metaopt.stn.diagnosis import Diagnosis, diagnose
 from metaopt.stn.penalties import l2
 from metaopt.stn.perturbations import Values
 from metaopt.stn.responses import Responses

@@ -315,4 +315,5 @@ class Tuner:
 
 
 def _finite(tensors: list[Tensor | None]) -> bool:
-    return math.isfinite(float(torch.nn.utils.get_total_norm([t for t in tensors if t is not None])))
+    # A sum is finite if its terms are, and one number is waited for, not one a tensor.
+    return math.isfinite(float(torch.stack([t.detach().sum() for t in tensors if t is not None]).sum()))
