@@ -95,7 +95,8 @@ def diagnose(
     kept = [name for name, m in zip(coordinates.slices, mixed, strict=True) if m is not None]
     if not kept:
         raise ResponseError(
-            "no hyperparameter acts on the training loss smoothly, so there is no implicit hypergradient to compare with; look at the validation loss along the run instead."
+            "no hyperparameter acts on the training loss smoothly, so there is no implicit hypergradient to "
+            "compare with; look at the validation loss along the run instead."
         )
     implicit = torch.cat([-m.reshape(-1) for m in mixed if m is not None])
     columns = torch.stack(
