@@ -200,6 +200,24 @@ def test_each_unique_parameter_has_one_response() -> None:
     assert "decoder.weight" not in aliases
 
 
+@pytest.mark.parametrize("name", ["mlp", "conv1d", "transposed1d", "tied"])
+def test_as_many_banks_as_hyperparameters_impose_nothing(name: str) -> None:
+    """A10 at its end: one bank shares a V between all responses, H banks are any Jacobian."""
+    tuned, _ = responding(CASES[name], banks=3)
+    wanted = {n: torch.randn(3, *tuned.slots.parameter(n).shape) for n in tuned.names}
+    with torch.no_grad():
+        for entry, slots in zip(tuned.responses.entries, tuned.responses._slots, strict=True):
+            rows = tuned.responses.weight[entry.start : entry.stop]
+            if entry.structure.axis is None:
+                rows.copy_(wanted[entry.name].flatten(1).t())
+                continue
+            rows.copy_(torch.eye(3).repeat_interleave(entry.structure.rows, 0))
+            for slot, column in zip(slots, wanted[entry.name], strict=True):
+                tuned.responses.bases[slot].copy_(column)
+    for key, jacobian in tuned.responses.jacobian().items():
+        torch.testing.assert_close(jacobian, wanted[key])
+
+
 def test_frozen_parameters_have_no_response() -> None:
     model = CASES["mlp"].build()
     model[0].requires_grad_(False)  # type: ignore[index]

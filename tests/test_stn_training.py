@@ -333,6 +333,15 @@ def test_wrong_options_say_what_to_do() -> None:
         pass
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_models_that_can_not_be_seen_are_refused() -> None:
+    hyper = metaopt.Hyperparameters(a=metaopt.interval(0.3, 0, 1))
+    with pytest.raises(ResponseError, match=r"is compiled.*_orig_mod"):
+        transform(nn.Sequential(torch.compile(nn.Linear(3, 1))), hyper)  # type: ignore[call-overload]
+    with pytest.raises(ResponseError, match="call the model once"):
+        transform(nn.Sequential(nn.LazyLinear(2)), hyper)
+
+
 def test_parameters_without_a_rule_take_groups_and_say_so() -> None:
     case = CASES["bare"]
     hyper = metaopt.Hyperparameters(decay=metaopt.positive(0.1))

@@ -6,6 +6,7 @@ __all__ = ["transform"]
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import nn
 
 from metaopt.errors import ResponseError
@@ -71,6 +72,7 @@ def transform(
         Functions*, ICLR 2019. Bae and Grosse, *Delta-STN: Efficient Bilevel Optimization for Neural Networks using
         Structured Response Jacobians*, NeurIPS 2020, Sec. 3 and Alg. 1.
     """
+    _refuse(model)
     if method not in METHODS:
         raise ResponseError(f"no method {method!r}; choose one of {', '.join(METHODS)}.")
     if engine != "auto" and engine not in ENGINES:
@@ -90,6 +92,18 @@ def transform(
         engine=engine,
         verify=verify,
     )
+
+
+def _refuse(model: nn.Module) -> None:
+    """Refuse models whose functions can't be seen, or whose parameters are not there yet."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+            raise ResponseError(
+                f"{name or 'the model'!r} is compiled, and its functions can't be seen; transform the original module "
+                "(the `_orig_mod` of one that `torch.compile` made), and export the weights to the compiled one."
+            )
+        if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
+            raise ResponseError(f"{name or 'the model'!r} has parameters without a shape; call the model once, first.")
 
 
 def _bound(model: nn.Module, hyper: Hyperparameters, bind: Mapping[str, str | Sequence[str]]) -> dict[str, str]:
