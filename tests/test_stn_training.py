@@ -182,6 +182,21 @@ def test_the_algorithm_alternates_after_warming_up() -> None:
     assert "".join(calls) == "ttttt" + "vvv" + "tt" + "vvv"
 
 
+def test_batches_are_gone_through_anew_each_time() -> None:
+    passes: list[int] = []
+
+    class Loader:
+        def __iter__(self) -> Any:
+            passes.append(1)
+            return iter([data(seed=0), data(seed=1)])
+
+    with train(problem(), train_loss, valid_loss, train_steps=2) as tuner:
+        tuner.run(Loader(), Loader(), steps=6)
+        assert len(passes) == 3 + 2
+        with pytest.raises(ResponseError, match=r"no \(more\) batches"):
+            tuner.run(iter([data()]), [data()], steps=3)
+
+
 # -- scales
 
 

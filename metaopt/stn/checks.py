@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_first", "evaluation", "groups_of", "require_scalar"]
+__all__ = ["check_first", "evaluation", "groups_of", "repeat", "require_scalar"]
 
 import warnings
 from collections.abc import Iterable, Iterator
@@ -27,6 +27,20 @@ def require_scalar(loss: Any) -> None:
             "the loss does not depend on the model that the loss function was given; compute it from `model(x)`, where "
             "`model` is the function's first argument, without `no_grad`."
         )
+
+
+def repeat(batches: Iterable[Any]) -> Iterator[Any]:
+    """Pass over the batches again and again; a loader shuffles anew each time, so nothing is kept."""
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise ResponseError(
+                "there are no (more) batches to repeat; pass a loader or a list, which can be gone through many times, "
+                "and not an iterator."
+            )
 
 
 def groups_of(tuned: Tuned, examples: int) -> int | None:

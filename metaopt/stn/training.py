@@ -8,7 +8,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from itertools import cycle, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from metaopt.errors import ResponseError, SkippedStepWarning
 from metaopt.hyperparameters.transformed import Integer, Interval
 from metaopt.stn.batches import size_of
-from metaopt.stn.checks import check_first, evaluation, groups_of, require_scalar
+from metaopt.stn.checks import check_first, evaluation, groups_of, repeat, require_scalar
 from metaopt.stn.generators import random_state, set_random_state
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy, inverse_softplus
@@ -90,8 +90,8 @@ class Tuner:
             valid_batches: the validation data, repeated as needed.
             steps: the number of training steps; by default one pass.
         """
-        valid = cycle(valid_batches)
-        batches = train_batches if steps is None else islice(cycle(train_batches), steps)
+        valid = repeat(valid_batches)
+        batches = train_batches if steps is None else islice(repeat(train_batches), steps)
         for batch in batches:
             self.train_step(batch)
             after = self.steps - self.warmup
