@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from metaopt import check, errors, optim, rules
+from metaopt import check, errors, optim, rules, stn
 from metaopt.errors import (
     CaptureError,
     CheckError,
     DomainError,
     EagerWarning,
+    FallbackWarning,
     HeldConstantWarning,
     MetaoptError,
     MetaoptWarning,
     MissingExtraError,
+    ResponseError,
     RuleError,
+    SkippedStepWarning,
     StaleError,
     SweepError,
     UnusedHyperparameterWarning,
@@ -22,6 +25,7 @@ from metaopt.hyperparameters import (
     Hyperparameters,
     box,
     constrained,
+    integer,
     interval,
     l1_box,
     nonnegative,
@@ -40,6 +44,7 @@ __all__ = [
     "CheckError",
     "DomainError",
     "EagerWarning",
+    "FallbackWarning",
     "HeldConstantWarning",
     "History",
     "Hyperparameters",
@@ -48,7 +53,9 @@ __all__ = [
     "MetaoptWarning",
     "MissingExtraError",
     "Recording",
+    "ResponseError",
     "RuleError",
+    "SkippedStepWarning",
     "StaleError",
     "Streaming",
     "SweepError",
@@ -58,6 +65,7 @@ __all__ = [
     "constrained",
     "errors",
     "implicit",
+    "integer",
     "interval",
     "l1_box",
     "nonnegative",
@@ -68,6 +76,7 @@ __all__ = [
     "rules",
     "schedule",
     "simplex",
+    "stn",
     "stream",
     "wrap",
 ]

@@ -9,12 +9,15 @@
     ├── RuleError (TypeError)              an optimizer without a rule, or a rule that does not fit
     ├── DomainError (ValueError)           a setting outside the domain of its formula
     ├── CheckError (AssertionError)        a check found a derivative that is wrong, or could not be made
+    ├── ResponseError (RuntimeError)       a model, a loss or a batch that a best response can't be learnt from
     └── MissingExtraError (ImportError)    an optional package that is not installed
 
     MetaoptWarning (UserWarning)
     ├── HeldConstantWarning                something that depends on the weights is held constant
     ├── UnusedHyperparameterWarning        a hyperparameter that took no part in the loop or the objective
-    └── EagerWarning                       a compiled model runs eagerly inside a context
+    ├── EagerWarning                       a compiled model runs eagerly inside a context
+    ├── FallbackWarning                    a slower way is taken for a model that forbids the faster one
+    └── SkippedStepWarning                 a hyper-step was left out, since its gradient was not finite
 
 An error's text says what was seen, why it matters, and what to do.
 """
@@ -26,11 +29,14 @@ __all__ = [
     "CheckError",
     "DomainError",
     "EagerWarning",
+    "FallbackWarning",
     "HeldConstantWarning",
     "MetaoptError",
     "MetaoptWarning",
     "MissingExtraError",
+    "ResponseError",
     "RuleError",
+    "SkippedStepWarning",
     "StaleError",
     "SweepError",
     "UnusedHyperparameterWarning",
@@ -69,6 +75,10 @@ class CheckError(MetaoptError, AssertionError):
     """A check found derivatives that disagree, or could not be made; the text is its report."""
 
 
+class ResponseError(MetaoptError, RuntimeError):
+    """A best response can't be learnt from this model, loss or batch."""
+
+
 class MissingExtraError(MetaoptError, ImportError):
     """An optional package is needed and not installed."""
 
@@ -87,6 +97,14 @@ class UnusedHyperparameterWarning(MetaoptWarning):
 
 class EagerWarning(MetaoptWarning):
     """A compiled model or function runs eagerly inside a context."""
+
+
+class FallbackWarning(MetaoptWarning):
+    """A slower way is taken for a model that forbids the faster one."""
+
+
+class SkippedStepWarning(MetaoptWarning):
+    """A hyper-step was left out, since its loss or gradient was not finite."""
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

@@ -54,3 +54,12 @@ def test_coming_from() -> None:
             exec(compile(block, "docs/coming-from.md", "exec"), names)
     assert isinstance(names["lr"], torch.Tensor)
     assert names["lr"].grad is not None
+
+
+def test_best_responses() -> None:
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    names = {"__name__": "stn"}
+    exec(compile(blocks("docs/stn.md"), "docs/stn.md", "exec"), names)
+    assert all(torch.isfinite(value).all() for value in names["plain"].values())  # type: ignore[attr-defined]
+    assert len(names["hyper"].history["rate"]) > 0  # type: ignore[attr-defined]

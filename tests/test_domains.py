@@ -19,6 +19,7 @@ from metaopt.hyperparameters import (
     Value,
     box,
     constrained,
+    integer,
     interval,
     l1_box,
     nonnegative,
@@ -205,3 +206,40 @@ def test_gradients_agree_with_finite_differences(seed: int) -> None:
         leaf = spec.leaf.clone().requires_grad_()
         assert torch.autograd.gradcheck(spec.domain.to_value, leaf)
         assert torch.autograd.gradgradcheck(spec.domain.to_value, leaf)
+
+
+@given(st.integers(-5, 5), st.integers(1, 6), st.data(), dtypes)
+def test_integer_round_trips_and_reaches_both_bounds(
+    low: int, width: int, data: st.DataObject, dtype: torch.dtype
+) -> None:
+    high = low + width
+    value = torch.tensor(data.draw(st.lists(st.integers(low, high), min_size=1, max_size=5)), dtype=dtype)
+    spec = integer(value, low, high)
+    assert torch.equal(spec.value, value)
+    assert not spec.value.requires_grad
+    ends = spec.domain.to_value(torch.tensor([-1e3, 1e3], dtype=dtype))
+    assert ends.tolist() == [low, high]
+    # Every number has the same share of the interval.
+    shares = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    counts = torch.bincount(spec.domain.to_value(torch.logit(shares)).long() - low)
+    assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("arguments", [(0.5, 0, 5), (6, 0, 5), (0, 3, 3)], ids=str)
+def test_integer_refuses_what_is_not_whole_or_outside(arguments: tuple[float, int, int]) -> None:
+    with pytest.raises(DomainError, match=r"integer\("):
+        integer(*arguments)
+
+
+def test_each_hyperparameter_has_a_scale() -> None:
+    hyper = Hyperparameters(a=positive(1.0, scale=0.1), b=interval(0.5, 0, 1, scale=2), c=integer(1, 0, 5), d=0.0)
+    assert hyper.scales == {"a": 0.1, "b": 2.0, "c": 0.5, "d": 0.5}
+    assert str(hyper.domains["c"]) == "integer(0, 5)"
+    del hyper.a
+    assert "a" not in hyper.scales
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
+def test_a_scale_is_positive_and_finite(scale: float) -> None:
+    with pytest.raises(DomainError, match="perturbation scale"):
+        positive(1.0, scale=scale)

@@ -6,6 +6,7 @@ __all__ = [
     "Constrained",
     "box",
     "constrained",
+    "integer",
     "interval",
     "l1_box",
     "nonnegative",
@@ -21,8 +22,12 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.distributions import constraints
 
+from metaopt.errors import DomainError
 from metaopt.hyperparameters.domains import Box, Domain, L1Box, Real, Value, as_value
-from metaopt.hyperparameters.transformed import General, Interval, Positive, Simplex
+from metaopt.hyperparameters.transformed import General, Integer, Interval, Positive, Simplex
+
+# The perturbation scale where none is given: the authors of STN start at 0.5, those of Δ-STN at 1.
+SCALE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +37,23 @@ class Constrained:
     Args:
         domain: where it lives.
         leaf: the tensor from which ``domain.to_value`` reads the initial value; copied when it is used.
+        scale: the initial standard deviation σ of the perturbations of the leaf, by which `metaopt.stn` learns the
+            best response; other modes don't perturb, and don't look at it.
+
+    Raises:
+        DomainError: if the scale is no positive, finite number.
     """
 
     domain: Domain
     leaf: Tensor
+    scale: float = SCALE
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise DomainError(
+                f"a perturbation scale is a positive, finite number, got {self.scale:g}; 0.5 is a usual start. To "
+                "tune a hyperparameter of another mode, leave it out."
+            )
 
     @property
     def value(self) -> Tensor:
@@ -46,28 +64,30 @@ class Constrained:
         return f"Constrained({self.domain}, shape {tuple(self.leaf.shape)})"
 
 
-def real(value: Value) -> Constrained:
+def real(value: Value, *, scale: float = SCALE) -> Constrained:
     """An unconstrained hyperparameter, which is its own leaf.
 
     Args:
         value: a number or an array of any shape; integers take the default dtype.
+        scale: the standard deviation σ of `metaopt.stn`'s perturbations of the leaf.
 
     Raises:
         DomainError: if an entry is not finite.
     """
-    return _constrained(value, Real())
+    return _constrained(value, Real(), scale)
 
 
-def positive(value: Value) -> Constrained:
+def positive(value: Value, *, scale: float = SCALE) -> Constrained:
     """A positive hyperparameter, ``x = exp(u)``: a hyper-step moves it by a factor.
 
     Args:
         value: a number or an array of any shape, > 0.
+        scale: the standard deviation σ of `metaopt.stn`'s perturbations of the leaf, ``log x``.
 
     Raises:
         DomainError: if an entry is not positive; `box(0.0, 0, None)` reaches 0.
     """
-    return _constrained(value, Positive())
+    return _constrained(value, Positive(), scale)
 
 
 def nonnegative(value: Value) -> Constrained:
@@ -82,7 +102,7 @@ def nonnegative(value: Value) -> Constrained:
     return box(value, 0.0, None)
 
 
-def interval(value: Value, low: float, high: float) -> Constrained:
+def interval(value: Value, low: float, high: float, *, scale: float = SCALE) -> Constrained:
     """A hyperparameter between two bounds, ``x = low + (high - low) σ(u)``.
 
     A value on a bound has no finite ``u``: it starts inside, by a thousandth of the width, with a
@@ -92,14 +112,34 @@ def interval(value: Value, low: float, high: float) -> Constrained:
         value: a number or an array of any shape, in [low, high].
         low: the lower bound, finite.
         high: the upper bound, finite.
+        scale: the standard deviation σ of `metaopt.stn`'s perturbations of the leaf.
 
     Raises:
         DomainError: if an entry is outside, or the dtype can't resolve the interval.
     """
-    return _constrained(value, Interval(float(low), float(high)))
+    return _constrained(value, Interval(float(low), float(high)), scale)
 
 
-def simplex(value: Value) -> Constrained:
+def integer(value: Value, low: int, high: int, *, scale: float = SCALE) -> Constrained:
+    """A whole number between two bounds, both included: ``x = ⌊low + (high + 1 - low) σ(u)⌋``.
+
+    Every number has the same share of the interval, and the leaf starts in the middle of its number's share. A
+    floor has no derivative, so no hypergradient passes through the value: `metaopt.stn`, which learns the effect
+    of the leaf from perturbations of it, tunes these; for other modes the value is a constant.
+
+    Args:
+        value: a whole number or an array of them, in [low, high].
+        low: the least number.
+        high: the greatest number.
+        scale: the standard deviation σ of `metaopt.stn`'s perturbations of the leaf.
+
+    Raises:
+        DomainError: if an entry is not whole or outside, or a bound is not whole.
+    """
+    return _constrained(value, Integer(low, high), scale)
+
+
+def simplex(value: Value, *, scale: float = SCALE) -> Constrained:
     """Probability vectors along the last dimension, ``x = softmax(u)``.
 
     A vector with a zero has no finite ``u``: it starts mixed with a thousandth of the uniform one, with a
@@ -107,11 +147,12 @@ def simplex(value: Value) -> Constrained:
 
     Args:
         value: an array of shape ``(..., n)``, each vector >= 0 with sum 1.
+        scale: the standard deviation σ of `metaopt.stn`'s perturbations of the leaf.
 
     Raises:
         DomainError: if a vector is not a probability vector.
     """
-    return _constrained(value, Simplex())
+    return _constrained(value, Simplex(), scale)
 
 
 def box(value: Value, low: float | None = None, high: float | None = None) -> Constrained:
@@ -173,5 +214,5 @@ def _bound(bound: float | None, default: float) -> float:
     return default if bound is None else float(bound)
 
 
-def _constrained(value: Value, domain: Domain) -> Constrained:
-    return Constrained(domain, domain.to_leaf(as_value(value)))
+def _constrained(value: Value, domain: Domain, scale: float = SCALE) -> Constrained:
+    return Constrained(domain, domain.to_leaf(as_value(value)), float(scale))

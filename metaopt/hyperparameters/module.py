@@ -52,11 +52,13 @@ class Hyperparameters(torch.nn.Module):
 
     history: History
     _domains: dict[str, Domain]
+    _scales: dict[str, float]
 
     def __init__(self, /, **entries: Constrained | Value) -> None:
         super().__init__()
         self.history = History()
         self._domains = {}
+        self._scales = {}
         for name, entry in entries.items():
             self._add(name, entry)
         enroll(self)
@@ -72,6 +74,7 @@ class Hyperparameters(torch.nn.Module):
         # In this order: torch refuses to register a name that can be read already.
         self.register_parameter(name, Parameter(spec.leaf.detach().clone()))
         self._domains[name] = spec.domain
+        self._scales[name] = spec.scale
 
     def __getattr__(self, name: str) -> Tensor:
         # Reached only where normal look-up fails, and before __init__ or __setstate__ there are no domains.
@@ -103,6 +106,7 @@ class Hyperparameters(torch.nn.Module):
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
         self._domains.pop(name, None)
+        self._scales.pop(name, None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -169,6 +173,28 @@ class Hyperparameters(torch.nn.Module):
         except KeyError:
             known = ", ".join(self._domains) or "none"
             raise KeyError(f"no hyperparameter {name!r}; there are: {known}") from None
+
+    def get_leaf(self, name: str) -> Parameter:
+        """The leaf of a hyperparameter: the parameter that a hyper-optimizer moves.
+
+        Args:
+            name: its name.
+
+        Raises:
+            KeyError: if there is no such hyperparameter.
+        """
+        self._domain(name)
+        return self._leaf(name)
+
+    @property
+    def domains(self) -> dict[str, Domain]:
+        """The domains by name."""
+        return dict(self._domains)
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The initial perturbation scales σ by name, which `metaopt.stn` starts from."""
+        return dict(self._scales)
 
     def project_(self) -> Hyperparameters:
         r"""Put each projected leaf back into its set, in place.

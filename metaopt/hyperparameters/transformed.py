@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["General", "Interval", "Positive", "Simplex", "Transformed"]
+__all__ = ["General", "Integer", "Interval", "Positive", "Simplex", "Transformed"]
 
 import inspect
 import math
@@ -118,6 +118,37 @@ class Interval(Transformed):
 
     def __str__(self) -> str:
         return f"interval({self.low:g}, {self.high:g})"
+
+
+@dataclass(frozen=True)
+class Integer(Domain):
+    """The whole numbers between two bounds, x = floor(low + (high + 1 - low) sigmoid(leaf))."""
+
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        if self.low != int(self.low) or self.high != int(self.high) or not self.low < self.high:
+            raise DomainError(
+                f"{self} needs whole bounds with low < high; round or widen them, or use a plain number for a constant."
+            )
+
+    def to_leaf(self, value: Tensor) -> Tensor:
+        if (value != value.round()).any() or outside(value, self.low, self.high):
+            raise DomainError(
+                f"{self} is defined for whole numbers from {self.low} to {self.high}, got {span(value)}; round and "
+                "clip the value, or use `interval` for real numbers."
+            )
+        leaf: Tensor = torch.logit((widen(value) + 0.5 - self.low) / (self.high + 1 - self.low))
+        return leaf.to(value)
+
+    def to_value(self, leaf: Tensor) -> Tensor:
+        # Detached: the derivative of a floor, zero almost everywhere, says nothing about the hyperparameter's effect.
+        share = torch.sigmoid(leaf.detach())
+        return (self.low + (self.high + 1 - self.low) * share).floor().clamp(self.low, self.high)
+
+    def __str__(self) -> str:
+        return f"integer({self.low}, {self.high})"
 
 
 @dataclass(frozen=True)

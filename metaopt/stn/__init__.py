@@ -1,0 +1,34 @@
+"""Self-tuning networks: a best response that is learnt along with the weights, for any ``torch.nn`` module.
+
+`transform` attaches the response to a model, and `train` gives the steps of the training algorithm.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Diagnosis",
+    "Responses",
+    "Structure",
+    "Tuned",
+    "Tuner",
+    "Values",
+    "along",
+    "augment",
+    "dense",
+    "diagnose",
+    "l2",
+    "structures",
+    "train",
+    "transform",
+]
+
+from metaopt.stn import augment
+from metaopt.stn.diagnosis import Diagnosis, diagnose
+from metaopt.stn.penalties import l2
+from metaopt.stn.perturbations import Values
+from metaopt.stn.responses import Responses
+from metaopt.stn.session import train
+from metaopt.stn.structures import Structure, along, dense, structures
+from metaopt.stn.training import Tuner
+from metaopt.stn.transform import transform
+from metaopt.stn.tuned import Tuned

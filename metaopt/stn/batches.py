@@ -1,0 +1,60 @@
+"""Batches: how many examples there are, and parts of them."""
+
+from __future__ import annotations
+
+__all__ = ["count", "select", "size_of", "split"]
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metaopt.errors import ResponseError
+
+
+def count(args: Any, kwargs: Any, dim: int) -> int:
+    """The number of examples in a model's arguments: the size of the first tensor along an axis.
+
+    Raises:
+        ResponseError: if no tensor has that axis.
+    """
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.ndim > dim:
+            return leaf.shape[dim]
+    raise ResponseError(
+        f"the model is called without a tensor that has axis {dim}, the axis of examples; pass the batch as a tensor."
+    )
+
+
+def split(args: Any, kwargs: Any, part: Tensor, dim: int, examples: int) -> tuple[Any, Any]:
+    """The arguments for some of the examples; what has no axis of examples stays whole."""
+
+    def take(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.ndim > dim and leaf.shape[dim] == examples:
+            return leaf.index_select(dim, part.to(leaf.device))
+        return leaf
+
+    taken: tuple[Any, Any] = pytree.tree_map(take, (args, kwargs))
+    return taken
+
+
+def select(args: Any, kwargs: Any, number: int, dim: int) -> tuple[Any, Any]:
+    """The arguments for the first few examples, again from the start where there are fewer."""
+    examples = count(args, kwargs, dim)
+    return split(args, kwargs, torch.arange(number) % examples, dim, examples)
+
+
+def size_of(batch: Any, dim: int = 0) -> int:
+    """The number of examples in a batch of data.
+
+    Raises:
+        ResponseError: if it holds no tensor with examples.
+    """
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim > dim:
+            return leaf.shape[dim]
+    raise ResponseError(
+        "a batch must hold a tensor with its examples along an axis, and this one holds none; pass what the loss "
+        "function needs, such as `(x, y)`, or say `examples=...`."
+    )

@@ -1,0 +1,192 @@
+"""Coordinates: the hyperparameters as one vector, its perturbations, and the values that each example then sees."""
+
+from __future__ import annotations
+
+__all__ = ["Coordinates", "Noise", "Perturbation", "Values", "draw", "entropy", "inverse_softplus"]
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt.errors import DomainError
+from metaopt.hyperparameters import Hyperparameters
+from metaopt.stn.generators import random_state, set_random_state
+
+
+class Values(dict[str, Tensor]):
+    """Hyperparameters' values by name, one for each example along the first axis; also read as attributes.
+
+    They are constants: what the loss does with them trains the weights, not the hyperparameters. The names that were
+    read are noted, so that one that nothing uses can be named.
+    """
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no hyperparameter {name!r}; there are: {', '.join(self) or 'none'}") from None
+
+
+class Noise:
+    """The uniform numbers that one pass drew, for the next pass on the same examples.
+
+    A number is taken again only if the generator is where it was, and the generator then moves on as if it had been
+    drawn: so the passes agree with what drawing again would give, in a fraction of the time.
+    """
+
+    def __init__(self, kept: Noise | None = None) -> None:
+        self._old = iter([] if kept is None else kept._drawn)
+        self._drawn: list[tuple[Any, Tensor | None, Any]] = []
+
+    def uniform(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """Uniform numbers in [0, 1) of a shape."""
+        before = random_state(like.device)
+        kept, numbers, after = next(self._old, (before, None, before))
+        same = all(a is None or b is None or torch.equal(a, b) for a, b in zip(kept, before, strict=True))
+        if numbers is not None and numbers.shape == shape and numbers.dtype == like.dtype and same:
+            set_random_state(like.device, after)
+            return numbers
+        numbers = torch.rand(shape, dtype=like.dtype, device=like.device)
+        self._drawn.append((before, numbers, random_state(like.device)))
+        return numbers
+
+
+@dataclass
+class Perturbation:
+    """The point at which a pass runs.
+
+    Args:
+        z: what enters the response, ``(B, H)``; None for the plain weights.
+        values: the hyperparameters' values.
+        groups: how many different rows ``z`` has, each for a run of neighbouring examples; None for any.
+        linearised: whether the network is linearised in the weights' change.
+        weights: whether the weights w0 are trained through it.
+        response: whether the response is.
+        uses: names of hyperparameters that the model's dropouts used.
+    """
+
+    z: Tensor | None
+    values: Values
+    groups: int | None = None
+    linearised: bool = False
+    weights: bool = False
+    response: bool = False
+    uses: set[str] = field(default_factory=set)
+    functional_dropout: bool = False
+    noise: Noise = field(default_factory=lambda: Noise())
+
+
+class Coordinates:
+    """The unconstrained hyperparameters as one vector ``λ`` of H entries.
+
+    Args:
+        hyper: the hyperparameters, without projected ones.
+        per_batch: names of those that have one draw for a minibatch, not one for each example.
+
+    Raises:
+        DomainError: if there is none, one is projected, or a name is unknown.
+    """
+
+    def __init__(self, hyper: Hyperparameters, per_batch: tuple[str, ...] = ()) -> None:
+        if not len(hyper):
+            raise DomainError("a best response needs hyperparameters to respond to; add one to `Hyperparameters(...)`.")
+        self.hyper = hyper
+        self.slices: dict[str, slice] = {}
+        size = 0
+        for name, domain in hyper.domains.items():
+            if domain.projected:
+                raise DomainError(
+                    f"hyperparameter {name!r} is in {domain}, which a Gaussian perturbation would leave; use "
+                    "`interval`, `positive`, `integer` or `real`, whose leaf may be any number."
+                )
+            count = self.hyper.get_leaf(name).numel()
+            self.slices[name] = slice(size, size + count)
+            size += count
+        self.size = size
+        unknown = set(per_batch) - set(self.slices)
+        if unknown:
+            raise DomainError(
+                f"no hyperparameter {sorted(unknown)[0]!r} to draw per batch; there are: {', '.join(hyper)}."
+            )
+        self.shared = [i for name in per_batch for i in range(size)[self.slices[name]]]
+
+    def leaf(self) -> Tensor:
+        """``λ``, shape ``(H,)``, differentiable by the leaves."""
+        return torch.cat([self.hyper.get_leaf(name).reshape(-1) for name in self.slices])
+
+    def scales(self) -> Tensor:
+        """The initial ``σ``, shape ``(H,)``."""
+        scales = self.hyper.scales
+        return torch.cat([self.hyper.get_leaf(n).detach().reshape(-1) * 0 + scales[n] for n in self.slices])
+
+    @torch.no_grad()
+    def values(self, points: Tensor) -> Values:
+        """The constrained values at points of shape ``(B, H)``, each of shape ``(B, *shape)``."""
+        found = {}
+        for name, where in self.slices.items():
+            shape = self.hyper.get_leaf(name).shape
+            found[name] = self.hyper.domains[name].to_value(points[:, where].reshape(-1, *shape)).detach()
+        return Values(found)
+
+    def present(self, examples: int) -> Values:
+        """The values at ``λ0``, the same for each example."""
+        values = self.values(self.leaf().detach().unsqueeze(0))
+        return Values({name: v.expand(examples, *v.shape[1:]) for name, v in values.items()})
+
+
+def draw(
+    generator: torch.Generator,
+    examples: int,
+    width: int,
+    *,
+    groups: int | None = None,
+    shared: list[int] | None = None,
+    antithetic: bool = False,
+    like: Tensor,
+) -> Tensor:
+    """Standard normal numbers ``n``, one row for each example, from a generator of their own.
+
+    Args:
+        generator: on the CPU, so that a run is the same on every device.
+        examples: B.
+        width: H.
+        groups: draw one row for each of so many runs of neighbouring examples.
+        shared: columns that have one number for the whole batch.
+        antithetic: draw half of the rows and take the others as their negatives.
+        like: a tensor whose type and device the numbers have.
+
+    Returns:
+        Shape ``(B, H)``.
+    """
+    rows = examples if groups is None else groups
+    drawn = -(-rows // 2) if antithetic else rows
+    n = torch.randn(drawn, width, generator=generator, dtype=torch.float64, device="cpu")
+    if antithetic:
+        n = torch.cat([n, -n])[:rows]
+    if groups is not None:
+        counts = [len(part) for part in torch.arange(examples, device="cpu").tensor_split(groups)]
+        n = n.repeat_interleave(torch.tensor(counts, device="cpu"), 0)
+    if shared:
+        n[:, shared] = n[:1, shared]
+    return n.to(like)
+
+
+def inverse_softplus(x: Tensor) -> Tensor:
+    """``ρ`` with ``softplus(ρ) = x``, as ``x + log(1 - e^{-x})``: ``log(e^x - 1)`` overflows."""
+    return x + torch.log(-torch.expm1(-x))
+
+
+def entropy(scales: Tensor) -> Tensor:
+    """The entropy of the perturbations, ``Σ_i log(σ_i √(2πe))``."""
+    return (torch.log(scales) + 0.5 * math.log(2 * math.pi * math.e)).sum()

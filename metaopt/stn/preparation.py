@@ -1,0 +1,188 @@
+"""What is found out, and checked, when a transformed model is first called."""
+
+from __future__ import annotations
+
+__all__ = ["Prepared"]
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils import _pytree as pytree
+
+from metaopt.errors import FallbackWarning, ResponseError
+from metaopt.stn.batches import count, select
+from metaopt.stn.engines import ENGINES
+from metaopt.stn.generators import same_randomness
+from metaopt.stn.layouts import Layout, NeedsGroups, Site, infer
+from metaopt.stn.passes import Pass, Recorder, Unsupported
+from metaopt.stn.perturbations import Coordinates, Perturbation
+from metaopt.stn.responses import Responses
+
+
+class Prepared(nn.Module):
+    """The part of `Tuned` that looks at the model before it relies on it."""
+
+    model: nn.Module
+    coordinates: Coordinates
+    responses: Responses
+    rho: Parameter
+    batch_dim: int
+    verify: bool
+    fallback: dict[str, str]
+    _layouts: dict[bool, dict[Site, Layout | str]]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the response is."""
+        return self.responses.weight.device
+
+    def _run(
+        self,
+        z: Tensor,
+        kind: type[Pass],
+        values: Mapping[str, Tensor],
+        args: Any,
+        kwargs: Any,
+        *,
+        weights: bool,
+        response: bool,
+        at: Perturbation | None = None,
+        weight: Tensor | None = None,
+    ) -> tuple[Any, Pass]:
+        raise NotImplementedError
+
+    def _prepare(self, args: Any, kwargs: Any) -> None:
+        """Find out where the examples are in the model, and check that every use of a weight was seen."""
+        training = self.model.training
+        if training in self._layouts:
+            return
+        modes = [(module, module.training) for module in self.model.modules()]
+        try:
+            with same_randomness(self.device), torch.no_grad():
+                known: dict[Site, Layout | str] = {}
+                if training:
+                    self.model.eval()
+                    known = self._infer(args, kwargs, {})
+                    for module, mode in modes:
+                        module.training = mode
+                self._layouts[training] = self._infer(args, kwargs, known)
+                if self.verify:
+                    self._check(args, kwargs)
+        except BaseException:
+            self._layouts.pop(training, None)
+            raise
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+    def _infer(self, args: Any, kwargs: Any, known: Mapping[Site, Layout | str]) -> dict[Site, Layout | str]:
+        runs = [self._recorded(*select(args, kwargs, n, self.batch_dim), n) for n in (2, 3)]
+        return infer(runs[0].seen, runs[1].seen, known)
+
+    def _recorded(self, args: Any, kwargs: Any, examples: int) -> Recorder:
+        z = self.rho.new_zeros(examples, self.coordinates.size)
+        values = self.coordinates.values(self.coordinates.leaf().detach().expand(examples, -1))
+        try:
+            _, p = self._run(z, Recorder, values, args, kwargs, weights=False, response=False)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ResponseError(
+                f"`{type(self.model).__name__}` was run on {examples} examples, to find out where they are in what "
+                f"its layers see, and that failed: {error}. The examples must be along axis {self.batch_dim} of "
+                "every tensor that it is called with (`transform(..., batch_dim=...)` says which), and tensors "
+                "without examples must be of another size along it."
+            ) from error
+        assert isinstance(p, Recorder)
+        return p
+
+    def _check(self, args: Any, kwargs: Any) -> None:
+        """With the same perturbation for all examples, responses must do what changed weights do."""
+        examples = count(args, kwargs, self.batch_dim)
+        z = self.rho.new_ones(1, self.coordinates.size)
+        weight = 0.3 * torch.randn_like(self.responses.weight) / self.coordinates.size
+        values = self.coordinates.values(self.coordinates.leaf().detach().expand(examples, -1))
+        constant: dict[str, Any] = {"weights": False, "response": False, "weight": weight}
+        before = dict(self.fallback)
+        while True:
+            try:
+                with same_randomness(self.device):
+                    output, p = self._run(z.expand(examples, -1), Pass, values, args, kwargs, **constant)
+                break
+            except NeedsGroups as needs:
+                self.fallback[needs.name] = needs.why
+        unseen = {e.name for e in self.responses.entries} - p.used - set(self.fallback)
+        everything = dict.fromkeys((e.name for e in self.responses.entries), "")
+        with same_randomness(self.device):
+            kept, self.fallback = self.fallback, everything
+            try:
+                expected, _ = self._run(z, Pass, values, args, kwargs, **constant)
+            finally:
+                self.fallback = kept
+        if _close(output, expected):
+            return
+        if not unseen:
+            self.fallback = before
+            raise ResponseError(
+                f"`{type(self.model).__name__}` uses its weights in a way that can't be seen, such as a custom "
+                "autograd.Function beside a layer: its response would be wrong. Let one parameter be used either by "
+                "layers or by such a function."
+            )
+        self.fallback |= dict.fromkeys(unseen, "no function of torch was seen to use it")
+        self._check(args, kwargs)
+
+    def _fall_back(self, engines: list[str], reason: Exception) -> None:
+        if len(engines) == 1:
+            raise ResponseError(
+                f"`{type(self.model).__name__}` can't be linearised by the engine {engines[0]!r}: {reason}. Use "
+                '`method="centered"`, which needs no second derivative, or `engine="auto"`.'
+            ) from reason
+        names = {"manual": "hand-written tangents", "forward": "forward-mode AD", "double": "two backward passes"}
+        warnings.warn(
+            f"`{type(self.model).__name__}` can't be linearised by {names[engines[0]]} ({reason}); it falls back to "
+            f"{names[engines[1]]}, which is slower.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+        engines.pop(0)
+
+    def _compare(self, z: Tensor, values: Mapping[str, Tensor], args: Any, kwargs: Any, engines: list[str]) -> None:
+        """Compare hand-written tangents with another engine's, once: a wrong one must not go unnoticed."""
+        # The response starts at zero, where all engines agree.
+        with same_randomness(self.device):
+            weight = torch.randn_like(self.responses.weight)
+
+        def run(point: Tensor, kind: type[Pass]) -> tuple[Any, Pass]:
+            return self._run(point, kind, values, args, kwargs, weights=False, response=False, weight=weight)
+
+        found = []
+        for engine in ENGINES:
+            with same_randomness(self.device):
+                try:
+                    found.append(ENGINES[engine](run, z.detach()))
+                except Unsupported as reason:
+                    if engine == engines[0]:
+                        self._fall_back(engines, reason)
+            if len(found) == 2:
+                break
+        if len(found) == 2 and engines[0] == "manual" and not _close(*found):
+            engines.pop(0)
+            warnings.warn(
+                f"hand-written tangents of `{type(self.model).__name__}` differ from torch's own, which are used "
+                "from now on; does the model write on its intermediate values?",
+                FallbackWarning,
+                stacklevel=2,
+            )
+
+
+def _close(a: Any, b: Any) -> bool:
+    """Whether two outputs agree up to rounding."""
+    for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            tolerance = 1e-8 if x.dtype == torch.float64 else 2e-3 if x.dtype == torch.float32 else 5e-2
+            bound = tolerance * float(y.detach().abs().nan_to_num().max() if y.numel() else 0) + 1e-12
+            if not torch.allclose(x.detach(), y.detach(), rtol=tolerance, atol=bound, equal_nan=True):
+                return False
+    return True

@@ -1,0 +1,121 @@
+"""Dropout of every kind, with a rate for each example, and with one mask for primal and tangent."""
+
+from __future__ import annotations
+
+__all__ = ["DROPOUTS", "Rate"]
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaopt.stn.passes import Pass
+from metaopt.stn.rules import register
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+# The value to which SELU saturates: -scale · alpha.
+SATURATION = -1.7580993408473766
+
+
+class Rate(float):
+    """A module's dropout rate that knows its module, and the hyperparameter it is bound to.
+
+    It stands in for ``module.p`` during a pass: torch hands it on to the function untouched.
+
+    Args:
+        value: the rate, used where nothing is bound.
+        module: the module's name.
+        hyper: the hyperparameter, or None.
+    """
+
+    module: str
+    hyper: str | None
+
+    def __new__(cls, value: float, module: str, hyper: str | None) -> Rate:
+        rate = super().__new__(cls, value)
+        rate.module, rate.hyper = module, hyper
+        return rate
+
+
+def _rates(run: Pass, func: Any, x: Tensor, rate: float) -> Tensor | None:
+    """The rate of each example in a shape that broadcasts with ``x``; one number where all are equal."""
+    if not isinstance(rate, Rate):
+        # The forward calls a functional dropout, which no name binds.
+        run.functional_dropout = True
+        return None
+    if rate.hyper is None or rate.hyper not in run.rates:
+        return None
+    run.hyper_used.add(rate.hyper)
+    values = run.rates[rate.hyper].to(x.dtype)
+    if values.ndim == 0:
+        return values
+    layout = run.fixed or run.locate((f"dropout {rate.module}", func.__name__), x)
+    return values[0] if layout is None else layout.spread(values, x.ndim)
+
+
+def _shape(func: Any, x: Tensor) -> torch.Size:
+    """What has a mask of its own: every entry, or a whole channel."""
+    if func is F.dropout or func is F.alpha_dropout:
+        return x.shape
+    batched = (
+        func is F.feature_alpha_dropout or x.ndim == {"dropout1d": 3, "dropout2d": 4, "dropout3d": 5}[func.__name__]
+    )
+    kept = 2 if batched else 1
+    return torch.Size([n if d < kept else 1 for d, n in enumerate(x.shape)])
+
+
+def _apply(run: Pass, x: Tensor, factor: Tensor, shift: Tensor | None, inplace: bool) -> Tensor:
+    dx = run.tangent(x)
+    y = x * factor if shift is None else x * factor + shift
+    change = None if dx is None else dx * factor
+    if not inplace:
+        return run.join(y, change) if run.linearised else y
+    return run.overwrite(x, y, change)
+
+
+@register(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
+def dropout(
+    run: Pass,
+    func: Any,
+    input: Tensor,  # noqa: A002
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+) -> Tensor:
+    """``y = x m / (1 - p_b)`` with ``m ~ Bernoulli(1 - p_b)``, for entries or whole channels."""
+    rates = _rates(run, func, input, p) if training else None
+    if rates is None:
+        if not training or run.tangent(input) is None:
+            return func(input, p, training, inplace) if training else input
+        # The same draw as torch's own, seen through ones.
+        return _apply(run, input, func(torch.ones_like(input), p, training), None, inplace)
+    noise = run.noise.uniform(_shape(func, input), input)
+    return _apply(run, input, (noise >= rates) / (1 - rates), None, inplace)
+
+
+@register(F.alpha_dropout, F.feature_alpha_dropout)
+def alpha_dropout(
+    run: Pass,
+    func: Any,
+    input: Tensor,  # noqa: A002
+    p: float = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    """Dropout that keeps mean and variance: dropped entries take SELU's saturation, then an affine map."""
+    rates = _rates(run, func, input, p) if training else None
+    if not training:
+        return input
+    # Never torch's own: its draw could not be seen from outside, and must be the same in every pass.
+    rate = torch.as_tensor(float(p), dtype=input.dtype, device=input.device) if rates is None else rates
+    kept = (run.noise.uniform(_shape(func, input), input) >= rate).to(input.dtype)
+    scale = 1 / torch.sqrt((1 - rate) * (1 + rate * SATURATION**2))
+    return _apply(run, input, kept * scale, scale * SATURATION * (1 - kept) - scale * SATURATION * rate, inplace)
+
+
+def check_rates(rates: Tensor) -> bool:
+    """Whether rates are in [0, 1): at 1 the mask divides by zero."""
+    return bool(((rates >= 0) & (rates < 1)).all()) and math.isfinite(float(rates.sum()))

@@ -1,0 +1,191 @@
+"""The response: how the weights follow the hyperparameters, one response for each unique parameter."""
+
+from __future__ import annotations
+
+__all__ = ["Active", "Entry", "Responses"]
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from metaopt.errors import ResponseError
+from metaopt.stn.structures import Structure, along, dense, structures
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One responding parameter.
+
+    Args:
+        name: its first name in the model.
+        aliases: all its names, where it is tied.
+        structure: its rows.
+        known: whether its layers have rules per example; else it responds through the fallback.
+        start: its first row in ``U``.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    structure: Structure
+    known: bool
+    start: int
+    banks: int
+
+    @property
+    def stop(self) -> int:
+        """The row of ``U`` after its last."""
+        return self.start + self.banks * self.structure.rows
+
+
+@dataclass(frozen=True)
+class Active:
+    """The response of one parameter within one pass.
+
+    Args:
+        entry: whose it is.
+        coefficients: a tensor ``(B, o)`` for each bank: ``s = ε Uᵀ``.
+        bases: ``V`` of each bank, or None where it is 1.
+    """
+
+    entry: Entry
+    coefficients: tuple[Tensor, ...]
+    bases: tuple[Tensor | None, ...]
+
+    def rows(self, start: int, stop: int) -> Active:
+        """The response of ``P[start:stop]``, for rows along the first axis."""
+        return Active(
+            self.entry,
+            tuple(s[:, start:stop] for s in self.coefficients),
+            tuple(None if base is None else base[start:stop] for base in self.bases),
+        )
+
+    def change(self, example: int = 0) -> Tensor:
+        """``ΔP`` of one example, of the parameter's shape."""
+        structure = self.entry.structure
+        terms = [structure.scale(s[example], v) for s, v in zip(self.coefficients, self.bases, strict=True)]
+        return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+
+
+class Responses(nn.Module):
+    r"""The response Jacobian of a model's parameters, ``Θ``, in the structure of its layers.
+
+    .. math:: \Delta P_b = \sum_{k=1}^{K} \mathrm{diag}(U_k z_b)\, V_k
+
+    ``U`` starts at zero, so the response does too; ``V`` is drawn as a layer's weights are.
+
+    Args:
+        model: the model; frozen parameters have no response.
+        width: H, the number of entries of all hyperparameters.
+        banks: K, the number of terms of each matrix. One bank is the papers' form, in which all H response directions
+            share one ``V``; H banks impose nothing.
+
+    Shape:
+        ``U`` is (R, H), with a row for each row of each parameter and bank; a ``V`` has its parameter's shape.
+
+    Raises:
+        ResponseError: if no parameter is trained, or they are of several types or on several devices.
+
+    References:
+        MacKay et al. 2019, Eq. 10-11; Bae and Grosse 2020, Sec. 3.3. Banks are ours.
+    """
+
+    def __init__(self, model: nn.Module, width: int, banks: int = 1) -> None:
+        super().__init__()
+        found = _parameters(model)
+        kinds = {(p.dtype, p.device) for p, _, _, _ in found}
+        if len(kinds) != 1:
+            raise ResponseError(
+                "a best response needs trained parameters of one floating-point type on one device, got "
+                f"{', '.join(f'{d} on {v}' for d, v in sorted(kinds, key=str)) or 'none'}; convert the model with "
+                "`model.to(...)`, or unfreeze the parameters that should respond."
+            )
+        self.entries: list[Entry] = []
+        self.bases = nn.ParameterList()
+        self._slots: list[tuple[int, ...]] = []
+        rows = 0
+        for parameter, names, structure, known in found:
+            count = 1 if structure.axis is None else banks
+            entry = Entry(names[0], names, structure, known, rows, count)
+            rows = entry.stop
+            self.entries.append(entry)
+            first = len(self.bases)
+            if structure.axis is not None:
+                self.bases.extend(Parameter(_base(parameter, structure)) for _ in range(count))
+            self._slots.append(tuple(range(first, len(self.bases))))
+        dtype, device = kinds.pop()
+        self.weight = Parameter(torch.zeros(rows, width, dtype=dtype, device=device))
+
+    def active(self, z: Tensor, *, frozen: bool = False, weight: Tensor | None = None) -> Iterator[Active]:
+        """The response of each entry, in order.
+
+        Args:
+            z: the coordinates ``(B, H)``, such as the perturbations.
+            frozen: whether ``U`` and ``V`` are constants.
+            weight: another ``U``.
+        """
+        if weight is None:
+            weight = self.weight.detach() if frozen else self.weight
+        spread = z.to(weight.dtype) @ weight.t()
+        pieces = iter(spread.split([e.structure.rows for e in self.entries for _ in range(e.banks)], 1))
+        for entry, slots in zip(self.entries, self._slots, strict=True):
+            coefficients = tuple(next(pieces) for _ in range(entry.banks))
+            bases: tuple[Tensor | None, ...] = tuple(
+                self.bases[slot].detach() if frozen else self.bases[slot] for slot in slots
+            )
+            yield Active(entry, coefficients, bases or (None,))
+
+    def changes(self, z: Tensor) -> dict[str, Tensor]:
+        """``ΔP`` for one point ``z`` of shape ``(H,)``, by each parameter's first name."""
+        return {active.entry.name: active.change() for active in self.active(z.reshape(1, -1))}
+
+    def jacobian(self, reference: Tensor | None = None) -> dict[str, Tensor]:
+        """``∂P/∂λ``, with the H hyperparameters as the first axis, by each parameter's first name.
+
+        Args:
+            reference: by what a perturbation is divided before it enters, if it is.
+        """
+        units = torch.eye(self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
+        if reference is not None:
+            units = units / reference.to(units)
+        columns = [self.changes(unit) for unit in units]
+        return {name: torch.stack([column[name] for column in columns]) for name in columns[0]}
+
+    @torch.no_grad()
+    def rescale_(self, ratio: Tensor) -> None:
+        """Multiply the columns of ``U``: the same response for coordinates that were divided by ``ratio``."""
+        self.weight.mul_(ratio.to(self.weight))
+
+
+def _parameters(model: nn.Module) -> list[tuple[Parameter, tuple[str, ...], Structure, bool]]:
+    """Each unique trained parameter with all its names, its structure, and whether its layers have rules."""
+    seen: dict[int, tuple[Parameter, list[str], list[Structure | None]]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        declared: Mapping[str, Structure] = structures(module)
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad:
+                continue
+            _, names, kinds = seen.setdefault(id(parameter), (parameter, [], []))
+            names.append(f"{prefix}.{name}" if prefix else name)
+            kinds.append(declared.get(name))
+    found = []
+    for parameter, names, kinds in seen.values():
+        given = [kind for kind in kinds if kind is not None]
+        # A table of words that is tied to a decoder responds along its columns, in both.
+        structure = max(given, key=lambda s: s.axis or 0, default=None)
+        known = len(given) == len(kinds)
+        found.append((parameter, tuple(names), structure or _bare(parameter), known))
+    return found
+
+
+def _bare(parameter: Tensor) -> Structure:
+    return along(parameter, 0) if parameter.ndim > 1 else dense(parameter)
+
+
+def _base(parameter: Tensor, structure: Structure) -> Tensor:
+    fan_in = parameter.numel() / max(structure.rows, 1)
+    bound = 1 / math.sqrt(max(fan_in, 1))
+    return torch.empty_like(parameter, requires_grad=False).uniform_(-bound, bound)

@@ -1,0 +1,128 @@
+"""Which rows of a layer's parameters respond together: one rule a layer type, by ``functools.singledispatch``.
+
+A response moves a parameter ``P`` of example ``b`` by ``ΔP_b = Σ_k diag(U_k ε_b) V_k``: each *row* of ``V``, a slice
+along the output axis, is multiplied by a scalar that is linear in the perturbation ``ε_b``. A `Structure` says what the
+rows of one parameter are.
+
+References:
+    MacKay et al., *Self-Tuning Networks*, 2019, Sec. 3.3; Bae and Grosse, *Delta-STN*, 2020, Sec. 3.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Structure", "along", "dense", "structures"]
+
+import functools
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The rows of one parameter.
+
+    Args:
+        rows: how many there are, ``o``.
+        view: the shape in which the parameter is seen.
+        broadcast: the shape in which a row's scalars multiply that view.
+        axis: the axis of the rows, or None where every entry is a row of its own (then ``V`` is 1 and drops out).
+    """
+
+    rows: int
+    view: tuple[int, ...]
+    broadcast: tuple[int, ...]
+    axis: int | None
+
+    def scale(self, coefficients: Tensor, base: Tensor | None) -> Tensor:
+        """``diag(s) V``: a change of the parameter from the scalars of one example, shape ``(o,)``."""
+        scalars = coefficients.reshape(self.broadcast)
+        if base is None:
+            return scalars.reshape(self.view)
+        return (scalars * base.reshape(self.view)).reshape(base.shape)
+
+
+def along(parameter: Tensor, axis: int) -> Structure:
+    """Rows along one axis of a matrix or a kernel; a vector has a row for each entry."""
+    if parameter.ndim <= 1:
+        return dense(parameter)
+    shape = tuple(parameter.shape)
+    return Structure(shape[axis], shape, tuple(n if d == axis else 1 for d, n in enumerate(shape)), axis)
+
+
+def dense(parameter: Tensor) -> Structure:
+    """Each entry a row of its own: the response of a vector is then any linear map of ε, nothing is imposed."""
+    shape = tuple(parameter.shape)
+    return Structure(math.prod(shape), shape, shape, None)
+
+
+@functools.singledispatch
+def structures(module: nn.Module) -> dict[str, Structure]:
+    """The structures of the parameters that a layer holds itself, by name.
+
+    To let a layer of your own respond per example, register a function for its type; its parameters must then be used
+    by functions of torch that have a rule, such as ``F.linear``. A parameter that is not named here responds through
+    the fallback, along its first axis, with one perturbation for each group of examples.
+
+    Args:
+        module: a layer; parameters of its children are theirs.
+
+    Returns:
+        Structures by parameter name, without those the layer does not have.
+    """
+    return {}
+
+
+def _of(module: nn.Module, axis: int, *names: str) -> dict[str, Structure]:
+    parameters = {name: module._parameters.get(name) for name in names}
+    return {name: along(p, axis) for name, p in parameters.items() if p is not None}
+
+
+@structures.register(nn.Linear)
+@structures.register(nn.Bilinear)
+@structures.register(_ConvNd)
+def _rows(module: nn.Module) -> dict[str, Structure]:
+    return _of(module, 0, "weight", "bias")
+
+
+@structures.register
+def _conv_transpose(module: _ConvTransposeNd) -> dict[str, Structure]:
+    # The kernel is (in, out / groups, …): the output channel of an entry depends on its group, which is a share of
+    # the first axis.
+    found = _of(module, 1, "weight", "bias")
+    weight, groups = module.weight, module.groups
+    inner, outer, kernel = weight.shape[0] // groups, weight.shape[1], tuple(weight.shape[2:])
+    view = (groups, inner, outer, *kernel)
+    found["weight"] = Structure(groups * outer, view, (groups, 1, outer, *(1 for _ in kernel)), 1)
+    return found
+
+
+@structures.register(_NormBase)
+@structures.register(nn.LayerNorm)
+@structures.register(nn.GroupNorm)
+@structures.register(nn.RMSNorm)
+@structures.register(nn.PReLU)
+def _vectors(module: nn.Module) -> dict[str, Structure]:
+    # A LayerNorm over several axes has affine parameters of as many: every entry is a row.
+    return {name: dense(p) for name in ("weight", "bias") if (p := module._parameters.get(name)) is not None}
+
+
+@structures.register(nn.Embedding)
+@structures.register(nn.EmbeddingBag)
+def _embedding(module: nn.Module) -> dict[str, Structure]:
+    # The columns, not the words: a decoder that is tied to the table then shares its response.
+    return _of(module, 1, "weight")
+
+
+@structures.register(nn.RNNBase)
+@structures.register(nn.RNNCellBase)
+def _recurrent(module: nn.Module) -> dict[str, Structure]:
+    return _of(module, 0, *module._parameters)
+
+
+@structures.register
+def _attention(module: nn.MultiheadAttention) -> dict[str, Structure]:
+    return _of(module, 0, "in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")

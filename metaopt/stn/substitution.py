@@ -1,0 +1,87 @@
+"""What stands in for parameters, buffers and dropout rates while a pass runs, and is put back after it."""
+
+from __future__ import annotations
+
+__all__ = ["Slots", "rate_attribute", "substituted"]
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from metaopt.stn.randomness import DROPOUTS, Rate
+
+
+class Slots:
+    """Where a model keeps its parameters, its buffers and its rates.
+
+    Args:
+        model: the model.
+        bound: the hyperparameter by the name of the module that it sets the dropout rate of.
+    """
+
+    def __init__(self, model: nn.Module, bound: Mapping[str, str]) -> None:
+        self.parameters: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        self.buffers: list[tuple[dict[str, Any], str]] = []
+        self.rates: list[tuple[dict[str, Any], str, Rate]] = []
+        self.recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+        first: dict[int, str] = {}
+        for prefix, module in model.named_modules():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    name = first.setdefault(id(parameter), f"{prefix}.{key}" if prefix else key)
+                    self.parameters.setdefault(name, []).append((module._parameters, key))
+            self.buffers += [(module._buffers, key) for key, b in module._buffers.items() if b is not None]
+            attribute = rate_attribute(module)
+            if attribute is not None:
+                rate = Rate(getattr(module, attribute), prefix, bound.get(prefix))
+                self.rates.append((module.__dict__, attribute, rate))
+
+    def parameter(self, name: str) -> Tensor:
+        """The parameter of a name, as the model has it now."""
+        store, key = self.parameters[name][0]
+        return store[key]
+
+
+def rate_attribute(module: nn.Module) -> str | None:
+    """The attribute in which a module keeps its dropout rate, if it has one."""
+    if isinstance(module, DROPOUTS):
+        return "p"
+    return "dropout" if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) else None
+
+
+@contextmanager
+def substituted(slots: Slots, replaced: Mapping[str, Tensor], *, buffers: bool, rates: bool) -> Iterator[None]:
+    """Let tensors stand in for parameters, copies for buffers, and marked numbers for rates.
+
+    Args:
+        slots: where they are.
+        replaced: the stand-ins by the parameters' first names.
+        buffers: whether to run on copies of the buffers, so that no statistic moves.
+        rates: whether dropout rates are marked.
+    """
+    undo: list[Callable[[], None]] = []
+
+    def put(store: dict[str, Any], key: str, value: Any) -> None:
+        before = store[key]
+        undo.append(lambda: store.__setitem__(key, before))
+        store[key] = value
+
+    try:
+        by_id = {}
+        for name, tensor in replaced.items():
+            by_id[id(slots.parameter(name))] = tensor
+            for store, key in slots.parameters[name]:
+                put(store, key, tensor)
+        for module in slots.recurrent if replaced else ():
+            # These keep a second list of their parameters.
+            put(module.__dict__, "_flat_weights", [by_id.get(id(w), w) for w in module._flat_weights])
+        for store, key in slots.buffers if buffers else ():
+            put(store, key, store[key].clone())
+        for store, key, rate in slots.rates if rates else ():
+            put(store, key, Rate(store[key], rate.module, rate.hyper))
+        yield
+    finally:
+        for back in reversed(undo):
+            back()

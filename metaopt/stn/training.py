@@ -1,0 +1,319 @@
+"""The training algorithm: weights, response, hyperparameters and scales, in turn."""
+
+from __future__ import annotations
+
+__all__ = ["Factory", "Tuner"]
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from metaopt.errors import ResponseError, SkippedStepWarning
+from metaopt.hyperparameters.transformed import Integer, Interval
+from metaopt.stn.batches import size_of
+from metaopt.stn.checks import check_first, evaluation, groups_of, repeat, require_scalar
+from metaopt.stn.generators import random_state, set_random_state
+from metaopt.stn.layouts import NeedsGroups
+from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy, inverse_softplus
+from metaopt.stn.tuned import Tuned
+
+Factory = Callable[[Iterable[Tensor]], Optimizer]
+
+# An interval's leaf is kept where its sigmoid still has a slope: a thousandth of the width from the bounds.
+LEAF = 6.9
+
+
+class Tuner:
+    """The steps of the training algorithm; made by `train`.
+
+    Attributes:
+        tuned: the model with its response.
+        optimizer: moves the weights.
+        response_optimizer: moves the response.
+        hyper_optimizer: moves the hyperparameters.
+        scale_optimizer: moves the scales, or None where they are fixed.
+        steps: how many training steps there were.
+        skipped: how many steps of any kind were left out, since they were not finite.
+    """
+
+    def __init__(
+        self,
+        tuned: Tuned,
+        train_loss: Callable[..., Tensor],
+        valid_loss: Callable[..., Tensor],
+        *,
+        optimizer: Factory,
+        response_optimizer: Factory,
+        hyper_optimizer: Factory,
+        scale_optimizer: Factory | None,
+        train_steps: int,
+        valid_steps: int,
+        warmup: int,
+        entropy_weight: float,
+        scale_bounds: tuple[float, float],
+        clip: float | None,
+        antithetic: bool,
+        linearize_valid: bool,
+        seed: int | None,
+    ) -> None:
+        self.tuned, self.train_loss, self.valid_loss = tuned, train_loss, valid_loss
+        self.weights = [p for p in tuned.model.parameters() if p.requires_grad]
+        self.response = list(tuned.responses.parameters())
+        self.leaves = list(tuned.hyper.parameters())
+        self.optimizer = optimizer(self.weights)
+        self.response_optimizer = response_optimizer(self.response)
+        self.hyper_optimizer = hyper_optimizer(self.leaves)
+        self.scale_optimizer = None if scale_optimizer is None else scale_optimizer([tuned.rho])
+        self.train_steps, self.valid_steps, self.warmup = train_steps, valid_steps, warmup
+        self.entropy_weight, self.scale_bounds, self.clip = entropy_weight, scale_bounds, clip
+        self.antithetic, self.linearize_valid = antithetic, linearize_valid
+        self.generator = torch.Generator("cpu").manual_seed(torch.initial_seed() if seed is None else seed)
+        self.steps = 0
+        self.skipped = 0
+        self._noise: Noise | None = None
+        self._accepts_values = len(inspect.signature(valid_loss).parameters) > 2
+
+    # -- the algorithm
+
+    def run(self, train_batches: Iterable[Any], valid_batches: Iterable[Any], steps: int | None = None) -> None:
+        """Warm up, then alternate: ``train_steps`` training steps, ``valid_steps`` validation steps, and so on.
+
+        Args:
+            train_batches: a pass over the training data; repeated if ``steps`` asks for more.
+            valid_batches: the validation data, repeated as needed.
+            steps: the number of training steps; by default one pass.
+        """
+        valid = repeat(valid_batches)
+        batches = train_batches if steps is None else islice(repeat(train_batches), steps)
+        for batch in batches:
+            self.train_step(batch)
+            after = self.steps - self.warmup
+            if after > 0 and after % self.train_steps == 0:
+                for _ in range(self.valid_steps):
+                    self.valid_step(next(valid))
+
+    def train_step(self, batch: Any) -> float:
+        """One step of the weights and one of the response, on the same examples and the same randomness.
+
+        The joint step of ``method="stn"`` moves both at perturbed hyperparameters. The others move ``w0`` at the
+        present ones, and then ``Θ`` at perturbed ones, where w0 is a constant.
+
+        Args:
+            batch: what the loss function takes; its first tensor has the examples along its first axis.
+
+        Returns:
+            The training loss: of the weights' step, or of the joint one.
+
+        Raises:
+            ResponseError: if the loss is no scalar, or the batch does not fit.
+        """
+        self.steps += 1
+        state = random_state(self.tuned.device)
+        if self.tuned.method == "stn":
+            return self._attempt(lambda: self._joint(batch), state)
+        loss = self._weights(batch)
+        after = random_state(self.tuned.device)
+        set_random_state(self.tuned.device, state)
+        self._attempt(lambda: self._response(batch), state)
+        set_random_state(self.tuned.device, after)
+        return loss
+
+    def valid_step(self, batch: Any) -> float:
+        """One step of the hyperparameters, and of the scales where they are tuned, on a batch of validation data.
+
+        The model is in evaluation mode; weights and response are constants. A step whose loss or gradient is not finite
+        is left out with a warning.
+
+        Returns:
+            The validation loss.
+        """
+        with evaluation(self.tuned):
+            loss: float = self._attempt(lambda: self._validation(batch), random_state(self.tuned.device))
+        return loss
+
+    # -- the steps
+
+    def _weights(self, batch: Any) -> float:
+        examples = size_of(batch)
+        at = Perturbation(None, self.tuned.coordinates.present(examples), weights=True)
+        loss = self._loss(self.train_loss, batch, at)
+        self._noise = at.noise
+        self._descend(loss, self.weights, self.optimizer)
+        return loss.item()
+
+    def _response(self, batch: Any) -> float:
+        z, point, groups = self._perturb(size_of(batch))
+        at = Perturbation(z / self.tuned.reference, self.tuned.coordinates.values(point), groups)
+        at.noise = Noise(self._noise)
+        at.response, at.linearised = True, self.tuned.method == "delta"
+        loss = self._loss(self.train_loss, batch, at)
+        if self.steps == 1:
+            check_first(loss, at, self.weights)
+        self._descend(loss, self.response, self.response_optimizer)
+        return loss.item()
+
+    def _joint(self, batch: Any) -> float:
+        _, point, groups = self._perturb(size_of(batch))
+        at = Perturbation(point, self.tuned.coordinates.values(point), groups, weights=True, response=True)
+        loss = self._loss(self.train_loss, batch, at)
+        if self.steps == 1:
+            check_first(loss, at, self.weights)
+        self.optimizer.zero_grad()
+        self._descend(loss, self.response, self.response_optimizer, (self.weights, self.optimizer))
+        return loss.item()
+
+    def _validation(self, batch: Any) -> float:
+        tuned, examples = self.tuned, size_of(batch)
+        leaf, sigma = tuned.coordinates.leaf(), tuned.scale
+        origin = 0 if tuned.method == "stn" else leaf.detach()
+        if self.scale_optimizer is None:
+            groups: int | None = 1
+            point = leaf.expand(examples, -1)
+        else:
+            groups = groups_of(self.tuned, examples)
+            point = leaf + sigma * self._normal(examples, groups)
+        z = (point - origin) / (tuned.reference if tuned.standardize else 1)
+        at = Perturbation(z, tuned.coordinates.values(point.detach()), groups, linearised=self.linearize_valid)
+        loss = self._loss(self.valid_loss, batch, at, values=self._accepts_values)
+        objective = loss if self.scale_optimizer is None else loss - self.entropy_weight * entropy(sigma)
+        wanted = [*self.leaves, tuned.rho]
+        gradients = torch.autograd.grad(objective, wanted, allow_unused=True)
+        if not _finite([objective, *gradients]):
+            self._skip("hyperparameters")
+            return loss.item()
+        for leaf_, gradient in zip(wanted, gradients, strict=True):
+            leaf_.grad = gradient
+        self._clip(self.leaves)
+        self.hyper_optimizer.step()
+        self._keep_inside()
+        if self.scale_optimizer is not None:
+            self._clip([tuned.rho])
+            self.scale_optimizer.step()
+            self._clamp_scales()
+        tuned.hyper.record()
+        return loss.item()
+
+    # -- parts of a step
+
+    def _loss(self, function: Callable[..., Tensor], batch: Any, at: Perturbation, *, values: bool = True) -> Tensor:
+        with self.tuned.perturbed(at):
+            loss = function(self.tuned, batch, at.values) if values else function(self.tuned, batch)
+        require_scalar(loss)
+        return loss
+
+    def _attempt(self, step: Callable[[], float], state: Any) -> float:
+        """Do a step; again, with groups of examples, where a parameter turns out not to respond per example."""
+        while True:
+            try:
+                return step()
+            except NeedsGroups as needs:
+                if needs.name not in self.tuned.names:
+                    raise ResponseError(
+                        f"{needs.name}: {needs.why}. A dropout rate differs from example to example, so its module "
+                        "must see the examples along an axis; name its hyperparameter in `per_batch`."
+                    ) from needs
+                self.tuned.fallback[needs.name] = needs.why
+                set_random_state(self.tuned.device, state)
+
+    def _normal(self, examples: int, groups: int | None) -> Tensor:
+        coordinates = self.tuned.coordinates
+        return draw(
+            self.generator,
+            examples,
+            coordinates.size,
+            groups=groups,
+            shared=coordinates.shared,
+            antithetic=self.antithetic,
+            like=self.tuned.rho.detach(),
+        )
+
+    def _perturb(self, examples: int) -> tuple[Tensor, Tensor, int | None]:
+        """``ε``, ``λ0 + ε``, and the number of groups."""
+        groups = groups_of(self.tuned, examples)
+        z = self.tuned.scale.detach() * self._normal(examples, groups)
+        return z, self.tuned.coordinates.leaf().detach() + z, groups
+
+    def _descend(
+        self, loss: Tensor, parameters: list[Any], optimizer: Optimizer, more: tuple[list[Any], Optimizer] | None = None
+    ) -> None:
+        everything = [*parameters, *(more[0] if more else [])]
+        gradients = torch.autograd.grad(loss, everything, allow_unused=True)
+        if not _finite([loss, *gradients]):
+            self._skip("weights or the response")
+            return
+        for parameter, gradient in zip(everything, gradients, strict=True):
+            parameter.grad = gradient
+        self._clip(parameters)
+        optimizer.step()
+        if more:
+            self._clip(more[0])
+            more[1].step()
+
+    def _clip(self, parameters: list[Any]) -> None:
+        if self.clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+
+    def _skip(self, what: str) -> None:
+        self.skipped += 1
+        warnings.warn(
+            f"a step of the {what} was left out: its loss or gradient is not finite. Lower the learning rates, set "
+            "`clip`, or bound the hyperparameters (a dropout rate by `interval(p, 0, 0.95)`).",
+            SkippedStepWarning,
+            stacklevel=4,
+        )
+
+    @torch.no_grad()
+    def _keep_inside(self) -> None:
+        for name, domain in self.tuned.hyper.domains.items():
+            if isinstance(domain, (Interval, Integer)):
+                self.tuned.hyper.get_leaf(name).clamp_(-LEAF, LEAF)
+
+    @torch.no_grad()
+    def _clamp_scales(self) -> None:
+        tuned = self.tuned
+        tuned.rho.copy_(inverse_softplus(tuned.scale.clamp(*self.scale_bounds)))
+        if tuned.standardize:
+            # The same response, fed with perturbations in the new unit.
+            ratio = tuned.scale / tuned.reference
+            tuned.responses.rescale_(ratio)
+            tuned.reference.mul_(ratio)
+
+    # -- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a run needs to go on exactly: model, response, hyperparameters, optimizers and randomness."""
+        return {
+            "tuned": self.tuned.state_dict(),
+            "fallback": dict(self.tuned.fallback),
+            "optimizers": [None if o is None else o.state_dict() for o in self._optimizers()],
+            "generator": self.generator.get_state(),
+            "random": random_state(self.tuned.device),
+            "steps": self.steps,
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` kept."""
+        self.tuned.load_state_dict(state["tuned"])
+        self.tuned.fallback = dict(state["fallback"])
+        for optimizer, kept in zip(self._optimizers(), state["optimizers"], strict=True):
+            if optimizer is not None:
+                optimizer.load_state_dict(kept)
+        self.generator.set_state(state["generator"])
+        set_random_state(self.tuned.device, state["random"])
+        self.steps, self.skipped = state["steps"], state["skipped"]
+
+    def _optimizers(self) -> list[Optimizer | None]:
+        return [self.optimizer, self.response_optimizer, self.hyper_optimizer, self.scale_optimizer]
+
+
+def _finite(tensors: list[Tensor | None]) -> bool:
+    # A sum is finite if its terms are, and one number is waited for, not one a tensor.
+    return math.isfinite(float(torch.stack([t.detach().sum() for t in tensors if t is not None]).sum()))

@@ -1,0 +1,276 @@
+"""The model with a best response attached."""
+
+from __future__ import annotations
+
+__all__ = ["Tuned"]
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils import _pytree as pytree
+
+from metaopt.errors import ResponseError
+from metaopt.hyperparameters import Hyperparameters
+from metaopt.stn.batches import count, split
+from metaopt.stn.engines import ENGINES
+from metaopt.stn.generators import random_state, set_random_state
+from metaopt.stn.layouts import Layout, NeedsGroups, Site
+from metaopt.stn.passes import Pass, Unsupported
+from metaopt.stn.perturbations import Coordinates, Noise, Perturbation, inverse_softplus
+from metaopt.stn.preparation import Prepared
+from metaopt.stn.responses import Active, Responses
+from metaopt.stn.substitution import Slots, substituted
+
+# The groups into which a batch is split where a parameter can't respond per example.
+GROUPS = 8
+
+
+class Tuned(Prepared):
+    """A model whose weights respond to hyperparameters; made by `transform`.
+
+    Called as the model is. By itself it computes with the plain weights at the present hyperparameters; within a step
+    of the tuner it computes at perturbed ones, each example at its own.
+
+    Attributes:
+        model: the model, itself; its parameters are w0 (φ0 of an uncentred response).
+        hyper: the hyperparameters; their leaves are λ.
+        responses: Θ.
+        rho: the inverse softplus of the perturbation scales σ.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        hyper: Hyperparameters,
+        method: str,
+        *,
+        bound: Mapping[str, str],
+        per_batch: tuple[str, ...],
+        banks: int,
+        standardize: bool,
+        groups: int | None,
+        batch_dim: int,
+        engine: str,
+        verify: bool,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.hyper = hyper
+        self.method = method
+        self.coordinates = Coordinates(hyper, per_batch)
+        self.responses = Responses(model, self.coordinates.size, banks)
+        weight = self.responses.weight
+        scales = self.coordinates.scales().to(weight)
+        self.rho = Parameter(inverse_softplus(scales))
+        self.reference: Tensor
+        # A centred response is fed ε / σ, so that its curvature does not shrink with σ²; nothing is centred in "stn".
+        self.standardize = standardize and method != "stn"
+        self.register_buffer("reference", scales.clone() if self.standardize else torch.ones_like(scales))
+        self.bound = dict(bound)
+        self.slots = Slots(model, self.bound)
+        self.groups, self.batch_dim, self.verify = groups, batch_dim, verify
+        self.fallback: dict[str, str] = {
+            e.name: f"`{type(model).__name__}` uses it in a way without a rule"
+            for e in self.responses.entries
+            if not e.known
+        }
+        self._engines = {mode: list(ENGINES) if engine == "auto" else [engine] for mode in (True, False)}
+        self._layouts: dict[bool, dict[Site, Layout | str]] = {}
+        self._compared: set[bool] = set()
+        self._at: Perturbation | None = None
+        self.names = {entry.name for entry in self.responses.entries}
+        self.warned: set[str] = set()
+
+    # -- scales
+
+    @property
+    def scale(self) -> Tensor:
+        """The perturbation scales ``σ = softplus(ρ)``, shape ``(H,)``."""
+        return nn.functional.softplus(self.rho)
+
+    # -- calls
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model, at the perturbation of the present step, if one is open."""
+        at = self._at
+        if at is None:
+            point = self.coordinates.leaf().detach().unsqueeze(0)
+            z = point.to(self.responses.weight) if self.method == "stn" else None
+            with torch.no_grad():
+                changes = {} if z is None else self.responses.changes(z[0])
+            return self._plain(changes, self.coordinates.values(point), args, kwargs, None)
+        if at.z is None:
+            return self._plain({}, at.values, args, kwargs, at)
+        return self._responding(at, args, kwargs)
+
+    @contextmanager
+    def perturbed(self, at: Perturbation) -> Iterator[Perturbation]:
+        """Compute at a perturbation until the block ends."""
+        if self._at is not None:
+            raise ResponseError("a step is open already; steps of a tuner don't nest.")
+        self._at = at
+        try:
+            yield at
+        finally:
+            self._at = None
+
+    @property
+    def at(self) -> Perturbation:
+        """The perturbation of the present step.
+
+        Raises:
+            ResponseError: if no step is open.
+        """
+        if self._at is None:
+            raise ResponseError(
+                "this is defined within a step of the tuner, where the loss is computed; call it there."
+            )
+        return self._at
+
+    @torch.no_grad()
+    def export(self) -> dict[str, Tensor]:
+        """The weights for the present hyperparameters, as an ordinary ``state_dict`` of the original model.
+
+        Centred responses vanish at the present hyperparameters: the weights are w0. The uncentred one's are
+        ``φ0 + Φ λ``. Nothing of the response remains; the model costs what it always did.
+        """
+        state = {name: value.detach().clone() for name, value in self.model.state_dict(keep_vars=True).items()}
+        if self.method == "stn":
+            changes = self.responses.changes(self.coordinates.leaf().detach().to(self.responses.weight))
+            for entry in self.responses.entries:
+                for alias in entry.aliases:
+                    if alias in state:
+                        state[alias] += changes[entry.name]
+        return state
+
+    # -- passes
+
+    def _plain(
+        self, changes: Mapping[str, Tensor], values: Any, args: Any, kwargs: Any, at: Perturbation | None
+    ) -> Any:
+        """The model at one set of weights for all examples, with the dropout rates of the present hyperparameters."""
+        replaced = {name: self.slots.parameter(name) + change for name, change in changes.items()}
+        with substituted(self.slots, replaced, buffers=False, rates=self.model.training):
+            if not (self.slots.rates and self.model.training):
+                return self.model(*args, **kwargs)
+            # All examples have the same rates: one number each.
+            p = Pass({}, {}, {name: values[name].flatten()[0] for name in set(self.bound.values())})
+            p.noise = Noise() if at is None else at.noise
+            p.moves_statistics = True
+            with p:
+                output = self.model(*args, **kwargs)
+        self._note(p, at)
+        return output
+
+    def _note(self, p: Pass, at: Perturbation | None) -> None:
+        if at is not None:
+            at.uses |= p.hyper_used
+            at.functional_dropout |= p.functional_dropout
+
+    def _responding(self, at: Perturbation, args: Any, kwargs: Any) -> Any:
+        assert at.z is not None
+        examples = count(args, kwargs, self.batch_dim)
+        if examples != len(at.z):
+            raise ResponseError(
+                f"the model is called with {examples} examples in a step whose batch has {len(at.z)}: each example has "
+                "its own perturbation, so call it on the whole batch, with the examples along axis "
+                f"{self.batch_dim} (`transform(..., batch_dim=...)` says which)."
+            )
+        self._prepare(args, kwargs)
+        if self.fallback and at.groups is None and len(at.z) > 1:
+            raise NeedsGroups(*next(iter(self.fallback.items())))
+        if not self.fallback or at.groups in (None, 1):
+            return self._whole(at, at.z, at.values, args, kwargs)
+        outputs = []
+        for part in torch.arange(len(at.z), device=at.z.device).tensor_split(at.groups):
+            inputs = split(args, kwargs, part, self.batch_dim, len(at.z))
+            values = {name: value[part] for name, value in at.values.items()}
+            outputs.append(self._whole(at, at.z[part], values, *inputs))
+        return pytree.tree_map(lambda *ys: self._join(ys), *outputs)
+
+    def _join(self, parts: tuple[Any, ...]) -> Any:
+        if not isinstance(parts[0], Tensor):
+            return parts[0]
+        if parts[0].ndim <= self.batch_dim:
+            raise ResponseError(
+                "the model returns a tensor without an axis of examples, which can't be put together from groups of "
+                "examples; return one value for each example, or set `groups=1` in `transform`."
+            )
+        return torch.cat(parts, self.batch_dim)
+
+    def _whole(self, at: Perturbation, z: Tensor, values: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+        """One run of the model, or several until one engine can do it."""
+
+        def run(point: Tensor, kind: type[Pass]) -> tuple[Any, Pass]:
+            return self._run(point, kind, values, args, kwargs, weights=at.weights, response=at.response, at=at)
+
+        if not at.linearised:
+            return run(z, Pass)[0]
+        engines = self._engines[self.model.training]
+        if self.verify and len(engines) > 1 and self.model.training not in self._compared:
+            self._compared.add(self.model.training)
+            self._compare(z, values, args, kwargs, engines)
+        while True:
+            state = random_state(self.device)
+            try:
+                return ENGINES[engines[0]](run, z)
+            except Unsupported as reason:
+                # Only a failed attempt takes its randomness back.
+                set_random_state(self.device, state)
+                self._fall_back(engines, reason)
+
+    def _run(
+        self,
+        z: Tensor,
+        kind: type[Pass],
+        values: Mapping[str, Tensor],
+        args: Any,
+        kwargs: Any,
+        *,
+        weights: bool,
+        response: bool,
+        at: Perturbation | None = None,
+        weight: Tensor | None = None,
+    ) -> tuple[Any, Pass]:
+        """One forward pass of the model with responses at ``z``.
+
+        Args:
+            z: the coordinates, ``(B, H)``.
+            kind: the kind of pass.
+            values: the hyperparameters' values.
+            args: the model's.
+            kwargs: the model's.
+            weights: whether w0 is differentiable.
+            response: whether Θ is.
+            at: where to note what was used.
+            weight: another ``U``.
+        """
+        replaced: dict[str, Tensor] = {}
+        marks: dict[int, Active] = {}
+        held: list[tuple[Tensor, Tensor]] = []
+        for active in self.responses.active(z, frozen=not response, weight=weight):
+            name = active.entry.name
+            parameter = self.slots.parameter(name)
+            alias = parameter.view_as(parameter) if weights else parameter.detach()
+            if name in self.fallback:
+                change = active.change()
+                if kind.linearised:
+                    held.append((alias, change))
+                else:
+                    alias = alias + change
+            else:
+                marks[id(alias)] = active
+            replaced[name] = alias
+        p = kind(marks, self._layouts.get(self.model.training, {}), {n: values[n] for n in set(self.bound.values())})
+        if at is not None:
+            p.noise, p.moves_statistics = at.noise, at.weights
+        for alias, change in held:
+            p.join(alias, change)
+        with substituted(self.slots, replaced, buffers=not p.moves_statistics, rates=True), p:
+            output = self.model(*args, **kwargs)
+        self._note(p, at)
+        return output, p

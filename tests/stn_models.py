@@ -1,0 +1,235 @@
+"""A zoo of models for the best response: each with a batch, and the axis of its examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metaopt
+from metaopt.stn import Tuned
+from metaopt.stn.perturbations import Perturbation
+
+
+class Tied(nn.Module):
+    """A language model whose decoder is its table of words, on a flattened batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(7, 5)
+        self.lstm = nn.LSTM(5, 5, batch_first=True)
+        self.decoder = nn.Linear(5, 7)
+        self.decoder.weight = self.words.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, _ = self.lstm(self.words(x))
+        scores: Tensor = self.decoder(hidden.reshape(-1, 5))
+        return scores.unflatten(0, (len(x), -1))
+
+
+class Reused(nn.Module):
+    """One layer used three times, with a residual and an in-place activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = x + F.relu(self.layer(self.norm(x)), inplace=True)
+        return x
+
+
+class Bare(nn.Module):
+    """Parameters that belong to no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(4, 3))
+        self.vector = nn.Parameter(torch.randn(4))
+        self.scalar = nn.Parameter(torch.tensor(0.3))
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(torch.sin(x @ self.matrix.t() * self.vector) * self.scalar)
+        return y
+
+
+class Functional(nn.Module):
+    """A layer's function, called with a parameter of one's own, on more than one path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.bilinear = nn.Bilinear(4, 4, 2)
+        self.slope = nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.slope(F.linear(x, self.layer.weight))
+        b = torch.tanh(self.layer(x))
+        y: Tensor = self.bilinear(a, torch.where(b > 0, b, 0.1 * b))
+        return y
+
+
+class Cells(nn.Module):
+    """Recurrent cells, unrolled by the model itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru, self.rnn = nn.LSTMCell(3, 4), nn.GRUCell(4, 4), nn.RNNCell(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = (x.new_zeros(len(x), 4), x.new_zeros(len(x), 4))
+        for now in x.unbind(1):
+            state = self.lstm(now, state)
+        y: Tensor = self.rnn(self.gru(state[0]))
+        return y
+
+
+class Cross(nn.Module):
+    """Attention to another sequence, with weights of attention, and with separate projections."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.two = nn.MultiheadAttention(4, 2, kdim=3, vdim=3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        memory = x[..., :3] * 2
+        y, weights = self.one(x, x.flip(1), x.flip(1))
+        z, _ = self.two(y, memory, memory, need_weights=False)
+        return torch.cat([z, weights], -1)
+
+
+class Residual(nn.Module):
+    """A block of a ResNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.norm2 = nn.Conv2d(4, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.norm1(self.conv1(x)))
+        return F.adaptive_avg_pool2d(self.relu(self.norm2(self.conv2(y)) + x), 1).flatten(1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, an input, and how they are used.
+
+    Args:
+        build: the model.
+        shape: of the input.
+        classes: the number of words, where the input is indices.
+        batch_dim: the axis of examples.
+        grouped: whether some parameters take one perturbation for each group.
+        exact: whether zero perturbation is the original bit for bit.
+    """
+
+    build: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    classes: int = 0
+    batch_dim: int = 0
+    grouped: bool = False
+    exact: bool = True
+
+    def input(self) -> Tensor:
+        return torch.randint(self.classes, self.shape) if self.classes else torch.randn(self.shape)
+
+
+S = nn.Sequential
+B = 5
+CASES: dict[str, Case] = {
+    "mlp": Case(lambda: S(nn.Linear(3, 6), nn.ReLU(), nn.Dropout(0.5), nn.Linear(6, 2), nn.LogSoftmax(-1)), (B, 3)),
+    "activations": Case(
+        lambda: S(nn.Linear(3, 4), nn.GELU(), nn.SiLU(), nn.ELU(), nn.Softplus(), nn.LeakyReLU(), nn.Softmax(-1)),
+        (B, 3),
+    ),
+    "conv1d": Case(lambda: S(nn.Conv1d(4, 6, 3, groups=2, dilation=2), nn.AvgPool1d(2), nn.MaxPool1d(2)), (B, 4, 12)),
+    "conv2d": Case(
+        lambda: S(nn.Conv2d(3, 4, 3, padding="same", padding_mode="circular"), nn.MaxPool2d(2), nn.Flatten()),
+        (B, 3, 6, 6),
+    ),
+    "conv3d": Case(lambda: S(nn.Conv3d(2, 3, 2, stride=2), nn.AvgPool3d(2), nn.Dropout3d(0.3)), (B, 2, 4, 4, 4)),
+    "transposed1d": Case(lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, stride=2, output_padding=1), (B, 4, 5)),
+    "transposed2d": Case(lambda: nn.ConvTranspose2d(2, 3, 3, bias=False), (B, 2, 4, 4)),
+    "transposed3d": Case(lambda: nn.ConvTranspose3d(2, 2, 2, groups=2), (B, 2, 2, 2, 2)),
+    "batchnorm": Case(lambda: S(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), (B, 3)),
+    "residual": Case(Residual, (B, 3, 4, 4)),
+    "instancenorm": Case(
+        lambda: S(nn.Conv2d(2, 3, 2), nn.InstanceNorm2d(3, affine=True, track_running_stats=True)), (B, 2, 5, 5)
+    ),
+    "groupnorm": Case(lambda: S(nn.Conv1d(2, 4, 2), nn.GroupNorm(2, 4), nn.PReLU(4)), (B, 2, 6)),
+    "layernorm": Case(lambda: S(nn.Linear(4, 4), nn.LayerNorm((3, 4)), nn.RMSNorm(4), nn.Dropout1d(0.2)), (B, 3, 4)),
+    "functional": Case(Functional, (B, 3)),
+    "bag": Case(lambda: S(nn.EmbeddingBag(7, 4, mode="mean"), nn.Linear(4, 2)), (B, 3), classes=7, exact=False),
+    "tied": Case(Tied, (B, 4), classes=7, exact=False),
+    "reused": Case(Reused, (B, 4)),
+    "bare": Case(Bare, (B, 3), grouped=True),
+    "cells": Case(Cells, (B, 3, 3), exact=False),
+    "attention": Case(Cross, (B, 3, 4), exact=False),
+    "encoder": Case(
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.3), 2, enable_nested_tensor=False),
+        (3, B, 4),
+        batch_dim=1,
+        exact=False,
+    ),
+    "alpha": Case(lambda: S(nn.Linear(3, 4), nn.SELU(), nn.AlphaDropout(0.3), nn.Linear(4, 2)), (B, 3)),
+}
+
+
+class First(nn.Module):
+    """A recurrent network that returns its outputs alone."""
+
+    def __init__(self, network: nn.RNNBase) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)[0]
+
+
+CASES |= {
+    "lstm": Case(lambda: First(nn.LSTM(3, 4, 2, dropout=0.3, bidirectional=True)), (4, B, 3), batch_dim=1, exact=False),
+    "projected": Case(lambda: First(nn.LSTM(3, 4, proj_size=2, batch_first=True)), (B, 4, 3), exact=False),
+    "gru": Case(lambda: First(nn.GRU(3, 4, bias=False, batch_first=True)), (B, 4, 3), exact=False),
+    "rnn": Case(lambda: First(nn.RNN(3, 4, nonlinearity="relu", batch_first=True)), (B, 4, 3), exact=False),
+}
+
+
+def hyperparameters() -> metaopt.Hyperparameters:
+    return metaopt.Hyperparameters(a=metaopt.interval(0.3, 0, 0.9), b=metaopt.positive([1.0, 2.0]))
+
+
+def responding(case: Case, *, training: bool = False, **options: Any) -> tuple[Tuned, Tensor]:
+    """A transformed model with a response that is not zero, and its input."""
+    model = case.build()
+    model.train(training)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.add_(0.1 * torch.rand_like(buffer))
+    options = {"batch_dim": case.batch_dim, **({"groups": 2} if case.grouped else {}), **options}
+    tuned = metaopt.stn.transform(model, hyperparameters(), **options)
+    with torch.no_grad():
+        tuned.responses.weight.normal_()
+    return tuned, case.input()
+
+
+def at(tuned: Tuned, z: Tensor, *, groups: int | None = None, **kind: Any) -> Perturbation:
+    return Perturbation(z, tuned.coordinates.values(z), groups, **kind)
+
+
+def output(tuned: Tuned, x: Tensor, point: Perturbation) -> Tensor:
+    with tuned.perturbed(point):
+        y: Tensor = tuned(x)
+    return y
+
+
+__all__ = ["CASES", "Case", "at", "hyperparameters", "output", "responding"]

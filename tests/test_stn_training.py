@@ -1,0 +1,394 @@
+"""The training algorithm: its steps, its guards, its checkpoints, and what it says about wrong input."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metaopt
+from metaopt.errors import DomainError, FallbackWarning, ResponseError, SkippedStepWarning, UnusedHyperparameterWarning
+from metaopt.stn import Tuned, Tuner, l2, train, transform
+from metaopt.stn.perturbations import draw, inverse_softplus
+from tests.stn_models import CASES, at, hyperparameters, responding
+
+METHODS = ("stn", "centered", "delta")
+methods = pytest.mark.parametrize("method", METHODS)
+
+
+class Net(nn.Module):
+    """Two layers with a dropout that is bound by name, BatchNorm, and one that is not bound."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.drop = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.2)
+        self.free, self.two = nn.Dropout(0.1), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.two(self.free(self.drop(torch.relu(self.norm(self.one(x))))))
+        return y.squeeze(-1)
+
+
+def problem(method: str = "delta", **options: Any) -> Tuned:
+    hyper = metaopt.Hyperparameters(drop=metaopt.interval(0.3, 0, 0.9), decay=metaopt.positive(0.1))
+    return transform(Net(), hyper, method, **options)
+
+
+def data(n: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
+    x = torch.randn(n, 3, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    x = x.to(torch.get_default_device(), torch.get_default_dtype())
+    return x, x.sum(1).sin()
+
+
+def train_loss(model: Any, batch: Any, values: Any) -> Tensor:
+    return F.mse_loss(model(batch[0]), batch[1]) + l2(model, values.decay)
+
+
+def valid_loss(model: Any, batch: Any) -> Tensor:
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
+def steps(tuner: Tuner, count: int, first: int = 0) -> list[float]:
+    found = []
+    for i in range(first, first + count):
+        found.append(tuner.train_step(data(seed=i)))
+        if i % 2:
+            found.append(tuner.valid_step(data(seed=100 + i)))
+    return found
+
+
+@methods
+def test_a_run_moves_everything_and_stays_finite(method: str) -> None:
+    tuned = problem(method)
+    before = {k: v.clone() for k, v in tuned.state_dict().items() if isinstance(v, Tensor)}
+    with train(tuned, train_loss, valid_loss) as tuner:
+        assert all(map(math.isfinite, steps(tuner, 6)))
+    for key, value in tuned.state_dict().items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not (key == "reference" and method == "stn"):
+            assert not torch.equal(value, before[key]), key
+            assert torch.isfinite(value).all()
+
+
+@methods
+def test_a_checkpoint_restores_a_run_exactly(method: str) -> None:
+    tuned = problem(method)
+    with train(tuned, train_loss, valid_loss, antithetic=True) as tuner:
+        steps(tuner, 4)
+        kept = copy.deepcopy(tuner.state_dict())
+        expected = steps(tuner, 4, 4)
+    torch.rand(5)
+    again = problem(method)
+    with train(again, train_loss, valid_loss, antithetic=True) as tuner:
+        tuner.load_state_dict(kept)
+        assert steps(tuner, 4, 4) == expected
+    for a, b in zip(tuned.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_without_hyper_steps_the_weights_are_those_of_plain_training() -> None:
+    model = Net()
+    plain = copy.deepcopy(model)
+    hyper = metaopt.Hyperparameters(decay=metaopt.positive(0.1))
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9)
+    torch.manual_seed(5)
+    for i in range(4):
+        x, y = data(seed=i)
+        optimizer.zero_grad()
+        (F.mse_loss(plain(x), y) + 0.1 * sum(p.square().sum() for p in plain.parameters())).backward()
+        optimizer.step()
+    with train(transform(model, hyper), train_loss, valid_loss) as tuner:
+        torch.manual_seed(5)
+        for i in range(4):
+            tuner.train_step(data(seed=i))
+    for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_statistics_move_once_an_iteration_and_never_in_validation() -> None:
+    tuned = problem()
+    norm = tuned.model.norm
+    assert isinstance(norm, nn.BatchNorm1d)
+    with train(tuned, train_loss, valid_loss) as tuner:
+        for i in range(3):
+            tuner.train_step(data(seed=i))
+            assert int(norm.num_batches_tracked) == i + 1  # type: ignore[arg-type]
+            kept = norm.running_mean.clone()  # type: ignore[union-attr]
+            tuner.valid_step(data(seed=i))
+            assert torch.equal(norm.running_mean, kept)  # type: ignore[arg-type]
+
+
+def test_both_steps_see_the_same_dropout_masks() -> None:
+    seen: list[Tensor] = []
+
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.drop, self.free = nn.Linear(3, 50), nn.Dropout(0.5), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.drop(torch.ones(len(x), 200))
+            b = self.free(torch.ones(len(x), 200))
+            seen.append(torch.cat([a, b], 1).detach() > 0)
+            y: Tensor = self.layer(x).sum(1)
+            return y
+
+    tuned = transform(Watching(), metaopt.Hyperparameters(drop=metaopt.interval(0.5, 0, 0.9, scale=1e-9)), verify=False)
+    loss: Callable[..., Tensor] = lambda model, batch, values: model(batch[0]).mean()  # noqa: E731
+    with train(tuned, loss, valid_loss) as tuner:
+        tuner.train_step(data())
+        assert torch.equal(seen[0], seen[-1])
+        tuner.train_step(data())
+        assert torch.equal(seen[-2], seen[-1])
+        assert not torch.equal(seen[0], seen[-1])
+
+
+@methods
+def test_modes_are_restored_whatever_happens(method: str) -> None:
+    tuned = problem(method)
+    tuned.eval()
+    tuned.model.free.train()  # type: ignore[union-attr]
+    modes = [m.training for m in tuned.modules()]
+    with pytest.raises(KeyboardInterrupt), train(tuned, train_loss, valid_loss) as tuner:
+        assert tuned.training
+        tuner.valid_step(data())
+        assert tuned.training
+        raise KeyboardInterrupt
+    assert [m.training for m in tuned.modules()] == modes
+
+
+def test_the_algorithm_alternates_after_warming_up() -> None:
+    calls: list[str] = []
+    tuned = problem()
+
+    def counted(name: str, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*arguments: Any) -> Tensor:
+            if torch.is_grad_enabled() and tuned._at is not None and not tuned._at.response:
+                calls.append(name)
+            return loss(*arguments)
+
+        return call
+
+    validate = counted("v", valid_loss)
+    schedule: dict[str, Any] = {"train_steps": 2, "valid_steps": 3, "warmup": 3}
+    with train(tuned, counted("t", train_loss), lambda m, b: validate(m, b), **schedule) as tuner:
+        tuner.run([data(seed=i) for i in range(4)], [data(seed=9)], steps=7)
+    assert "".join(calls) == "ttttt" + "vvv" + "tt" + "vvv"
+
+
+def test_batches_are_gone_through_anew_each_time() -> None:
+    passes: list[int] = []
+
+    class Loader:
+        def __iter__(self) -> Any:
+            passes.append(1)
+            return iter([data(seed=0), data(seed=1)])
+
+    with train(problem(), train_loss, valid_loss, train_steps=2) as tuner:
+        tuner.run(Loader(), Loader(), steps=6)
+        assert len(passes) == 3 + 2
+        with pytest.raises(ResponseError, match=r"no \(more\) batches"):
+            tuner.run(iter([data()]), [data()], steps=3)
+
+
+# -- scales
+
+
+@pytest.mark.parametrize("k", [1.0, 0.01])
+def test_scales_settle_where_entropy_and_curvature_balance(k: float) -> None:
+    """A9: σ = √(τ / k), k the validation loss's curvature along the response."""
+    hyper = metaopt.Hyperparameters(a=metaopt.real(0.0, scale=0.2))
+    layer = nn.Linear(1, 1, bias=False)
+    tuned = transform(layer, hyper, "centered", standardize=False)
+    with torch.no_grad():
+        layer.weight.zero_()
+        tuned.responses.weight.fill_(1.0)
+        tuned.responses.bases[0].fill_(1.0)
+    loss: Callable[..., Tensor] = lambda model, batch: 0.5 * k * model(batch).square().mean()  # noqa: E731
+    x = torch.ones(512, 1)
+    with train(
+        tuned,
+        train_loss,
+        loss,
+        hyper_optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+        scale_optimizer=lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.9)),
+        seed=1,
+    ) as tuner:
+        found = []
+        for i in range(700):
+            tuner.valid_step(x)
+            if i >= 400:
+                found.append(tuned.scale.item())
+    assert sum(found) / len(found) == pytest.approx(math.sqrt(1e-3 / k), rel=0.05)
+
+
+def test_scales_are_clamped_and_rescaling_keeps_the_response() -> None:
+    tuned = problem()
+    with torch.no_grad():
+        tuned.responses.weight.normal_()
+    before = tuned.responses.jacobian(tuned.reference)
+    with train(
+        tuned, train_loss, valid_loss, entropy_weight=1e4, scale_bounds=(0.1, 0.6), scale_optimizer=big
+    ) as tuner:
+        for i in range(5):
+            tuner.valid_step(data(seed=i))
+    torch.testing.assert_close(tuned.scale, torch.full((2,), 0.6))
+    for name, value in tuned.responses.jacobian(tuned.reference).items():
+        torch.testing.assert_close(value, before[name])
+
+
+def big(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+@pytest.mark.parametrize("x", [1e-4, 0.5, 30.0, 1000.0])
+def test_the_inverse_softplus_does_not_overflow(x: float) -> None:
+    value = torch.tensor(x)
+    torch.testing.assert_close(F.softplus(inverse_softplus(value)), value)
+
+
+def test_noise_is_antithetic_shared_and_grouped_where_asked() -> None:
+    def noise(**options: Any) -> Tensor:
+        return draw(torch.Generator("cpu").manual_seed(0), 6, 2, like=torch.zeros(()), **options)
+
+    n = noise(antithetic=True)
+    assert torch.equal(n[:3], -n[3:])
+    assert len(torch.unique(noise(shared=[1])[:, 1])) == 1
+    n = noise(groups=2)
+    assert torch.equal(n[0], n[2])
+    assert not torch.equal(n[2], n[3])
+
+
+# -- penalties
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv1d", "transposed1d", "tied", "bare", "layernorm"])
+@pytest.mark.parametrize("banks", [1, 3])
+def test_l2_is_exact_for_every_example(name: str, banks: int) -> None:
+    tuned, _ = responding(CASES[name], banks=banks)
+    z, c = torch.randn(4, 3), torch.rand(4)
+    with tuned.perturbed(at(tuned, z, response=True)):
+        found = l2(tuned, c)
+    unique = {e.name for e in tuned.responses.entries}
+    expected = []
+    for row, coefficient in zip(z, c, strict=True):
+        changes = tuned.responses.changes(row)
+        weights = [p + changes[n] for n, p in tuned.model.named_parameters() if n in unique]
+        expected.append(coefficient * torch.stack([w.square().sum() for w in weights]).sum())
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+
+
+# -- wrong input
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_said() -> None:
+    tuned = problem()
+    bad: Callable[..., Tensor] = lambda model, batch: valid_loss(model, batch) * math.nan  # noqa: E731
+    with train(tuned, train_loss, bad) as tuner:
+        tuner.train_step(data())
+        before = {k: v.clone() for k, v in tuned.state_dict().items() if isinstance(v, Tensor)}
+        with pytest.warns(SkippedStepWarning, match="hyperparameters was left out"):
+            tuner.valid_step(data())
+        assert tuner.skipped == 1
+    assert all(torch.equal(v, before[k]) for k, v in tuned.state_dict().items() if isinstance(v, Tensor))
+
+
+def test_a_hyperparameter_that_nothing_uses_is_named() -> None:
+    hyper = metaopt.Hyperparameters(unused=metaopt.interval(0.3, 0, 1), decay=metaopt.positive(0.1))
+
+    class Functional(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(super().forward(x), 0.3, self.training).squeeze(-1)
+
+    unused = pytest.warns(UnusedHyperparameterWarning, match=r"uses: unused\..*functional dropout: make it a module")
+    with train(transform(Functional(3, 1), hyper), train_loss, valid_loss) as tuner, unused:
+        tuner.train_step(data())
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        (lambda m, b, v: (m(b[0]) - b[1]).square(), r"scalar tensor, got a tensor of shape \(12,\); take the mean"),
+        (lambda m, b, v: 1.0, "scalar tensor, got float"),
+        (lambda m, b, v: b[1].mean(), "does not depend on the model"),
+        (lambda m, b, v: m(b[0]).mean() + v.decay.mean() * m.model.one.weight.square().sum(), r"metaopt\.stn\.l2"),
+        (lambda m, b, v: m(b[0][:5]).mean(), "5 examples in a step whose batch has 12"),
+    ],
+    ids=["vector", "number", "constant", "direct", "part"],
+)
+def test_a_wrong_loss_says_what_to_do(loss: Any, text: str) -> None:
+    with train(problem(), loss, valid_loss) as tuner, pytest.raises(ResponseError, match=text):
+        tuner.train_step(data())
+
+
+def test_wrong_options_say_what_to_do() -> None:
+    hyper = metaopt.Hyperparameters(a=metaopt.interval(0.3, 0, 1))
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"method": "newton"}, "choose one of stn, centered, delta"),
+        ({"engine": "magic"}, "no engine 'magic'"),
+        ({"banks": 0}, "at least 1"),
+        ({"bind": {"a": "one"}}, r"can't be bound to 'one'.*there are: drop, free.*make it a module"),
+        ({"bind": {"b": "drop"}}, "no such hyperparameter; there are: a"),
+        ({"per_batch": ["b"]}, "no hyperparameter 'b'"),
+    ]
+    for options, text in wrong:
+        with pytest.raises((ResponseError, DomainError), match=text):
+            transform(Net(), hyper, **options)
+    with pytest.raises(DomainError, match="a Gaussian perturbation would leave"):
+        transform(Net(), metaopt.Hyperparameters(a=metaopt.box(0.1, 0, 1)))
+    with pytest.raises(DomainError, match="add one"):
+        transform(Net(), metaopt.Hyperparameters())
+    with pytest.raises(ResponseError, match="train_steps"), train(problem(), train_loss, valid_loss, train_steps=0):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_models_that_can_not_be_seen_are_refused() -> None:
+    hyper = metaopt.Hyperparameters(a=metaopt.interval(0.3, 0, 1))
+    with pytest.raises(ResponseError, match=r"is compiled.*_orig_mod"):
+        transform(nn.Sequential(torch.compile(nn.Linear(3, 1))), hyper)  # type: ignore[call-overload]
+    with pytest.raises(ResponseError, match="call the model once"):
+        transform(nn.Sequential(nn.LazyLinear(2)), hyper)
+
+
+def test_parameters_without_a_rule_take_groups_and_say_so() -> None:
+    case = CASES["bare"]
+    hyper = metaopt.Hyperparameters(decay=metaopt.positive(0.1))
+    loss: Callable[..., Tensor] = lambda m, b, v: m(b[0]).square().mean() + l2(m, v.decay)  # noqa: E731
+    with train(transform(case.build(), hyper, groups=4), loss, valid_loss) as tuner:
+        with pytest.warns(FallbackWarning, match="can't respond per example.*: matrix, scalar, vector"):
+            tuner.train_step(data())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tuner.train_step(data())
+        with pytest.raises(ResponseError, match="3 examples can't be split into 4 groups"):
+            tuner.train_step(data(3))
+
+
+def test_values_are_floored_where_they_are_whole_numbers() -> None:
+    hyper = metaopt.Hyperparameters(holes=metaopt.integer(2, 0, 5, scale=2.0))
+    seen: list[Tensor] = []
+
+    def loss(model: Any, batch: Any, values: Any) -> Tensor:
+        seen.append(values.holes)
+        result: Tensor = (model(batch[0]).squeeze(-1) - values.holes).square().mean()
+        return result
+
+    with train(transform(nn.Linear(3, 1), hyper), loss, valid_loss) as tuner:
+        tuner.train_step(data())
+    assert torch.equal(seen[0], torch.full((12,), 2.0))
+    assert len(seen[1].unique()) > 1
+    assert torch.equal(seen[1], seen[1].round())
+
+
+def test_hyperparameters_of_several_entries_respond_each() -> None:
+    tuned = transform(nn.Linear(3, 1), hyperparameters())
+    assert tuned.coordinates.size == 3
+    values = tuned.coordinates.values(torch.randn(4, 3))
+    assert values.b.shape == (4, 2)
