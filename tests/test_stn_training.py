@@ -334,6 +334,7 @@ def test_wrong_options_say_what_to_do() -> None:
         ({"engine": "magic"}, "no engine 'magic'"),
         ({"banks": 0}, "at least 1"),
         ({"bind": {"a": "one"}}, r"can't be bound to 'one'.*there are: drop, free.*make it a module"),
+        ({"bind": {"a": "drop"}}, r"lives in interval\(0, 1\): at a rate of 1"),
         ({"bind": {"b": "drop"}}, "no such hyperparameter; there are: a"),
         ({"per_batch": ["b"]}, "no hyperparameter 'b'"),
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["DROPOUTS", "Rate"]
 
-import math
 from typing import Any
 
 import torch
@@ -114,8 +113,3 @@ def alpha_dropout(
     kept = (run.noise.uniform(_shape(func, input), input) >= rate).to(input.dtype)
     scale = 1 / torch.sqrt((1 - rate) * (1 + rate * SATURATION**2))
     return _apply(run, input, kept * scale, scale * SATURATION * (1 - kept) - scale * SATURATION * rate, inplace)
-
-
-def check_rates(rates: Tensor) -> bool:
-    """Whether rates are in [0, 1): at 1 the mask divides by zero."""
-    return bool(((rates >= 0) & (rates < 1)).all()) and math.isfinite(float(rates.sum()))

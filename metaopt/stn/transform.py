@@ -11,6 +11,7 @@ from torch import nn
 
 from metaopt.errors import ResponseError
 from metaopt.hyperparameters import Hyperparameters
+from metaopt.hyperparameters.transformed import Interval
 from metaopt.stn import attention, composites, norms, tangents  # noqa: F401 -- they register their rules
 from metaopt.stn.engines import ENGINES
 from metaopt.stn.randomness import DROPOUTS
@@ -135,4 +136,10 @@ def _bound(model: nn.Module, hyper: Hyperparameters, bind: Mapping[str, str | Se
     for key in set(bound.values()):
         if hyper[key].numel() != 1:
             raise ResponseError(f"hyperparameter {key!r} is a dropout rate, and that is one number; use a scalar.")
+        domain = hyper.domains[key]
+        if not (isinstance(domain, Interval) and domain.low >= 0 and domain.high < 1):
+            raise ResponseError(
+                f"hyperparameter {key!r} is a dropout rate and lives in {domain}: at a rate of 1 the mask divides by "
+                "zero. Use `interval(rate, 0, 0.95)`."
+            )
     return bound
