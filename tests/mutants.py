@@ -396,7 +396,7 @@ MUTANTS = [
     Mutant(
         "ignore-factor",
         "the scheduler's factor on a hyperparameter is ignored",
-        "step.py",
+        "update.py",
         "if slope != 1.0:",
         "if False:",
         (LAWS, "unrolled"),
@@ -404,7 +404,7 @@ MUTANTS = [
     Mutant(
         "ignore-absolute",
         "a scheduler's absolute setting (eta_min) is taken as proportional to the hyperparameter",
-        "step.py",
+        "update.py",
         "if rest != 0.0:",
         "if False:",
         ("tests/test_schedulers.py", "built_anew"),

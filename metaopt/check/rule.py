@@ -118,7 +118,7 @@ class _Trial:
         self.grads = [random() if step >= zero else torch.zeros_like(self.weight.detach()) for step in range(steps)]
         (group,) = self.optimizer.param_groups
         self.numbers = {key: float(self.rule.number(group, key)) for key in self.rule.settings}
-        self.update = Update(self.rule, tuple((flag, bool(group.get(flag, False))) for flag in self.rule.flags))
+        self.update = Update(self.rule, tuple((flag, group.get(flag, False)) for flag in self.rule.flags))
 
     def problems(self) -> Iterator[tuple[str, str | None]]:
         """What was checked, and what is wrong with it."""

@@ -1,0 +1,222 @@
+"""The optimizer's half of ``Φ``: its rule, written down as one instruction for each param group."""
+
+from __future__ import annotations
+
+__all__ = ["RuledUpdate", "WatchedWeights", "sparse"]
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from metaopt.capture.tape import Tape
+from metaopt.capture.trace import Group, Instruction, Val
+from metaopt.errors import CaptureError, UnusedHyperparameterWarning
+from metaopt.hyperparameters import name_of
+from metaopt.rules import Rule, Update
+from metaopt.wrapping import refuse_filled
+
+
+class WatchedWeights:
+    """The weights that an optimizer had when the context began, of which none may be exchanged."""
+
+    def __init__(self, optimizer: Optimizer, tape: Tape) -> None:
+        self.optimizer = optimizer
+        self.tape = tape
+        self._known = 0
+        self._received: set[int] = set()
+
+    def weights(self) -> list[Tensor]:
+        """Every weight of the optimizer, in its order."""
+        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
+
+    def check(self) -> None:
+        """Raise `CaptureError` if the optimizer has other weights now, or the model has."""
+        self._refuse_other_weights()
+        self._refuse_replaced()
+
+    def _refuse_other_weights(self) -> None:
+        if {id(weight) for weight in self.weights()} != set(self.tape.trained):
+            raise CaptureError(
+                "parameters were added to or removed from the optimizer inside the context. Build the optimizer "
+                "before the context, or open a new context for the new parameters."
+            )
+
+    def _refuse_replaced(self) -> None:
+        # A parameter that was replaced in the model looks like a new hyperparameter, while the old one, which the
+        # optimizer still holds, gets no gradient any more.
+        known, self._known = self._known, len(self.tape.externals)
+        trained, self._received = self._received, {id(w) for w in self.weights() if w.grad is not None}
+        new = [external.tensor for external in list(self.tape.externals.values())[known:]]
+        made = [b.ref() for b in self.tape.bindings() if b.leaf]
+        new += [tensor for tensor in made if tensor is not None and id(tensor) not in self.tape.trained]
+        lost = [weight for weight in self.weights() if id(weight) in trained and weight.grad is None]
+        shapes = {tensor.shape for tensor in new if isinstance(tensor, torch.nn.Parameter)}
+        replaced = [weight for weight in lost if weight.shape in shapes]
+        if replaced:
+            raise CaptureError(
+                f"a parameter of shape {tuple(replaced[0].shape)} was replaced inside the context: the optimizer "
+                "still holds the old one, which gets no gradient any more, and the new one is not trained. Change "
+                "the values in place, `with torch.no_grad(): parameter.copy_(new)`."
+            )
+
+
+class RuledUpdate:
+    """Writes the update of an optimizer that has a rule, from what there is before and after its step."""
+
+    def __init__(self, optimizer: Optimizer, rule: Rule, tape: Tape) -> None:
+        self.optimizer = optimizer
+        self.rule = rule
+        self.tape = tape
+        self._blind: set[int] = set()
+        self._pending: list[tuple[dict[str, Any], list[Tensor], Update, dict[str, Any]]] = []
+
+    def before(self) -> None:
+        """Note what the update reads, and save what it is about to overwrite."""
+        self._pending = []
+        for group in self.optimizer.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            if not weights:
+                continue
+            self._pending.append(self._read_group(group, weights))
+        for group_entry in self._pending:
+            for weight in group_entry[1]:
+                self.tape.before_write(weight)
+                for name in self.rule.state:
+                    tensor = self.optimizer.state.get(weight, {}).get(name)
+                    if tensor is not None:
+                        self.tape.before_write(tensor)
+
+    def _read_group(
+        self, group: dict[str, Any], weights: list[Tensor]
+    ) -> tuple[dict[str, Any], list[Tensor], Update, dict[str, Any]]:
+        tape, rule = self.tape, self.rule
+        grads = []
+        for weight in weights:
+            grad = weight.grad
+            assert grad is not None
+            if grad.is_sparse:
+                raise sparse(weight)
+            grads.append(self._raw(grad))
+        update = Update(rule, tuple((flag, group.get(flag, False)) for flag in rule.flags))
+        arguments = {
+            "weights": Group(list, tuple(self._raw(weight) for weight in weights)),
+            "grads": Group(list, tuple(grads)),
+            "states": Group(list, tuple(self._states(weight) for weight in weights)),
+            "steps": Group(list, tuple(tape.trace.number(self._count(weight) + 1) for weight in weights)),
+            "settings": self._settings(group),
+        }
+        if rule.blind:
+            self._warn_blind(arguments)
+        return group, weights, update, arguments
+
+    def _warn_blind(self, arguments: dict[str, Any]) -> None:
+        # A hypergradient of exactly 0 through a sign is right, and of no use to anybody who does not know why.
+        tape = self.tape
+        through = tape.trace.behind(arguments["grads"])
+        through -= tape.trace.behind((arguments["weights"], arguments["states"], arguments["settings"]))
+        for external in tape.externals.values():
+            if external.epoch != tape.epoch or external.value not in through or id(external.tensor) in self._blind:
+                continue
+            self._blind.add(id(external.tensor))
+            name = name_of(external.tensor) or f"of shape {tuple(external.tensor.shape)}"
+            warnings.warn(
+                f"the hyperparameter {name} acts through the gradient, and {self.rule.optimizer.__name__} "
+                f"{self.rule.blind}: its derivative through these steps is 0. Train with an optimizer that follows the "
+                "gradient (SGD, AdamW, …), or make hyperparameters of the optimizer's own settings.",
+                UnusedHyperparameterWarning,
+                stacklevel=2,
+            )
+
+    def _raw(self, tensor: Tensor) -> Val:
+        binding = self.tape.find(tensor)
+        return self.tape.read(tensor) if binding is None else Val(self.tape.read_binding(binding, tensor))
+
+    def _states(self, weight: Tensor) -> tuple[Val | None, ...]:
+        state = self.optimizer.state.get(weight, {})
+        values: list[Val | None] = []
+        for name in self.rule.state:
+            tensor = state.get(name)
+            if tensor is None:
+                values.append(None)
+                continue
+            if self.tape.find(tensor) is None:
+                self.tape.bind(tensor)
+            values.append(self._raw(tensor))
+        return tuple(values)
+
+    def _count(self, weight: Tensor) -> int:
+        step = self.optimizer.state.get(weight, {}).get("step", 0)
+        return int(step)
+
+    def _settings(self, group: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+        """Every continuous setting: a number, or its hyperparameter times the scheduler's factor."""
+        tape, rule = self.tape, self.rule
+        linked = getattr(self.optimizer, "linked_settings", None)
+        links: dict[str, tuple[Tensor, float, float]] = linked(group) if linked is not None else {}
+        found = {name: rule.number(group, name) for name in rule.settings}
+        numbers = {name: number for name, number in found.items() if number is not None}
+        plain = {n: float(v.detach() if isinstance(v, Tensor) else v) for n, v in numbers.items()}
+        for name, number in plain.items():
+            rule.check(name, number)
+        differentiable = frozenset(links) | {
+            name for name, number in numbers.items() if isinstance(number, Tensor) and self.tape.is_live(number)
+        }
+        for name in differentiable:
+            rule.refuse_flat(name)
+        if rule.refuse is not None:
+            rule.refuse({**group, **plain}, differentiable)
+        settings: list[tuple[str, Any]] = []
+        for name, number in numbers.items():
+            if name in links and not (isinstance(number, Tensor) and tape.is_live(number)):
+                spec: Any = self._scheduled(*links[name], plain[name])
+            elif isinstance(number, Tensor) and tape.is_live(number):
+                refuse_filled(number)
+                spec = self._raw(number)
+            else:
+                spec = tape.trace.number(plain[name])
+            settings.append((name, spec))
+        return tuple(settings)
+
+    def _scheduled(self, value: Tensor, slope: float, rest: float, number: float) -> Any:
+        """``slope · λ + rest``, what a scheduler made of a hyperparameter."""
+        tape = self.tape
+        if slope == 0.0:
+            return tape.trace.number(number)
+        spec: Any = tape.read(value)
+        if slope != 1.0:
+            spec = Val(tape.trace.emit(torch.mul, spec, tape.trace.number(slope))[0])
+        if rest != 0.0:
+            spec = Val(tape.trace.emit(torch.add, spec, tape.trace.number(rest))[0])
+        return spec
+
+    def after(self) -> None:
+        """Record the update, now that the optimizer has made its state."""
+        tape = self.tape
+        for _, weights, update, given in self._pending:
+            places: list[tuple[Tensor, int]] = []
+            for weight in weights:
+                places.append((weight, tape.trace.new()))
+                state = self.optimizer.state.get(weight, {})
+                for name in self.rule.state:
+                    tensor = state.get(name)
+                    if tensor is not None:
+                        places.append((tensor, tape.trace.new()))
+            args = (given["weights"], given["grads"], given["states"], given["steps"])
+            outs = tuple(value for _, value in places)
+            tape.trace.code.append(Instruction(update, args, given["settings"], outs, many=True))
+            trained = {id(weight) for weight in weights}
+            for tensor, value in places:
+                is_weight = id(tensor) in trained
+                tape.define(tensor, value, inner=int(is_weight), leaf=is_weight)
+        self._pending = []
+
+
+def sparse(weight: Tensor) -> CaptureError:
+    """The error for a sparse gradient."""
+    return CaptureError(
+        f"a weight of shape {tuple(weight.shape)} has a sparse gradient, which has no second derivative. Use dense "
+        "gradients (`nn.Embedding(..., sparse=False)`)."
+    )
