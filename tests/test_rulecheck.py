@@ -116,3 +116,8 @@ def test_torchs_rules(name: str, settings: dict[str, Any]) -> None:
 def test_an_optimizer_without_a_rule() -> None:
     with pytest.raises(metaopt.RuleError):
         rulecheck(torch.optim.LBFGS)
+
+
+@pytest.mark.parametrize("name", [name for name in metaopt.optim.__all__ if name != "DifferentiableOptimizer"])
+def test_the_rules_of_the_library_pass_with_their_defaults(name: str) -> None:
+    assert rulecheck(getattr(metaopt.optim, name))
