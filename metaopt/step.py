@@ -210,8 +210,9 @@ class Loop:
 
     def _before_update(self) -> None:
         assert self.update is not None
-        self.guard.check()
-        self.update.before()
+        with torch._C.DisableTorchFunction():  # while a mode is open, each look at a tensor's attribute costs a call
+            self.guard.check()
+            self.update.before()
 
     def _is_stepping(self) -> bool:
         return not self._in_closure and steps_on_stack(self.optimizer) > 0
@@ -221,10 +222,11 @@ class Loop:
             return
         self.watcher.paused = True
         try:
-            if self.update is not None:
-                self.update.after()
-            self.steps += 1
-            self._seal(check=True)
+            with torch._C.DisableTorchFunction():
+                if self.update is not None:
+                    self.update.after()
+                self.steps += 1
+                self._seal(check=True)
         finally:
             self.watcher.paused = False
 

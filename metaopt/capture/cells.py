@@ -14,7 +14,10 @@ from metaopt.errors import StaleError
 
 def version_of(tensor: Tensor) -> int:
     """The count of writes into a tensor's memory; tensors made under ``inference_mode`` keep none."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
 
 
 class Cell:
