@@ -82,9 +82,10 @@ class Given:
 def shift(optimizer: torch.optim.Optimizer, origin: tuple[int, str], change: float, *, search: bool = False) -> None:
     """Move what schedulers keep of a setting, in the group and in themselves, when its hyperparameter has moved."""
     place, name = origin
+    for group in optimizer.param_groups:
+        for key in [key for key in group if key != "params"]:
+            group[key] = shifted(group[key], origin, change)
     group = optimizer.param_groups[place]
-    for key in [key for key in group if key != "params"]:
-        group[key] = shifted(group[key], origin, change)
     if name != "lr" or not (search or "initial_lr" in group):
         return
     # Schedulers in closed form compute with their own copy of the first rate, and the optimizer does not know them.
@@ -113,7 +114,7 @@ def follow(optimizer: torch.optim.Optimizer, origin: tuple[int, str], link: Link
             f"{origin[1]} was computed from the numbers of two linked settings; its derivative by both can't be "
             "followed. Compute each from its own, or in tensors."
         )
-    if link.base is None or number == link.base:
+    if link.base is None:
         return Followed(number, 1.0, origin)
     found = _plateau(optimizer, origin, link, number)
     if found is not None:

@@ -72,6 +72,7 @@ class Loop:
             self.watcher.stepping = self._is_stepping
             self.watcher.numbers_held = self.wrapped.hold_numbers
         self._in_closure = False
+        self.trainable: set[int] = set()
         self._exit: ExitStack | None = None
         self._thread = 0
         self._sums: list[Tensor] = []
@@ -95,6 +96,7 @@ class Loop:
                 "first, or use its run."
             )
         self._check_weights()
+        self.trainable = {id(weight) for weight in self.weights() if weight.requires_grad}
         self._thread = threading.get_ident()
         self.tape.begin()
         with ExitStack() as stack:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy
 import pytest
@@ -659,3 +660,82 @@ def test_reentrant_checkpointing_is_refused() -> None:
     with pytest.raises(metaopt.CaptureError, match="use_reentrant=False"), metaopt.record(optimizer):
         hidden = checkpoint(model[1:], model[0](x), use_reentrant=True)
         F.cross_entropy(hidden, y).backward()
+
+
+# -- numbers that come from a hyperparameter ---------------------------------------------------------------------------
+
+
+def proximal(change: Callable[[torch.optim.Optimizer, torch.nn.Parameter], Any]) -> Tensor:
+    lr, weight = torch.tensor(0.1, requires_grad=True), torch.nn.Parameter(torch.tensor([2.0, 0.5]))
+    optimizer = metaopt.optim.SGD([weight], lr=lr)
+    with metaopt.record(optimizer) as run:
+        for _ in range(3):
+            optimizer.zero_grad()
+            (weight**2).sum().backward()
+            optimizer.step()
+            with torch.no_grad():
+                change(optimizer, weight)
+    gradient: Tensor = run.hypergradient(((weight - 1) ** 2).sum(), wrt=lr)[0]
+    return gradient
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda o, w: w.copy_(torch.nn.functional.softshrink(w, o.param_groups[0]["lr"])),
+        lambda o, w: w.mul_(1 - o.param_groups[0]["lr"]),
+        lambda o, w: w.add_(torch.ones(2) * (0.01 * o.param_groups[0]["lr"]) ** 0.5),
+        lambda o, w: w.add_(w, alpha=-o.param_groups[0]["lr"]),
+    ],
+    ids=["softshrink", "decay", "noise", "alpha"],
+)
+def test_a_groups_number_in_the_loop_is_said_to_be_constant(change: Any) -> None:
+    with pytest.warns(metaopt.HeldConstantWarning, match="param group that comes from a hyperparameter"):
+        proximal(change)
+
+
+def test_a_setting_computed_from_the_number_of_another_follows() -> None:
+    def decay(optimizer: torch.optim.Optimizer, weight: torch.nn.Parameter) -> None:
+        optimizer.param_groups[0]["weight_decay"] = 0.5 * optimizer.param_groups[0]["lr"]
+
+    def bare(lr: float) -> float:
+        weight, wd = torch.tensor([2.0, 0.5]), 0.0
+        for _ in range(3):
+            weight = weight - lr * (2 * weight + wd * weight)
+            wd = 0.5 * lr
+        return float(((weight - 1) ** 2).sum())
+
+    assert proximal(decay) == pytest.approx((bare(0.1 + 1e-5) - bare(0.1 - 1e-5)) / 2e-5, rel=1e-6)
+
+
+def test_a_constant_that_equals_the_hyperparameter_is_a_constant() -> None:
+    def constant(optimizer: torch.optim.Optimizer, weight: torch.nn.Parameter) -> None:
+        optimizer.param_groups[0]["lr"] = 0.1
+
+    def bare(lr: float) -> float:
+        weight = torch.tensor([2.0, 0.5])
+        for rate in (lr, 0.1, 0.1):
+            weight = weight - rate * 2 * weight
+        return float(((weight - 1) ** 2).sum())
+
+    with pytest.warns(metaopt.HeldConstantWarning, match="does not come from it"):
+        found = proximal(constant)
+    assert found == pytest.approx((bare(0.1 + 1e-5) - bare(0.1 - 1e-5)) / 2e-5, rel=1e-6)
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_a_weight_frozen_before_the_objective(mode: Any) -> None:
+    model, lr = mlp(5, 6, 3), torch.tensor(0.1, requires_grad=True)
+    x, y, x_val, y_val = data()
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+    with mode(optimizer) as run:
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    expected = run.hypergradient(F.cross_entropy(model(x_val), y_val), wrt=lr)[0]
+    model[0].requires_grad_(False)
+    with pytest.raises(metaopt.SweepError, match="frozen"):
+        run.hypergradient(F.cross_entropy(model(x_val), y_val), wrt=lr)
+    found = run.hypergradient(lambda: F.cross_entropy(model(x_val), y_val), wrt=lr)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)

@@ -146,3 +146,29 @@ def test_bad_options_and_initial_weights() -> None:
         metaopt.implicit(optimizer, iterations=0)
     with pytest.raises(ValueError, match="tolerance"):
         metaopt.implicit(optimizer, tolerance=0.0)
+
+
+@pytest.mark.parametrize("watched", [1, 2, 3])
+def test_an_average_that_the_loop_keeps(watched: int) -> None:
+    """It is state once two iterations have written it; before that the last step can't say how it goes on."""
+    penalty, weight, average = torch.tensor(0.5, requires_grad=True), nn.Parameter(torch.tensor([2.0])), torch.zeros(1)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            ((weight - 1) ** 2 + penalty * weight**2).sum().backward(inputs=[weight])
+            optimizer.step()
+            with torch.no_grad():
+                average.lerp_(weight, 0.1)
+
+    train(500)
+    with metaopt.implicit(optimizer, tolerance=1e-12) as run:
+        train(watched)
+        outer = (average**2).sum()
+    if watched < 3:
+        with pytest.raises(metaopt.SweepError, match="at least 3 iterations"):
+            run.backward(outer)
+    else:
+        run.backward(outer)
+        assert penalty.grad == pytest.approx(-2 / 1.5**3)

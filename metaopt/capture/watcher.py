@@ -24,6 +24,7 @@ from metaopt.capture.steps import in_step
 from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Instruction
 from metaopt.errors import CaptureError, EagerWarning, HeldConstantWarning
+from metaopt.followed import Followed
 
 _RANDOM = re.compile(
     "drop|rand|bernoulli|normal|multinomial|rrelu|gumbel|poisson|binomial|exponential|cauchy|uniform|geometric|"
@@ -111,6 +112,8 @@ class Watcher(TorchFunctionMode):
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call; record it if it depends on something that is followed."""
         tape = self.tape
+        if any(type(a) is Followed and a.slope for a in (*args, *kwargs.values())):
+            self._say_number_is_constant(func)
         tensors = flatten(args)
         if kwargs:
             flatten(kwargs.values(), tensors)
@@ -232,6 +235,22 @@ class Watcher(TorchFunctionMode):
         source = args[0] if args else None
         if name in _NUMBERS and isinstance(source, Tensor) and source.dtype.is_floating_point:
             self.say_constant(name)
+
+    def _say_number_is_constant(self, func: Callable[..., Any]) -> None:
+        level = user_frame()
+        frame = sys._getframe(level)
+        place = (frame.f_code, frame.f_lineno)
+        if place in self._said:
+            return
+        self._said.add(place)
+        warnings.warn(
+            f"`{name_of(func)}` was called with a number of the optimizer's param group that comes from a "
+            "hyperparameter; metaopt holds the number constant there, so what this call does has no derivative by it. "
+            "Use the hyperparameter itself, a tensor, in place of the group's number. To silence: "
+            "`warnings.simplefilter('ignore', metaopt.HeldConstantWarning)`.",
+            HeldConstantWarning,
+            stacklevel=level,
+        )
 
     def say_constant(self, name: str) -> None:
         """Say once a line that a value which depends on the weights became a Python number."""

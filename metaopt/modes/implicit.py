@@ -22,6 +22,7 @@ from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.run import Run
 
 _FAR = 1e-2
+_SETTLED = 3
 
 
 def implicit(
@@ -111,15 +112,34 @@ class Implicit(Run):
     def _solved(self, outer: Objective) -> Adjoint:
         adjoint = self._adjoint(outer)
         adjoint.check_value([])
+        last = self._last
+        if last is not None:
+            self._refuse_unsettled(last)
         for segment in reversed(self._after):
             adjoint.pull_back(segment, self._loop.steps)
-        last = self._last
         if last is not None:
             series = _Series(last, adjoint.carried, self._loop.steps)
             adjoint.carried = series.sum(self._iterations, self._tolerance)
             self._warn_if_far(last, series.rate)
             adjoint.pull_back(last, self._loop.steps)
         return adjoint
+
+    def _refuse_unsettled(self, last: Segment) -> None:
+        # A tensor from before the context (its key is not negative) is a constant of the iteration that writes it
+        # first, and part of the state from the next one on.
+        if self._loop.steps >= _SETTLED:
+            return
+        known = {key for key, _ in last.inputs}
+        written = {key for segment in (last, *self._after) for key in segment.outputs if key >= 0} - known
+        grads = {id(weight.grad) for weight in self._loop.weights()}
+        for binding in self._loop.tape.bindings():
+            tensor = binding.ref()
+            if binding.key in written and tensor is not None and tensor.is_floating_point() and id(tensor) not in grads:
+                raise SweepError(
+                    f"a tensor of shape {tuple(tensor.shape)} (an average, a buffer) was first written inside the "
+                    "context in its last iterations, so the last step does not say how it goes on. Let the context "
+                    f"watch at least {_SETTLED} iterations at the stationary point."
+                )
 
     def _warn_if_far(self, last: Segment, rate: float) -> None:
         tape = self._loop.tape

@@ -112,6 +112,12 @@ class Adjoint:
         """From an objective that was computed outside of the context: its autograd graph ends at the weights."""
         tape = self.loop.tape
         leaves = leaves_of(outer)
+        if any(id(weight) in self.loop.trainable and not weight.requires_grad for weight in self.loop.weights()):
+            raise SweepError(
+                "a trained weight was frozen (`requires_grad_(False)`) before the outer objective was computed, so the "
+                "objective's graph does not reach it. Compute the objective with the weights unfrozen, or pass a "
+                "function: `run.backward(lambda: loss(model(x), y))`."
+            )
         followed = [leaf for leaf in leaves if tape.find(leaf) is not None]
         statistics = statistics_gradients(outer, tape)
         if not followed and not statistics:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaopt.errors import DomainError
 from metaopt.followed import Followed, plainly, restored, slopes_of
 from metaopt.links import Given, Link, assign, follow, shift, unlink
 from metaopt.rules import rule_of
@@ -87,10 +88,23 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
         for name, link in self._links.get(place, {}).items():
             number = follow(self, (place, name), link, rule.number(group, name))
             link.last = number
-            value = link.at(self.schedule_step)
-            rest = float(number) - number.slope * float(value.detach())
-            result[name] = (value, number.slope, 0.0 if abs(rest) < 1e-14 * abs(number) else rest)
+            result[name] = self._behind(number, link)
+        for name in rule.settings:
+            number = rule.number(group, name)
+            if name not in result and isinstance(number, Followed) and number.slope:  # of another setting, or group
+                origin = self._links.get(number.origin[0], {}).get(number.origin[1])
+                if origin is None or number.slope != number.slope:
+                    raise DomainError(
+                        f"{name} was computed from the numbers of two linked settings; its derivative by both can't be "
+                        "followed. Compute each from its own, or in tensors."
+                    )
+                result[name] = self._behind(number, origin)
         return result
+
+    def _behind(self, number: Followed, link: Link) -> tuple[Tensor, float, float]:
+        value = link.at(self.schedule_step)
+        rest = float(number) - number.slope * float(value.detach())
+        return value, number.slope, 0.0 if abs(rest) < 1e-14 * abs(number) else rest
 
     def _sync(self, *, search: bool = False) -> None:
         """Give the groups the hyperparameters' present numbers, as schedulers would have made them of these."""
