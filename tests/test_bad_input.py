@@ -739,3 +739,28 @@ def test_a_weight_frozen_before_the_objective(mode: Any) -> None:
         run.hypergradient(F.cross_entropy(model(x_val), y_val), wrt=lr)
     found = run.hypergradient(lambda: F.cross_entropy(model(x_val), y_val), wrt=lr)[0]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_data_written_with_an_operator_is_the_write_in_place(mode: Any) -> None:
+    def by_operator(weight: Tensor, decay: Tensor) -> None:
+        weight.data -= decay.detach() * weight.data.tanh()
+
+    def in_place(weight: Tensor, decay: Tensor) -> None:
+        weight.data.sub_(decay.detach() * weight.data.tanh())
+
+    found = []
+    for write in (by_operator, in_place):
+        model, decay = mlp(5, 6, 3), torch.tensor(0.1, requires_grad=True)
+        x, y, x_val, y_val = data()
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with mode(optimizer, verify="all") as run:
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                for weight in model.parameters():
+                    write(weight, decay)
+        found.append(run.hypergradient(F.cross_entropy(model(x_val), y_val), wrt=decay)[0])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
+    assert found[0] != 0

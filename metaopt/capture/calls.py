@@ -271,6 +271,8 @@ def _get_grad(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kw
 def _set_data(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     target, source = args
     tape = watcher.tape
+    if _same_memory(target, source):
+        return func(*args, **kwargs)  # how Python ends `x.data -= y`, which was written in place before
     if tape.find(target) is not None or tape.is_live(source):
         raise CaptureError(
             f"`.data` of a tensor of shape {tuple(target.shape)} was replaced inside the context; afterwards two "
@@ -278,6 +280,10 @@ def _set_data(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kw
         )
     tape.before_write(target)
     return func(*args, **kwargs)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _requires_grad(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
