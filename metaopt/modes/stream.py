@@ -196,8 +196,8 @@ class Streaming(Run):
                 norms = [float(z.norm()) for z in self._tangents.values()]
                 raise SweepError(
                     f"the tangent Z is not finite by step {self._loop.steps} (norms {max(norms):.3g}): the training "
-                    "is chaotic, or diverges, or an operation of the step has an infinite derivative (a root or a norm at "
-                    "0, a quotient by 0). Lower the learning rate, pass `discount=` below 1, call "
+                    "is chaotic, or diverges, or an operation of the step has an infinite derivative (a root or a norm "
+                    "at 0, a quotient by 0). Lower the learning rate, pass `discount=` below 1, call "
                     "`run.reset_tangents()` now and then, or look at that step."
                 )
 
