@@ -112,6 +112,15 @@ MUTANTS = [
         "torch.tensordot(along.to(drawn.dtype), drawn, 1)",
         ("tests/test_real_time.py", "sign_vectors"),
     ),
+    # -- implicit mode
+    Mutant(
+        "one-term",
+        "the series of the implicit hypergradient has its first term only",
+        "modes/implicit.py",
+        "total[key] = total[key] + value if key in total else value",
+        "total[key] = total[key] if key in total else value",
+        ("tests/test_implicit.py", "ridge"),
+    ),
     # -- the reverse sweep
     Mutant(
         "forget-B1",

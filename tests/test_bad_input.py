@@ -686,8 +686,10 @@ def proximal(change: Callable[[torch.optim.Optimizer, torch.nn.Parameter], Any])
         lambda o, w: w.mul_(1 - o.param_groups[0]["lr"]),
         lambda o, w: w.add_(torch.ones(2) * (0.01 * o.param_groups[0]["lr"]) ** 0.5),
         lambda o, w: w.add_(w, alpha=-o.param_groups[0]["lr"]),
+        lambda o, w: w.sub_(torch.full((2,), o.param_groups[0]["lr"])),
+        lambda o, w: w.sub_(torch.tensor([0.1, o.param_groups[0]["lr"]])),
     ],
-    ids=["softshrink", "decay", "noise", "alpha"],
+    ids=["softshrink", "decay", "noise", "alpha", "full", "list"],
 )
 def test_a_groups_number_in_the_loop_is_said_to_be_constant(change: Any) -> None:
     with pytest.warns(metaopt.HeldConstantWarning, match="param group that comes from a hyperparameter"):

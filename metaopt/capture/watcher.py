@@ -7,7 +7,7 @@ __all__ = ["Watcher"]
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,8 @@ class Watcher(TorchFunctionMode):
             return func(*args, **kwargs)
         self.paused = True
         try:
+            if _follows((*args, *kwargs.values())):
+                self._say_number_is_constant(func)
             if torch._C._are_functorch_transforms_active():
                 return self._inside_transform(func, args, kwargs)
             special = calls.SPECIAL.get(func)
@@ -112,8 +114,6 @@ class Watcher(TorchFunctionMode):
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call; record it if it depends on something that is followed."""
         tape = self.tape
-        if any(type(a) is Followed and a.slope for a in (*args, *kwargs.values())):
-            self._say_number_is_constant(func)
         tensors = flatten(args)
         if kwargs:
             flatten(kwargs.values(), tensors)
@@ -296,3 +296,12 @@ def user_frame() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("metaopt.", "torch.")):
         frame, level = frame.f_back, level + 1
     return level
+
+
+def _follows(arguments: Sequence[Any]) -> bool:
+    """Whether a number that carries its derivative is among the arguments, or in a list of them."""
+    for argument in arguments:
+        kind = type(argument)
+        if (kind is Followed and argument.slope) or ((kind is list or kind is tuple) and _follows(argument)):
+            return True
+    return False
