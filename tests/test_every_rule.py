@@ -19,7 +19,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
 import metaopt
-from metaopt.rules import Rule
+from metaopt.rules import Rule, Update
 from tests.optimizer_table import ROWS, Row, group_arguments
 from tests.strategies import numbers, randn, tensors
 from tests.test_rules import EPS, Point, apply, condition, numbers_of, present
@@ -275,3 +275,39 @@ def test_the_groups_numbers_follow_schedulers_and_hyperparameters(row: Row) -> N
         leaves["lr"].mul_(0.5)
     step(made, 2)
     assert made.param_groups[0]["lr"] == pytest.approx(row.numbers["lr"] * 0.125)
+
+
+# -- many tensors at once ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS.values() if row.rule.elementwise])
+def test_small_tensors_updated_as_one_are_updated_as_each(row: Row) -> None:
+    """Values and derivatives, with tensors of no, one and two dimensions, empty ones, and others at another step."""
+    assert row.elementwise
+    torch.manual_seed(0)
+    shapes: list[tuple[int, ...]] = [(), (3,), (2, 3), (0,), (3,), ()]
+    steps = [2, 2, 2, 2, 5, 5]
+    update = Update(row.rule, tuple((flag, False) for flag in row.rule.flags))
+    settings = {name: torch.tensor(number, requires_grad=True) for name, number in row.numbers.items()}
+    settings = {k: v.detach() if k in row.rule.flat else v for k, v in settings.items() if k in row.rule.settings}
+    weights, grads = ([torch.randn(shape, requires_grad=True) for shape in shapes] for _ in range(2))
+    states = [[torch.rand(shape, requires_grad=True) for _ in row.rule.state] for shape in shapes]
+    whole = update(weights, grads, states, steps, **settings)
+    single = [
+        value
+        for given in zip(weights, grads, states, steps, strict=True)
+        for value in update(*([entry] for entry in given), **settings)  # type: ignore[arg-type]
+    ]
+    variables = [*weights, *grads, *(s for state in states for s in state)]
+    variables += [s for s in settings.values() if s.requires_grad]
+    kept = [place for place, value in enumerate(single) if value.requires_grad]
+    cotangents = [torch.randn_like(single[place]) for place in kept]
+    found, expected = (
+        torch.autograd.grad([values[place] for place in kept], variables, cotangents, allow_unused=True)
+        for values in (whole, single)
+    )
+    for a, b in zip([*whole, *found], [*single, *expected], strict=True):
+        assert (a is None) == (b is None) or not (a if b is None else b).any()  # type: ignore[union-attr]
+        if a is not None and b is not None:
+            assert a.shape == b.shape
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

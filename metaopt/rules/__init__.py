@@ -23,10 +23,11 @@ from metaopt.rules.nadam import NAdam
 from metaopt.rules.radam import RAdam
 from metaopt.rules.rmsprop import RMSprop
 from metaopt.rules.rprop import Rprop
-from metaopt.rules.rule import Rule, Update, safe_sqrt
+from metaopt.rules.rule import Rule, safe_sqrt
 from metaopt.rules.schedule_free_adamw import ScheduleFreeAdamW
 from metaopt.rules.schedule_free_sgd import ScheduleFreeSGD
 from metaopt.rules.sgd import SGD
+from metaopt.rules.update import Update
 
 _RULES: dict[type[torch.optim.Optimizer], Rule] = {}
 

@@ -46,6 +46,7 @@ Adadelta = Rule(
     settings={name: name for name in ("lr", "rho", "eps", "weight_decay")},
     flags=("maximize",),
     state=("square_avg", "acc_delta"),
+    elementwise=True,
     domain=dict.fromkeys(("lr", "eps", "weight_decay"), NONNEGATIVE)
     | {"rho": (lambda x: 0 <= x <= 1, "between 0 and 1")},
 )

@@ -47,5 +47,6 @@ Adagrad = Rule(
     settings={name: name for name in _SETTINGS},
     flags=("maximize",),
     state=("sum",),
+    elementwise=True,
     domain=dict.fromkeys(_SETTINGS, NONNEGATIVE),
 )

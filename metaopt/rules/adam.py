@@ -50,5 +50,6 @@ Adam = Rule(
     settings=ADAM_SETTINGS,
     flags=("amsgrad", "maximize", "decoupled_weight_decay"),
     state=ADAM_STATE,
+    elementwise=True,
     domain=ADAM_DOMAIN,
 )

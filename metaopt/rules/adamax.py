@@ -46,5 +46,6 @@ Adamax = Rule(
     settings=ADAM_SETTINGS,
     flags=("maximize",),
     state=("exp_avg", "exp_inf"),
+    elementwise=True,
     domain=ADAM_DOMAIN,
 )

@@ -44,5 +44,6 @@ AdamW = Rule(
     settings=ADAM_SETTINGS,
     flags=("amsgrad", "maximize"),
     state=ADAM_STATE,
+    elementwise=True,
     domain=ADAM_DOMAIN,
 )

@@ -59,5 +59,6 @@ RAdam = Rule(
     settings=ADAM_SETTINGS,
     flags=("decoupled_weight_decay", "maximize"),
     state=("exp_avg", "exp_avg_sq"),
+    elementwise=True,
     domain=ADAM_DOMAIN,
 )

@@ -54,5 +54,6 @@ RMSprop = Rule(
     settings={name: name for name in ("lr", "alpha", "eps", "weight_decay", "momentum")},
     flags=("centered", "maximize"),
     state=("square_avg", "grad_avg", "momentum_buffer"),
+    elementwise=True,
     domain=dict.fromkeys(("lr", "alpha", "eps", "weight_decay", "momentum"), NONNEGATIVE),
 )

@@ -58,6 +58,7 @@ Rprop = Rule(
     },
     flags=("maximize",),
     state=("prev", "step_size"),
+    elementwise=True,
     domain={
         "lr": NONNEGATIVE,
         "etaminus": (lambda x: 0 < x < 1, "above 0 and below 1"),

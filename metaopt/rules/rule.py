@@ -9,7 +9,6 @@ __all__ = [
     "Rule",
     "Setting",
     "State",
-    "Update",
     "add_scaled",
     "decayed",
     "double",
@@ -57,6 +56,7 @@ class Rule:
             hyperparameter there is an error, and not a hypergradient of 0.
         blind: why the weights have derivative 0 in the gradient wherever they have one, in words; empty if they do not.
         surrogate: whether value and derivative differ on purpose, so that finite differences are no check.
+        elementwise: whether each element goes its own way, so that many small tensors may be updated as one.
     """
 
     optimizer: type[torch.optim.Optimizer]
@@ -70,6 +70,7 @@ class Rule:
     flat: Mapping[str, str] = field(default_factory=dict)
     blind: str = ""
     surrogate: bool = False
+    elementwise: bool = False
 
     def number(self, group: Mapping[str, Any], name: str) -> Any:
         """The group's present number for a setting."""
@@ -98,45 +99,6 @@ class Rule:
                     "hyperparameter (`metaopt.positive`, `metaopt.interval`), or project it after each step "
                     "(`metaopt.box`)."
                 )
-
-
-class Update:
-    """A rule with its flags, applied to the tensors of one param group."""
-
-    def __init__(self, rule: Rule, flags: tuple[tuple[str, Any], ...]) -> None:
-        self.rule = rule
-        self.flags = flags
-        self.surrogate = rule.surrogate
-        self.__name__ = f"{rule.optimizer.__name__.lower()}_update"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Update) and self.rule is other.rule and self.flags == other.flags
-
-    def __hash__(self) -> int:
-        return hash((id(self.rule), self.flags))
-
-    def __call__(
-        self,
-        weights: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[Sequence[Tensor | None]],
-        steps: Sequence[int],
-        **settings: Setting,
-    ) -> list[Tensor]:
-        """The new weights and states, tensor by tensor: ``[w1', *state1', w2', *state2', …]``."""
-        flags = dict(self.flags)
-        results: list[Tensor] = []
-        for w, g, state, step in zip(weights, grads, states, steps, strict=True):
-            named = dict(zip(self.rule.state, state, strict=True))
-            # Beside a weight without a dimension, a setting's precision would win over the weight's.
-            shaped = [name for name in named if name not in self.rule.scalars] if w.dim() == 0 else []
-            named |= {name: s.reshape(1) for name in shaped if (s := named[name]) is not None}
-            x, y = (w.reshape(1), g.reshape(1)) if w.dim() == 0 else (w, g)
-            new, after = self.rule.update(x, y, named, step, **settings, **flags)
-            results.append(new.reshape(w.shape))
-            after |= {name: s.reshape(w.shape) for name in shaped if (s := after.get(name)) is not None}
-            results += [value for name in self.rule.state if (value := after.get(name)) is not None]
-        return results
 
 
 def double(value: Setting) -> Setting:

@@ -60,6 +60,7 @@ SGD = Rule(
     settings={name: name for name in ("lr", "momentum", "dampening", "weight_decay")},
     flags=("nesterov", "maximize"),
     state=("momentum_buffer",),
+    elementwise=True,
     domain={
         "lr": (lambda x: x >= 0, "at least 0"),
         "momentum": (lambda x: x >= 0, "at least 0"),
