@@ -307,7 +307,7 @@ def test_small_tensors_updated_as_one_are_updated_as_each(row: Row) -> None:
         for values in (whole, single)
     )
     for a, b in zip([*whole, *found], [*single, *expected], strict=True):
-        assert (a is None) == (b is None) or not (a if b is None else b).any()  # type: ignore[union-attr]
+        assert (a is None) == (b is None) or not (a if b is None else b).any()
         if a is not None and b is not None:
             assert a.shape == b.shape
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -19,7 +19,7 @@ __all__ = [
     "scalar",
 ]
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -49,9 +49,15 @@ class Update:
                 (place,) = places
                 results[place] = self._one(weights[place], grads[place], states[place], steps[place], settings)
             else:
-                some = ([group[place] for place in places] for group in (weights, grads, states))
-                for place, found in zip(places, self._joined(*some, steps[places[0]], settings), strict=True):
-                    results[place] = found
+                found = self._joined(
+                    [weights[place] for place in places],
+                    [grads[place] for place in places],
+                    [states[place] for place in places],
+                    steps[places[0]],
+                    settings,
+                )
+                for place, values in zip(places, found, strict=True):
+                    results[place] = values
         return [value for found in results for value in found]
 
     def _together(
