@@ -206,7 +206,12 @@ def assign(target: Tensor, value: Tensor) -> Tensor:
 
 
 def seeded(states: RNG, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call ``func`` with the generators where they were when the loop called it; put them back afterwards."""
+    """Call ``func`` with the generators where they were when the loop called it; put them back afterwards.
+
+    Where a step is traced, a stand-in for the states makes the call in its own way.
+    """
+    if callable(states):
+        return states(func, args, kwargs)
     before = [(generator, generator.get_state()) for generator, _ in states]
     try:
         for generator, state in states:

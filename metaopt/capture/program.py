@@ -14,7 +14,7 @@ from metaopt.capture.cells import Cell
 from metaopt.capture.lowering import Function, lower
 from metaopt.capture.segment import Segment
 from metaopt.capture.split import Split, split
-from metaopt.capture.trace import Instruction, Trace, needed
+from metaopt.capture.trace import Instruction, Trace, needed, numbers_in
 
 _Known = tuple["Program", list[int], list[int], list[int]]
 # Programs hold structure and no tensors, so runs share them: the next hyper-iteration need not write them again.
@@ -105,12 +105,51 @@ class Program:
         self.uses_autocast = any(instruction.autocast for instruction in code)
         self._functions: dict[tuple[int, ...], Function] = {}
         self._splits: dict[tuple[int, ...], Split | None] = {}
+        self._passed: dict[tuple[int, ...], frozenset[int]] = {}
+        self._between: dict[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], Function] = {}
+        self._prologues: dict[tuple[int, ...], Function | None] = {}
 
     def function(self, places: tuple[int, ...]) -> Function:
         """The program that computes the outputs at these places, and nothing else."""
         if places not in self._functions:
             self._functions[places] = lower(self, [self.outputs[place] for place in places])
         return self._functions[places]
+
+    def passed(self, places: tuple[int, ...]) -> frozenset[int]:
+        """The values that come up on the way to the outputs at these places, those included."""
+        if places not in self._passed:
+            wanted = {self.outputs[place] for place in places}
+            code = [self.code[index] for index in needed(self.code, set(wanted))]
+            self._passed[places] = frozenset(v for instruction in code for v in instruction.defined())
+        return self._passed[places]
+
+    def between(self, places: tuple[int, ...], values: tuple[int, ...], given: tuple[int, ...]) -> Function:
+        """`function`, which also returns some of the values on the way, and is given others."""
+        key = (places, values, given)
+        if key not in self._between:
+            self._between[key] = lower(self, [*(self.outputs[place] for place in places), *values], given)
+        return self._between[key]
+
+    def prologue(self, varying: tuple[int, ...]) -> Function | None:
+        """The calls that cut hyperparameters by whole numbers that vary (a slice of the examples' weights), if any."""
+        values = self.prologue_values(varying)
+        if varying not in self._prologues:
+            self._prologues[varying] = lower(self, values) if values else None
+        return self._prologues[varying]
+
+    def prologue_values(self, varying: tuple[int, ...]) -> tuple[int, ...]:
+        """What `prologue` computes."""
+        free = {*self.externals, *self.constants}
+        found: list[int] = []
+        for instruction in self.code:
+            plain = not (instruction.phased or instruction.many or instruction.aliases or instruction.effect)
+            if not plain or instruction.seed is not None or not all(value in free for value in instruction.used()):
+                continue
+            free.update(instruction.defined())
+            whole = [n for n in numbers_in((instruction.args, instruction.kwargs)) if n.kind is int]
+            if any(number.index in varying for number in whole):
+                found += instruction.defined()
+        return tuple(found)
 
     def split(self, places: tuple[int, ...]) -> Split | None:
         """The program cut at the loop's gradients, if they are plain gradients of a loss."""

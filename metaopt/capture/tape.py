@@ -169,6 +169,12 @@ class Tape:
         """The bindings whose tensors are alive."""
         return [binding for binding in self._bindings.values() if binding.ref() is not None]
 
+    def present(self) -> dict[int, Tensor]:
+        """The values that the followed tensors hold, by key, where nobody wrote to them since."""
+        found = {b.key: t.detach() for b in self._bindings.values() if (t := b.ref()) is not None and b.base is None}
+        versions = {b.key: b.version for b in self._bindings.values()}
+        return {key: tensor for key, tensor in found.items() if version_of(tensor) == versions[key]}
+
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def read(self, tensor: Tensor) -> Val:

@@ -6,7 +6,7 @@ aside, so that two iterations that do the same have equal traces and share one p
 
 from __future__ import annotations
 
-__all__ = ["Group", "Instruction", "Num", "Obj", "Trace", "Val", "needed", "values_in"]
+__all__ = ["Group", "Instruction", "Num", "Obj", "Trace", "Val", "needed", "numbers_in", "values_in"]
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -106,6 +106,15 @@ def values_in(spec: Any) -> Iterator[int]:
     elif isinstance(spec, tuple):
         for entry in spec:
             yield from values_in(entry)
+
+
+def numbers_in(spec: Any) -> Iterator[Num]:
+    """The Python numbers in a nested argument."""
+    if type(spec) is Num:
+        yield spec
+    elif isinstance(spec, tuple):
+        for entry in spec:
+            yield from numbers_in(entry)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from metaopt.capture.segment import Segment
 from metaopt.errors import MetaoptWarning, SweepError
 from metaopt.modes.outer import Adjoint, Objective
+from metaopt.modes.pullback import PullBack
 from metaopt.modes.run import Run
 
 _FAR = 1e-2
@@ -116,12 +117,12 @@ class Implicit(Run):
         if last is not None:
             self._refuse_unsettled(last)
         for segment in reversed(self._after):
-            adjoint.pull_back(segment, self._loop.steps)
+            adjoint.pull_back(PullBack(), segment, self._loop.steps)
         if last is not None:
             series = _Series(last, adjoint.carried, self._loop.steps)
             adjoint.carried = series.sum(self._iterations, self._tolerance)
             self._warn_if_far(last, series.rate)
-            adjoint.pull_back(last, self._loop.steps)
+            adjoint.pull_back(PullBack(), last, self._loop.steps)
         return adjoint
 
     def _refuse_unsettled(self, last: Segment) -> None:

@@ -6,7 +6,7 @@ __all__ = ["Adjoint", "Objective"]
 
 import gc
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from metaopt.capture.bindings import leaves_of, nodes_of
 from metaopt.capture.segment import Segment
 from metaopt.errors import HeldConstantWarning, StaleError, SweepError, UnusedHyperparameterWarning
 from metaopt.hyperparameters import name_of, owner_of
+from metaopt.modes.pullback import PullBack
 from metaopt.modes.statistics import statistics_gradients
 from metaopt.step import Loop
 
@@ -37,7 +38,6 @@ class Adjoint:
         self.direct: list[tuple[Tensor, Tensor]] = []
         self.value: Tensor | None = None
         self.batch: int | None = None
-        self._wanted: set[int] | None = None
 
     # -- from an objective ---------------------------------------------------------------------------------------------
 
@@ -183,47 +183,39 @@ class Adjoint:
 
     # -- through the iterations --------------------------------------------------------------------------------------
 
-    def want(self, wanted: Iterable[Tensor] | None) -> None:
-        """Restrict the sweep to these hyperparameters (None: all that are found)."""
-        if wanted is None:
-            self._wanted = None
-            return
-        ids = {id(leaf) for tensor in wanted for leaf in (tensor, *leaves_of(tensor))}
-        self._wanted = {
+    def wanted(self, tensors: Iterable[Tensor] | None) -> set[int] | None:
+        """The identities of what stands for these hyperparameters in the loop (None: all that are found)."""
+        if tensors is None:
+            return None
+        ids = {id(leaf) for tensor in tensors for leaf in (tensor, *leaves_of(tensor))}
+        return {
             id(external.tensor)
             for external in self.loop.tape.externals.values()
             if ids & {id(leaf) for leaf in (external.tensor, *leaves_of(external.tensor))}
         }
 
-    def pull_back(self, segment: Segment, step: float) -> None:
-        """One step of REVERSE-HG: ``g += α_t B_t``, ``α_{t-1} = α_t A_t``, both at ``(s_{t-1}, λ)``."""
-        keys = [key for key in segment.outputs if key in self.carried]
-        if not keys:
+    def pull_back(
+        self, pull: PullBack, segment: Segment, step: float, after: Mapping[int, Tensor] | None = None
+    ) -> None:
+        """One step of REVERSE-HG: ``g += α_t B_t``, ``α_{t-1} = α_t A_t``, both at ``(s_{t-1}, λ)``.
+
+        Args:
+            pull: what does it.
+            segment: the iteration.
+            step: its number, for errors.
+            after: what it left behind, as far as that is at hand, by key.
+        """
+        alpha = {key: self.carried.pop(key) for key in segment.outputs if key in self.carried}
+        if not alpha:
             return
         try:
-            replay = segment.replay(keys)
-            alpha = [self.carried.pop(key) for key in keys]
-            pairs = [(out, a) for out, a in zip(replay.outputs, alpha, strict=True) if out.requires_grad]
-            if not pairs:
-                return
-            targets = [(self.carried, key, x) for key, x in replay.inputs.items() if x.requires_grad]
-            targets += [
-                (self.external, id(external.tensor), x)
-                for external, x in replay.externals
-                if x.requires_grad and (self._wanted is None or id(external.tensor) in self._wanted)
-            ]
-            grads = torch.autograd.grad(
-                [out for out, _ in pairs],
-                [x for _, _, x in targets],
-                [a for _, a in pairs],
-                allow_unused=True,
-                is_grads_batched=self.batch is not None,
-            )
+            pulled = pull(segment, alpha, after or {})
         except RuntimeError as error:
             raise _retold(error, step) from error
-        for (store, key, _), grad in zip(targets, grads, strict=True):
-            if grad is not None:
-                _add(store, key, grad)
+        for key, grad in pulled.carried.items():
+            _add(self.carried, key, grad)
+        for key, grad in pulled.external.items():
+            _add(self.external, key, grad)
 
     def check_value(self, segments: Iterable[tuple[float, Segment]]) -> None:
         """Raise if the objective is not finite, and say since when the training is not."""
@@ -247,16 +239,18 @@ class Adjoint:
             "from 1). Lower the learning rate, clip the gradients, or look at that step's batch."
         )
 
-    def sweep(self, segments: Sequence[tuple[float, Segment]], shown: Iterable[tuple[float, Segment]]) -> None:
+    def sweep(
+        self, segments: Sequence[tuple[float, Segment]], shown: Iterable[tuple[float, Segment]], pull: PullBack
+    ) -> None:
         """Walk back through the iterations; raise if the adjoint overflows, and say where."""
         start = dict(self.carried)
-        for step, segment in shown:
-            self.pull_back(segment, step)
+        for step, segment, after in self._with_ends(shown):
+            self.pull_back(pull, segment, step, after)
         if self._finite():
             return
         self.carried, self.external = start, {}
-        for step, segment in reversed(segments):
-            self.pull_back(segment, step)
+        for step, segment, after in self._with_ends(reversed(segments)):
+            self.pull_back(pull, segment, step, after)
             if not self._finite():
                 raise SweepError(
                     f"the adjoint is not finite before step {int(step)}: the hypergradient overflows on its way back "
@@ -264,6 +258,15 @@ class Adjoint:
                     "norm at 0). Differentiate the last steps only (`last=`), lower the learning rate, or look at "
                     f"step {int(step)}."
                 )
+
+    def _with_ends(
+        self, segments: Iterable[tuple[float, Segment]]
+    ) -> Iterator[tuple[float, Segment, Mapping[int, Tensor]]]:
+        """The iterations, the last one first, each with what it left behind: what the next one began with."""
+        after: Mapping[int, Tensor] = self.loop.tape.present()
+        for step, segment in segments:
+            yield step, segment, after
+            after = {key: cell.value() for key, cell in segment.inputs}
 
     def _finite(self) -> bool:
         values = [*self.carried.values(), *self.external.values()]

@@ -14,10 +14,13 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from torch.optim import Optimizer
 
+from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
 from metaopt.errors import SweepError
+from metaopt.modes.compiled import CompiledPullBack
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.progress import progressing
+from metaopt.modes.pullback import PullBack
 from metaopt.modes.run import Run
 
 
@@ -27,6 +30,7 @@ def record(
     last: int | None = None,
     verify: str = "first",
     progress: bool = False,
+    compile: bool | str = False,  # noqa: A002 as torch's
 ) -> Recording:
     """Watch the training loop inside the ``with`` block, and differentiate through it in reverse mode.
 
@@ -42,6 +46,9 @@ def record(
         verify: ``"first"`` replays the first iteration of each structure and compares it with the loop; ``"all"``
             does so for every iteration, ``"never"`` for none.
         progress: show a progress bar during the sweep (needs tqdm).
+        compile: compile the steps' derivative, which pays from some hundred steps of one structure on (see
+            docs/benchmarks). True is ``"inductor"``, torch's compiler, which needs a C++ compiler or a GPU;
+            ``"aot_eager"`` is its first half only, the calls left out that need not be computed.
 
     Returns:
         A context manager whose ``as`` target gives the hypergradients.
@@ -54,19 +61,22 @@ def record(
         Franceschi, Donini, Frasconi & Pontil 2017, "Forward and Reverse Gradient-Based Hyperparameter Optimization",
         algorithm 1 (REVERSE-HG).
     """
-    return Recording(optimizer, last=last, verify=verify, progress=progress)
+    return Recording(optimizer, last=last, verify=verify, progress=progress, backend=backend_of(compile))
 
 
 class Recording(Run):
     """What `record` watches, and the hypergradients through it."""
 
-    def __init__(self, optimizer: Optimizer, *, last: int | None, verify: str, progress: bool) -> None:
+    def __init__(
+        self, optimizer: Optimizer, *, last: int | None, verify: str, progress: bool, backend: str | None
+    ) -> None:
         if last is not None and last < 0:
             raise ValueError(f"last must be at least 0, not {last}.")
         super().__init__(optimizer, verify=verify)
         self._segments: deque[tuple[float, Segment]] = deque()
         self._last = last
         self._progress = progress
+        self._backend = backend
 
     def _receive(self, segment: Segment, is_step: bool) -> None:
         # What follows the last step (an outer objective, say) is no step: it never falls out of the window.
@@ -151,10 +161,13 @@ class Recording(Run):
         return wanted
 
     def _sweep(self, adjoint: Adjoint, wanted: list[Tensor] | None, retain: bool) -> None:
-        adjoint.want(wanted)
         segments = list(self._segments)
         adjoint.check_value(segments)
+        asked, batched = adjoint.wanted(wanted), adjoint.batch is not None
+        pull = PullBack(wanted=asked, batched=batched)
+        if self._backend is not None and not batched:
+            pull = CompiledPullBack([segment for _, segment in segments], self._backend, wanted=asked)
         shown = progressing(reversed(segments), len(segments), self._progress, "reverse sweep")
-        adjoint.sweep(segments, shown)
+        adjoint.sweep(segments, shown, pull)
         if not retain and not self._open:
             self._free()

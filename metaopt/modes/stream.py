@@ -20,6 +20,7 @@ from metaopt.capture.segment import Segment
 from metaopt.errors import CaptureError, MetaoptWarning, SweepError
 from metaopt.modes.columns import Columns, Directions
 from metaopt.modes.outer import Adjoint, Objective
+from metaopt.modes.pullback import PullBack
 from metaopt.modes.run import Run
 from metaopt.modes.tangents import push_forward
 
@@ -243,7 +244,7 @@ class Streaming(Run):
         for segment, before, _ in reversed(self._recent):
             if all(key in tangents or key not in segment.outputs for key in adjoint.carried):
                 break
-            adjoint.pull_back(segment, self._loop.steps)
+            adjoint.pull_back(PullBack(), segment, self._loop.steps)
             tangents = before
         parts = [
             (

@@ -1,0 +1,212 @@
+"""Compiled derivatives are the derivatives, of every loop of the table; what can't be compiled is said."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metaopt
+from metaopt.capture import compiled
+from metaopt.capture.compiled import Compiled
+from metaopt.modes import compiled as sweeps
+from tests.cases import CASES, Case
+from tests.test_cases import recorded
+
+# Loops whose steps can't be written as aten calls, and why; all others are compiled.
+EAGER = {
+    "backward_that_is_no_derivative": "is an autograd.Function",
+    "custom_function": "is an autograd.Function",
+    "gradient_hooks": "gradient hooks run Python code",
+    "numpy_index_shuffled_in_place": "neither a tensor nor a number",
+    "writes_through_views_and_data": "tensors used as indices",
+}
+
+
+@pytest.fixture(autouse=True)
+def _from_the_first_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of steps, and nothing known from other tests."""
+    monkeypatch.setattr(sweeps, "_ENOUGH", 1)
+    monkeypatch.setattr(sweeps, "_AGAIN", 1)
+    monkeypatch.setattr(sweeps, "_known", type(sweeps._known)())
+    monkeypatch.setattr("metaopt.capture.compiled._said", set())
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compiled code returns is used, and not what it is compared with."""
+    monkeypatch.setattr(Compiled, "is_due", lambda self: False)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_compiled_sweep_is_the_sweep(case: Case) -> None:
+    gradients = []
+    for backend in (False, "aot_eager"):
+        run, trained, hyper = recorded(case, compile=backend)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.backward(trained.outer)
+        gradients.append({name: leaf.grad for name, leaf in hyper.items()})
+    said = " ".join(str(w.message) for w in caught if issubclass(w.category, metaopt.FallbackWarning))
+    assert EAGER.get(str(case), "") in said
+    assert str(case) in EAGER or not said
+    for name, expected in gradients[0].items():
+        found = gradients[1][name]
+        assert found is not None, name
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+# -- one loop, by every part of the machinery ------------------------------------------------------------------------
+
+
+class Trained:
+    """A dozen steps of Adam with dropout, a schedule, and weights for slices of the examples."""
+
+    def __init__(self, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 3))
+        self.lr = torch.tensor(0.05, requires_grad=True)
+        self.beta2 = torch.tensor(0.9, requires_grad=True)
+        self.weights = torch.ones(24, requires_grad=True)
+        x, y = torch.randn(24, 5), torch.randint(3, (24,))
+        optimizer = metaopt.optim.Adam(self.model.parameters(), lr=self.lr, betas=(0.8, self.beta2), eps=1e-3)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        with metaopt.record(optimizer, **options) as self.run:
+            for t in range(12):
+                i = slice(8 * (t % 3), 8 * (t % 3) + 8)
+                optimizer.zero_grad()
+                (self.weights[i] * F.cross_entropy(self.model(x[i]), y[i], reduction="none")).mean().backward()
+                optimizer.step()
+                scheduler.step()
+        self.model.eval()
+        self.outer = F.cross_entropy(self.model(x), y)
+
+    def gradients(self, **options: Any) -> tuple[Tensor, ...]:
+        return self.run.hypergradient(self.outer, [self.lr, self.beta2, self.weights], **options)
+
+
+def close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], rtol: float = 1e-9) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-12)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_gives_the_same() -> None:
+    close(Trained(compile=True).gradients(), Trained().gradients())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_random_numbers_are_drawn_again_and_the_generator_is_left_alone() -> None:
+    trained = Trained(compile="aot_eager")
+    before = torch.get_rng_state()
+    close(trained.gradients(), Trained().gradients())
+    trained.gradients()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    built: list[Any] = []
+    build = compiled.build
+
+    def counting(*given: Any) -> Compiled:
+        built.append(given)
+        return build(*given)
+
+    monkeypatch.setattr(sweeps, "build", counting)
+    return built
+
+
+def test_a_program_is_compiled_once_for_all_runs_and_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "_ENOUGH", 8)
+    monkeypatch.setattr(sweeps, "_AGAIN", 2)
+    built = counted(monkeypatch)
+    for _ in range(3):
+        trained = Trained(compile="aot_eager")
+        trained.gradients()
+        trained.gradients()
+    assert len(trained.run.programs) == 2  # the first step has no state yet, and is met once
+    assert len(built) == 1  # nor does the last step's derivative count, which has an adjoint of the weights alone
+
+
+def test_few_steps_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "_ENOUGH", 13)
+    built = counted(monkeypatch)
+    Trained(compile=True).gradients()
+    assert not built
+
+
+def test_a_wrong_compiler_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Compiled.__call__
+
+    def wrong(self: Compiled, given: Any) -> list[Tensor | None]:
+        return [None if g is None else 1.01 * g for g in call(self, given)]
+
+    monkeypatch.setattr(Compiled, "__call__", wrong)
+    expected = Trained().gradients()
+    with pytest.warns(metaopt.FallbackWarning, match="another than its own"):
+        close(Trained(compile="aot_eager").gradients(), expected)
+
+
+def test_a_missing_compiler_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found")
+
+    monkeypatch.setattr("torch._inductor.compile", fail)
+    with pytest.warns(metaopt.FallbackWarning, match="needs a C\\+\\+ compiler") as caught:
+        close(Trained(compile=True).gradients(), Trained().gradients())
+    assert len(caught) == 1
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_shapes_that_change_get_a_version_each() -> None:
+    def train(**options: Any) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        lr = torch.tensor(0.1, requires_grad=True)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr, momentum=0.5)
+        with metaopt.record(optimizer, **options) as run:
+            for t in range(10):
+                optimizer.zero_grad()
+                model(torch.randn(4 + t % 2, 3)).square().mean().backward()
+                optimizer.step()
+        return run.hypergradient(model(torch.ones(2, 3)).sum(), lr)
+
+    close(train(compile="aot_eager"), train())
+
+
+def test_a_mask_of_the_data_is_not_compiled() -> None:
+    """How many values it picks is not known from the structure."""
+
+    def train(**options: Any) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        lr = torch.tensor(0.1, requires_grad=True)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+        with metaopt.record(optimizer, **options) as run:
+            for _ in range(10):
+                x = torch.randn(8, 3)
+                optimizer.zero_grad()
+                model(x)[x[:, :1] > 0].square().mean().backward()
+                optimizer.step()
+        return run.hypergradient(model(torch.ones(2, 3)).sum(), lr)
+
+    with pytest.warns(metaopt.FallbackWarning, match="depends on what the tensors hold"):
+        close(train(compile="aot_eager"), train())
+
+
+def test_only_what_is_known_by_name_compiles() -> None:
+    with pytest.raises(ValueError, match="inductor, aot_eager"):
+        metaopt.record(torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1), compile="nvfuser")
+
+
+def test_a_jacobian_is_left_to_autograd() -> None:
+    trained = Trained(compile="aot_eager")
+    (found,) = trained.run.jacobian([trained.outer, 2 * trained.outer], trained.lr)
+    torch.testing.assert_close(found[1], 2 * trained.gradients()[0], rtol=1e-9, atol=0)
