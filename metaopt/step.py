@@ -76,6 +76,7 @@ class Loop:
         self._exit: ExitStack | None = None
         self._thread = 0
         self._sums: list[Tensor] = []
+        self._quiet: Any = None
 
     def weights(self) -> list[Tensor]:
         """Every weight of the optimizer, in its order."""
@@ -118,9 +119,13 @@ class Loop:
 
     def close(self, *, failed: bool = False) -> None:
         """Stop watching, whatever happened; the calls since the last step become a last iteration."""
+        broken = self._quiet is not None
+        self._be_quiet(False)
         if self._exit is not None:
             self._exit.close()
             self._exit = None
+        if broken and not failed:
+            raise _failed_step()
         if not failed:
             self._seal(check=False)
         self._sums = [weight.detach().sum() for weight in self.weights()]
@@ -138,6 +143,7 @@ class Loop:
     def flush(self) -> None:
         """End the iteration here, without a step, so that what it computed can be differentiated."""
         if self._exit is not None:
+            self._refuse_failed_step()
             self._seal(check=False)
 
     @contextmanager
@@ -174,9 +180,11 @@ class Loop:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if self.wrapped is not None:
             return self._pre_wrapped_step(closure, args, kwargs)
+        self._refuse_failed_step()
         self.watcher.paused = True
         if closure is None:
             self._before_update()
+            self._be_quiet(True)
             return None
 
         def watched() -> Any:
@@ -185,6 +193,7 @@ class Loop:
                 value = closure()
             self.watcher.paused = True
             self._before_update()
+            self._be_quiet(True)
             return value
 
         return _with_closure(watched, args, kwargs)
@@ -216,12 +225,27 @@ class Loop:
             self.guard.check()
             self.update.before()
 
+    def _be_quiet(self, quiet: bool) -> None:
+        # The rule says what the update does: while it runs, not even the watcher's glance at each call is paid for.
+        if quiet and self._quiet is None:
+            self._quiet = torch._C.DisableTorchFunction()
+            self._quiet.__enter__()
+        elif not quiet and self._quiet is not None:
+            self._quiet.__exit__(None, None, None)
+            self._quiet = None
+
+    def _refuse_failed_step(self) -> None:
+        if self._quiet is not None:
+            self._be_quiet(False)
+            raise _failed_step()
+
     def _is_stepping(self) -> bool:
         return not self._in_closure and steps_on_stack(self.optimizer) > 0
 
     def _post_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.wrapped is not None and steps_on_stack(self.optimizer) > 1:
             return
+        self._be_quiet(False)
         self.watcher.paused = True
         try:
             with torch._C.DisableTorchFunction():
@@ -267,6 +291,13 @@ class Loop:
             if check:
                 self.verifier.check(segment, self.tape, self.steps)
             self.on_segment(segment, check)
+
+
+def _failed_step() -> CaptureError:
+    return CaptureError(
+        "an `optimizer.step()` inside the context raised an exception, which the loop caught, and went on. What it did "
+        "since was not seen. Let the exception end the context."
+    )
 
 
 def _with_closure(closure: Callable[[], Any], args: Any, kwargs: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -766,3 +768,29 @@ def test_data_written_with_an_operator_is_the_write_in_place(mode: Any) -> None:
         found.append(run.hypergradient(F.cross_entropy(model(x_val), y_val), wrt=decay)[0])
     torch.testing.assert_close(*found, rtol=1e-12, atol=0)
     assert found[0] != 0
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_step_that_failed_and_was_caught_is_said(after: int) -> None:
+    """The update runs out of sight, so that what follows a failure in it would not be seen."""
+    model = nn.Linear(2, 1)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+    with pytest.raises(metaopt.CaptureError, match="raised an exception"), metaopt.record(optimizer):
+        step()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules["torch.optim.sgd"], "sgd", lambda *args, **kwargs: 1 / 0)
+            optimizer.zero_grad()
+            model(torch.ones(1, 2)).sum().backward()
+            with contextlib.suppress(ZeroDivisionError):
+                optimizer.step()
+        for _ in range(after):
+            step()
+    with metaopt.record(optimizer) as run:  # torch is as it was: calls are seen again
+        step()
+    assert run.programs

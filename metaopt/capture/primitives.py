@@ -36,12 +36,16 @@ RNG = tuple[tuple[torch.Generator, Tensor], ...]
 
 
 class Phase:
-    """Whether a backward pass that runs now is the loop's own (`inner`) or the sweep's."""
+    """Whether a backward pass that runs now is the loop's own (`inner`) or the sweep's.
 
-    __slots__ = ("inner",)
+    ``graph`` says whether the loop's gradients shall have a graph, to be differentiated again.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("graph", "inner")
+
+    def __init__(self, *, graph: bool = True) -> None:
         self.inner = False
+        self.graph = graph
 
     @contextmanager
     def loop(self):  # type: ignore[no-untyped-def]
@@ -160,7 +164,7 @@ def inner_gradient(
                 [output for output, _ in kept],
                 list(inputs),
                 [weight for _, weight in kept],
-                create_graph=True,
+                create_graph=phase.graph,
                 allow_unused=True,
                 is_grads_batched=is_grads_batched,
             )

@@ -12,6 +12,7 @@ from torch import fx
 from metaopt.capture.bindings import External
 from metaopt.capture.cells import Cell
 from metaopt.capture.lowering import Function, lower
+from metaopt.capture.primitives import inner_gradient
 from metaopt.capture.segment import Segment
 from metaopt.capture.split import Split, split
 from metaopt.capture.trace import Instruction, Trace, needed, numbers_in
@@ -103,6 +104,8 @@ class Program:
         self.outputs = outputs
         self.derivative_checked = False
         self.uses_autocast = any(instruction.autocast for instruction in code)
+        # Whether the loop may differentiate its own gradients, as a gradient penalty does.
+        self.nests = sum(instruction.func is inner_gradient for instruction in code) > 1
         self._functions: dict[tuple[int, ...], Function] = {}
         self._splits: dict[tuple[int, ...], Split | None] = {}
         self._passed: dict[tuple[int, ...], frozenset[int]] = {}

@@ -57,9 +57,15 @@ class Segment:
         """
         return self.call(self.program.function(tuple(self.outputs[key] for key in keys)), state=state)
 
-    def call(self, part: Function, *, state: dict[int, Tensor] | None = None) -> Replay:
+    def values(self, keys: Sequence[int], *, state: dict[int, Tensor] | None = None) -> list[Tensor]:
+        """Outputs of ``Φ_t`` without a graph, as `replay` computes them but at the cost of a plain step."""
+        part = self.program.function(tuple(self.outputs[key] for key in keys))
+        found = self.call(part, state=state, phase=Phase(graph=self.program.nests)).outputs
+        return [value.detach() for value in found]
+
+    def call(self, part: Function, *, state: dict[int, Tensor] | None = None, phase: Phase | None = None) -> Replay:
         """Call a part of ``Φ_t``, with a graph from its inputs, as `replay` does."""
-        phase = Phase()
+        phase = phase or Phase()
         state = state or {}
         values, hypers = self.arguments(part)
         inputs = {key: variable(state.get(key, value)) for key, value in values.items()}
