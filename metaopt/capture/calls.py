@@ -153,6 +153,7 @@ def _record_gradients(
             out = tape.trace.new()
             tape.trace.code.append(Instruction(total, tuple(terms), (), (out,)))
         tape.define(grad, out, inner=int(create_graph)).halted = not create_graph
+        tape.keep_value(grad, out)
 
 
 def _points(tape: Tape, tensor: Tensor) -> list[int]:

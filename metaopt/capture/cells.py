@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Cell", "Cells", "version_of"]
+__all__ = ["LOST", "Cell", "Cells", "Lost", "version_of"]
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,19 +27,25 @@ class Cell:
     While nobody writes into the tensor the cell is a reference and costs nothing; ``commit`` turns it into a copy.
     """
 
-    __slots__ = ("__weakref__", "owned", "tensor", "version")
+    __slots__ = ("__weakref__", "device", "owned", "tensor", "version")
 
     def __init__(self, tensor: Tensor, *, owned: bool = False) -> None:
         self.tensor = tensor
         self.version = version_of(tensor)
         self.owned = owned
+        self.device = tensor.device
 
-    def commit(self) -> None:
-        """Copy the value, so that the tensor may be overwritten."""
+    def commit(self, copy: Callable[[Tensor], Tensor]) -> None:
+        """Copy the value, so that the tensor may be overwritten; the copy may lie on another device."""
         if not self.owned:
             self.check()
-            self.tensor = self.tensor.detach().clone()
+            self.tensor = copy(self.tensor)
             self.owned = True
+
+    def settle(self) -> None:
+        """Copy a copy to memory of its own, so that others which lie beside it may go."""
+        if self.owned:
+            self.tensor = self.tensor.clone()
 
     def check(self) -> None:
         """Raise if the tensor was overwritten without the cell being told."""
@@ -52,7 +59,22 @@ class Cell:
     def value(self) -> Tensor:
         """The value, detached from every graph; shares the tensor's memory."""
         self.check()
-        return self.tensor.clone() if self.tensor.is_inference() else self.tensor.detach()
+        tensor = self.tensor
+        if tensor.device != self.device:
+            return tensor.to(self.device, non_blocking=True)
+        return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+class Lost(Cell):
+    """The place of a value that was given up, since it can be computed again."""
+
+    __slots__ = ()
+
+    def value(self) -> Tensor:
+        raise AssertionError("a state that was given up was read before it was computed again")
+
+
+LOST = Lost(torch.empty(0), owned=True)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -63,6 +85,7 @@ class Cells:
     """The cells that still are references, found by the memory that they refer to."""
 
     def __init__(self) -> None:
+        self.copy: Callable[[Tensor], Tensor] = lambda tensor: tensor.detach().clone()
         self._by_storage: dict[int, list[weakref.ref[Cell]]] = {}
         self._snapshots: dict[int, tuple[weakref.ref[Tensor], Cell]] = {}
         self._purge_at = 1024
@@ -85,7 +108,7 @@ class Cells:
         for reference in self._by_storage.pop(_storage(tensor), ()):
             cell = reference()
             if cell is not None:
-                cell.commit()
+                cell.commit(self.copy)
 
     def _snapshot(self, tensor: Tensor) -> Cell:
         # Memory that torch does not own (numpy's, say) changes without a version counter: copy it, but only when

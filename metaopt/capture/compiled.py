@@ -123,7 +123,8 @@ class Call:
 class Compiled:
     """A derivative of a part of ``Φ_t`` as compiled code."""
 
-    def __init__(self, graph: Graph, draws: list[Draw], call: Callable[..., Any] | None) -> None:
+    def __init__(self, graph: Graph, draws: list[Draw], call: Callable[..., Any] | None, arguments: int) -> None:
+        self._arguments = arguments
         self.graph = graph
         self.draws = draws
         self.calls = 0
@@ -134,6 +135,11 @@ class Compiled:
         self.calls += 1
         draws = draw_all(self.draws, call.segment.seeds) if self.draws else []
         return self.graph(call.arguments(draws), self._call)
+
+    def knows(self, count: int) -> list[int]:
+        """The places, among that many known values, of those that it reads."""
+        first = self._arguments - count
+        return [place - first for reads in self.graph.reads for place in reads if place >= first]
 
     def is_due(self) -> bool:
         """Whether its next result shall be compared: the first, second, fourth, eighth, … is."""
@@ -166,7 +172,7 @@ def build(function: Callable[..., Any], call: Call, backend: str) -> Compiled:
 
     arguments = call.arguments(draws)
     graph = trace(traced, arguments[: len(arguments) - len(call.known)], call.known)
-    return Compiled(graph, drawing.draws, _compile(graph, arguments, backend))
+    return Compiled(graph, drawing.draws, _compile(graph, arguments, backend), len(arguments))
 
 
 def _compile(graph: Graph, arguments: Sequence[Tensor], backend: str) -> Callable[..., Any] | None:

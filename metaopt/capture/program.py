@@ -38,6 +38,7 @@ class Library:
         externals: list[External],
         constants: list[Cell],
         outputs: list[tuple[int, int]],
+        computed: dict[int, Cell],
     ) -> Segment:
         """Turn a finished trace into a segment that shares the program of its structure."""
         structure = (
@@ -65,6 +66,7 @@ class Library:
             tuple(trace.objects),
             tuple(trace.seeds),
             {key: place for place, (_, key) in enumerate(outputs)},
+            {value: cell for value, cell in computed.items() if program.useful is None or value in program.useful},
         )
 
 
@@ -103,6 +105,8 @@ class Program:
         self.constants = constants
         self.outputs = outputs
         self.derivative_checked = False
+        # Of what comes up on the way, what its compiled derivative reads; None while there is none.
+        self.useful: set[int] | None = None
         self.uses_autocast = any(instruction.autocast for instruction in code)
         # Whether the loop may differentiate its own gradients, as a gradient penalty does.
         self.nests = sum(instruction.func is inner_gradient for instruction in code) > 1

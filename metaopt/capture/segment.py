@@ -4,15 +4,15 @@ from __future__ import annotations
 
 __all__ = ["Replay", "Segment"]
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from metaopt.capture.cells import Cell
+from metaopt.capture.cells import LOST, Cell
 from metaopt.capture.primitives import Phase
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Segment:
 
     ``inputs`` pairs the key of each carried tensor with its value, ``outputs`` says which key each computed value
     belongs to afterwards. Keys are the same from one iteration to the next; they tie the iterations together.
+    ``known`` are values that the loop computed on the way, by their number in the program, where they were kept.
     """
 
     program: Program
@@ -47,6 +48,7 @@ class Segment:
     objects: tuple[Any, ...]
     seeds: tuple[Any, ...]
     outputs: dict[int, int]
+    known: dict[int, Cell]
 
     def replay(self, keys: Sequence[int], *, state: dict[int, Tensor] | None = None) -> Replay:
         """Call ``Φ_t`` at the recorded state (or another), with a graph from its inputs to the outputs named.
@@ -110,6 +112,44 @@ class Segment:
         constants = [c.to(dtype) if c.dtype.is_floating_point else c for c in constants]
         with undisturbed():
             return call(Phase(), inputs, externals, constants, self)
+
+    # -- what is kept --------------------------------------------------------------------------------------------------
+
+    def state_bytes(self) -> int:
+        """The memory of the state that it began with, as far as that is a copy."""
+        return sum(cell.tensor.nbytes for _, cell in self.inputs if cell.owned)
+
+    def value_bytes(self) -> int:
+        """The memory of what it computed on the way."""
+        return sum(cell.tensor.nbytes for cell in self.known.values())
+
+    def held(self) -> list[Tensor]:
+        """The loop's own tensors that it keeps alive: batches, mostly."""
+        return [cell.tensor for cell in self.constants]
+
+    def drop_values(self) -> None:
+        """Give up what it computed on the way."""
+        self.known = {}
+
+    def drop_state(self, keys: set[int]) -> None:
+        """Give up a part of the state that it began with."""
+        self.inputs = [(key, LOST if key in keys and cell.owned else cell) for key, cell in self.inputs]
+
+    def settle(self) -> None:
+        """Move the state to memory of its own."""
+        for _, cell in self.inputs:
+            cell.settle()
+
+    def lacks(self) -> set[int]:
+        """The keys of what was given up."""
+        return {key for key, cell in self.inputs if cell is LOST}
+
+    def at(self, state: Mapping[int, Tensor]) -> Segment:
+        """The iteration with what was given up, computed again."""
+        if not self.lacks():
+            return self
+        whole = [(key, Cell(state[key], owned=True) if cell is LOST else cell) for key, cell in self.inputs]
+        return replace(self, inputs=whole)
 
     def _pick(self, places: Sequence[int]) -> list[tuple[int, Cell]]:
         return [self.inputs[place] for place in places]

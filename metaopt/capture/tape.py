@@ -43,6 +43,9 @@ class Tape:
         self._stopped: dict[int, int] = {}
         self._compact_at = _COMPACT_EVERY
         self._behind: dict[int, Tensor] = {}
+        # What the loop computes on the way, by number, if that is to be kept.
+        self.keeps_values = False
+        self._known: dict[int, Cell] = {}
         self.protected: Callable[[Tensor], bool] = lambda tensor: False
         self.before_first_write: Callable[[Tensor], None] | None = None
         for tensor in trained:
@@ -350,6 +353,11 @@ class Tape:
             self.before_first_write(tensor)
         self.cells.before_write(tensor)
 
+    def keep_value(self, tensor: Tensor, value: int) -> None:
+        """Keep what the loop computed, so that the sweep need not."""
+        if self.keeps_values and tensor.is_floating_point() and not tensor._is_view():
+            self._known[value] = self.cells.keep(tensor.detach())
+
     def rebind_leaf(self, binding: Binding, value: int, tensor: Tensor) -> None:
         """A weight that requires grad was written under ``no_grad``: a new value to take gradients at."""
         (number,) = self.trace.emit(leaf, Val(value))
@@ -377,6 +385,7 @@ class Tape:
         self._constants, self._constant_cells = {}, []
         self._behind = {}
         self._stopped = {}
+        self._known = {}
         self._compact_at = _COMPACT_EVERY
         if self.moving:
             # What was computed from a hyperparameter that has moved since is not used again.
@@ -412,6 +421,7 @@ class Tape:
             externals=self._external_list,
             constants=self._constant_cells,
             outputs=sorted((value, key) for key, value in outputs.items()),
+            computed=self._known,
         )
         self.begin()
         return segment

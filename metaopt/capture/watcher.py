@@ -168,6 +168,7 @@ class Watcher(TorchFunctionMode):
             if out is None:
                 continue
             binding = tape.define(tensor, out, inner=inner if tensor.requires_grad else 0)
+            tape.keep_value(tensor, out)
             if not tensor.requires_grad and tensor.is_floating_point():
                 tape.own_memory(tensor)
             if tensor._is_view():

@@ -29,7 +29,7 @@ from metaopt.modes.pullback import PullBack, Pulled, gradients, places_of
 _ENOUGH, _ENOUGH_EVER = 8, 64
 _AGAIN = 2
 _VERSIONS = 8
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+_TOLERANCE = {torch.float64: 1e-9, torch.complex128: 1e-9, torch.float32: 1e-3, torch.complex64: 1e-3}
 
 
 @dataclass
@@ -108,6 +108,7 @@ class CompiledPullBack(PullBack):
                 try:
                     with undisturbed():
                         known.versions[key] = build(call.derivative, call.call, self._backend)
+                    program.useful = (program.useful or set()) | call.read(known.versions[key])
                 except UntraceableError as error:
                     reason = str(error)
             if reason is not None:
@@ -158,6 +159,7 @@ class _Call:
         places = places_of(segment, alpha)
         passed = program.passed(places)
         known = {program.outputs[place]: after[key] for key, place in segment.outputs.items() if key in after}
+        known |= {value: cell.value() for value, cell in segment.known.items()}
         known = {value: tensor for value, tensor in known.items() if value in passed}
         moving = tuple(place for group in varying for place in group)
         prologue = program.prologue(moving)
@@ -188,6 +190,11 @@ class _Call:
             outputs, alpha = call.apply([*state, *hypers, *arguments[last:]], phase, seeds, draws)
         variables = [*state, *(x if asked else None for x, asked in zip(hypers, self.asked, strict=True))]
         return gradients(outputs[: len(alpha)], variables, alpha), [v.detach() for v in outputs[len(alpha) :]]
+
+    def read(self, compiled: Compiled) -> set[int]:
+        """Which of the known values the compiled derivative reads."""
+        _, _, values, *_ = self.key
+        return {values[place] for place in compiled.knows(len(values))}
 
     def pulled(self, pull: PullBack, grads: Sequence[Tensor | None]) -> Pulled:
         """The result of the call, taken back through what was done before it."""
@@ -226,7 +233,8 @@ def _same(found: Tensor | None, expected: Tensor | None) -> bool:
         return there is None or not bool(there.any())
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
-    size = float(expected.double().norm())
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    size = float(expected.to(wide).norm())
     if not size < float("inf"):
         return True  # the sweep is about to say so
-    return float((found.double() - expected.double()).norm()) <= _TOLERANCE.get(expected.dtype, 5e-2) * size
+    return float((found.to(wide) - expected.to(wide)).norm()) <= _TOLERANCE.get(expected.dtype, 5e-2) * size

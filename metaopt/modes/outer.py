@@ -21,6 +21,7 @@ from metaopt.modes.pullback import PullBack
 from metaopt.modes.statistics import statistics_gradients
 from metaopt.step import Loop
 
+_Numbered = tuple[float, Segment]
 Objective = Tensor | Callable[[], Tensor] | Sequence[Any]
 
 
@@ -240,16 +241,25 @@ class Adjoint:
         )
 
     def sweep(
-        self, segments: Sequence[tuple[float, Segment]], shown: Iterable[tuple[float, Segment]], pull: PullBack
+        self,
+        walk: Callable[[], Iterable[tuple[float, Segment]]],
+        shown: Iterable[tuple[float, Segment]],
+        pull: PullBack,
     ) -> None:
-        """Walk back through the iterations; raise if the adjoint overflows, and say where."""
+        """Walk back through the iterations; raise if the adjoint overflows, and say where.
+
+        Args:
+            walk: gives the iterations, the last one first.
+            shown: the same, once, where somebody counts them.
+            pull: what takes the adjoint back through one.
+        """
         start = dict(self.carried)
         for step, segment, after in self._with_ends(shown):
             self.pull_back(pull, segment, step, after)
         if self._finite():
             return
         self.carried, self.external = start, {}
-        for step, segment, after in self._with_ends(reversed(segments)):
+        for step, segment, after in self._with_ends(walk()):
             self.pull_back(pull, segment, step, after)
             if not self._finite():
                 raise SweepError(
@@ -259,9 +269,7 @@ class Adjoint:
                     f"step {int(step)}."
                 )
 
-    def _with_ends(
-        self, segments: Iterable[tuple[float, Segment]]
-    ) -> Iterator[tuple[float, Segment, Mapping[int, Tensor]]]:
+    def _with_ends(self, segments: Iterable[_Numbered]) -> Iterator[tuple[float, Segment, Mapping[int, Tensor]]]:
         """The iterations, the last one first, each with what it left behind: what the next one began with."""
         after: Mapping[int, Tensor] = self.loop.tape.present()
         for step, segment in segments:

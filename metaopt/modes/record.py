@@ -8,14 +8,15 @@ from __future__ import annotations
 
 __all__ = ["Recording", "record"]
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
+from metaopt.checkpoints import LEVELS, Keeping, Memory, bytes_of, store_of, walk
 from metaopt.errors import SweepError
 from metaopt.modes.compiled import CompiledPullBack
 from metaopt.modes.outer import Adjoint, Objective
@@ -30,13 +31,17 @@ def record(
     last: int | None = None,
     verify: str = "first",
     progress: bool = False,
+    keep: str | None = None,
+    budget: int | str | None = None,
+    offload: str | os.PathLike[str] | None = None,
     compile: bool | str = False,  # noqa: A002 as torch's
 ) -> Recording:
     """Watch the training loop inside the ``with`` block, and differentiate through it in reverse mode.
 
     The loop runs as it would without the context, bit for bit. Each ``optimizer.step()`` ends an iteration
     ``s_t = Φ_t(s_{t-1}, λ)``, of which the state ``s_{t-1}`` and the constants are kept; no graph is. The memory for
-    T steps is ``T · |s|`` and the batches.
+    T steps is ``T · |s|`` and the batches; ``keep`` and ``budget`` trade it for time, and the hypergradient does not
+    depend on them.
 
     Args:
         optimizer: the optimizer that trains the weights: one of `metaopt.optim`, whose settings may be hyperparameters,
@@ -46,6 +51,14 @@ def record(
         verify: ``"first"`` replays the first iteration of each structure and compares it with the loop; ``"all"``
             does so for every iteration, ``"never"`` for none.
         progress: show a progress bar during the sweep (needs tqdm).
+        keep: what is kept of each step. ``"states"``: its state ``s_{t-1}``. ``"graphs"``: also what it computed on the
+            way (activations, gradients), which the sweep then need not compute again; implies
+            ``compile="aot_eager"`` at least. ``"checkpoints"``: the states of about √T steps, from which the others are
+            computed again (needs checkpoint_schedules). None: states, or what the budget allows.
+        budget: bytes for what is kept, or a text such as ``"2GiB"``. Graphs if they fit, else states, else as many
+            checkpoints as do; the number of steps need not be known. With ``keep``, where to begin.
+        offload: where states lie: ``"cpu"`` for the host's memory, ``"disk"`` or a folder for files there. None: where
+            the weights are.
         compile: compile the steps' derivative, which pays from some hundred steps of one structure on (see
             docs/benchmarks). True is ``"inductor"``, torch's compiler, which needs a C++ compiler or a GPU;
             ``"aot_eager"`` is its first half only, the calls left out that need not be computed.
@@ -61,32 +74,57 @@ def record(
         Franceschi, Donini, Frasconi & Pontil 2017, "Forward and Reverse Gradient-Based Hyperparameter Optimization",
         algorithm 1 (REVERSE-HG).
     """
-    return Recording(optimizer, last=last, verify=verify, progress=progress, backend=backend_of(compile))
+    backend = backend_of(compile)
+    if keep is not None and keep not in LEVELS:
+        raise ValueError(f"keep must be one of {', '.join(LEVELS)}, not {keep!r}.")
+    level = keep or ("states" if budget is None else "graphs")
+    if last is not None and (budget is not None or level == "checkpoints"):
+        raise ValueError('`last` already bounds what is kept; leave `budget` and `keep="checkpoints"` out.')
+    keeping = Keeping(level, None if budget is None else bytes_of(budget), store_of(offload))
+    return Recording(optimizer, last=last, verify=verify, progress=progress, backend=backend, keeping=keeping)
 
 
 class Recording(Run):
     """What `record` watches, and the hypergradients through it."""
 
     def __init__(
-        self, optimizer: Optimizer, *, last: int | None, verify: str, progress: bool, backend: str | None
+        self,
+        optimizer: Optimizer,
+        *,
+        last: int | None,
+        verify: str,
+        progress: bool,
+        backend: str | None,
+        keeping: Keeping,
     ) -> None:
         if last is not None and last < 0:
             raise ValueError(f"last must be at least 0, not {last}.")
         super().__init__(optimizer, verify=verify)
-        self._segments: deque[tuple[float, Segment]] = deque()
+        self._times: list[float] = []
+        self._keeping = keeping
         self._last = last
         self._progress = progress
         self._backend = backend
+        self._loop.tape.cells.copy = keeping.store.copy
+        self._loop.tape.keeps_values = keeping.level == "graphs"
 
     def _receive(self, segment: Segment, is_step: bool) -> None:
         # What follows the last step (an outer objective, say) is no step: it never falls out of the window.
-        self._segments.append((self._loop.steps + (0.0 if is_step else 0.5), segment))
+        self._times.append(self._loop.steps + (0.0 if is_step else 0.5))
+        self._keeping.add(segment)
+        self._loop.tape.keeps_values = self._keeping.level == "graphs"
         if self._last is not None:
-            while self._segments and self._segments[0][0] <= self._loop.steps - self._last:
-                self._segments.popleft()
+            while self._times and self._times[0] <= self._loop.steps - self._last:
+                self._times.pop(0)
+                self._keeping.forget_first()
 
     def _forget(self) -> None:
-        self._segments.clear()
+        self._times.clear()
+        self._keeping.clear()
+
+    def memory(self) -> Memory:
+        """What the recording takes now, and (`Memory.forecast`) what it will after more steps, in bytes."""
+        return self._keeping.memory(self._loop.steps)
 
     # -- hypergradients -----------------------------------------------------------------------------------------------
 
@@ -161,13 +199,23 @@ class Recording(Run):
         return wanted
 
     def _sweep(self, adjoint: Adjoint, wanted: list[Tensor] | None, retain: bool) -> None:
-        segments = list(self._segments)
-        adjoint.check_value(segments)
+        segments = self._keeping.segments
+        adjoint.check_value(zip(self._times, segments, strict=True))
         asked, batched = adjoint.wanted(wanted), adjoint.batch is not None
+        backend = self._backend
+        if backend is None and self._keeping.level == "graphs":
+            backend = "aot_eager"  # what was computed on the way is of use to a graph of calls only
         pull = PullBack(wanted=asked, batched=batched)
-        if self._backend is not None and not batched:
-            pull = CompiledPullBack([segment for _, segment in segments], self._backend, wanted=asked)
-        shown = progressing(reversed(segments), len(segments), self._progress, "reverse sweep")
-        adjoint.sweep(segments, shown, pull)
+        if backend is not None and not batched:
+            pull = CompiledPullBack(segments, backend, wanted=asked)
+        adjoint.sweep(self._walk, progressing(self._walk(), len(segments), self._progress, "reverse sweep"), pull)
         if not retain and not self._open:
             self._free()
+
+    def _walk(self) -> Iterator[tuple[float, Segment]]:
+        """The iterations, the last one first, each with its number."""
+        segments = self._keeping.segments
+        for place, segment in walk(self._keeping):
+            if place:
+                self._keeping.store.prefetch([cell.tensor for _, cell in segments[place - 1].inputs])
+            yield self._times[place], segment

@@ -1,0 +1,85 @@
+"""What a recording takes, now and after more steps."""
+
+from __future__ import annotations
+
+__all__ = ["Memory", "bytes_of"]
+
+import re
+from dataclasses import dataclass
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {f"{unit}i": 2 ** (10 * power) for power, unit in enumerate("kmgt", 1)}
+
+
+def bytes_of(amount: int | str) -> int:
+    """An amount of memory in bytes: a number, or a text such as ``"2GiB"`` or ``"500 MB"``."""
+    if isinstance(amount, int) and not isinstance(amount, bool):
+        number: float = amount
+    else:
+        found = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?)b?\s*", str(amount).lower())
+        if found is None or found[2] not in _UNITS:
+            raise ValueError(f'a budget is a number of bytes or a text such as "2GiB" or "500MB", not {amount!r}.')
+        number = float(found[1]) * _UNITS[found[2]]
+    if number < 1:
+        raise ValueError(f"a budget must be at least one byte, not {amount!r}.")
+    return int(number)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a recording takes, in bytes.
+
+    Attributes:
+        keep: what is kept of each step: ``"graphs"``, ``"states"`` or ``"checkpoints"``.
+        steps: how many steps there are.
+        states: the states kept, ``s_{t-1}`` of every step or of every checkpoint.
+        state: one of them, ``|s|``.
+        checkpoints: how many states are kept.
+        values: what the steps computed on the way, kept for ``"graphs"``.
+        inputs: batches and other constants of the steps. They are the loop's own tensors, alive until the sweep.
+        budget: the limit on states and values, if one was given.
+    """
+
+    keep: str
+    steps: int
+    states: int
+    state: int
+    checkpoints: int
+    values: int
+    inputs: int
+    budget: int | None = None
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.states + self.values + self.inputs
+
+    def forecast(self, steps: int) -> int:
+        """What so many steps like these will take, by the same kind of keeping, up to the budget."""
+        if not self.steps:
+            return 0
+        inputs = self.inputs * steps // self.steps
+        if self.keep == "checkpoints":
+            few = min(steps, 3 * max(1, round(steps**0.5)))
+            return inputs + (self.state * few if self.budget is None else min(self.state * few, self.budget))
+        whole = (self.states + self.values) * steps // self.steps
+        return inputs + (whole if self.budget is None else min(whole, self.budget))
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.steps} steps, keep={self.keep!r}: {_readable(self.total)}",
+            f"states {_readable(self.states)} ({self.checkpoints} of {_readable(self.state)})",
+            f"values {_readable(self.values)}",
+            f"inputs {_readable(self.inputs)}",
+        ]
+        if self.budget is not None:
+            parts.append(f"budget {_readable(self.budget)}")
+        return "; ".join(parts)
+
+
+def _readable(size: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

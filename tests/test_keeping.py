@@ -1,0 +1,173 @@
+"""What is kept, where, and what is computed again, changes the memory and not the hypergradient."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import metaopt
+from metaopt.checkpoints import bytes_of
+from metaopt.modes import compiled as sweeps
+from tests.cases import CASES, Case
+from tests.test_cases import recorded
+
+WAYS: dict[str, dict[str, Any]] = {
+    "graphs": {"keep": "graphs"},
+    "checkpoints": {"keep": "checkpoints"},
+    "two checkpoints": {"keep": "checkpoints", "budget": 1},
+    "disk": {"offload": "disk"},
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_hypergradient_does_not_depend_on_what_is_kept(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "_ENOUGH", 1)
+    monkeypatch.setattr(sweeps, "_AGAIN", 1)
+
+    def gradients(**options: Any) -> dict[str, Tensor | None]:
+        run, trained, hyper = recorded(case, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", metaopt.FallbackWarning)
+            run.backward(trained.outer)
+        return {name: leaf.grad for name, leaf in hyper.items()}
+
+    expected = gradients()
+    for way, options in WAYS.items():
+        if str(case) == "truncated_backpropagation" and "checkpoints" in way:
+            continue  # `last` keeps none
+        found = gradients(**options)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+class Training:
+    """Steps of SGD with momentum on a small network, with dropout."""
+
+    def __init__(self, steps: int, **options: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1))
+        self.size = 2 * sum(w.nbytes for w in self.model.parameters())
+        self.lr = torch.tensor(0.05, requires_grad=True)
+        optimizer = metaopt.optim.SGD(self.model.parameters(), lr=self.lr, momentum=0.9)
+        self.advanced = 0
+        with metaopt.record(optimizer, **options) as self.run:
+            for _ in range(steps):
+                optimizer.zero_grad()
+                self.model(torch.randn(6, 4)).square().mean().backward()
+                optimizer.step()
+        self.outer = F.mse_loss(self.model.eval()(torch.ones(3, 4)), torch.ones(3, 1))
+
+    def gradient(self) -> Tensor:
+        (found,) = self.run.hypergradient(self.outer, self.lr)
+        return found
+
+
+@given(
+    steps=st.integers(1, 40),
+    slots=st.one_of(st.none(), st.integers(3, 50)),
+    level=st.sampled_from((None, "checkpoints")),
+)
+def test_any_number_of_steps_and_of_checkpoints(steps: int, slots: int | None, level: str | None) -> None:
+    budget = None if slots is None else slots * Training(1).size
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", metaopt.FallbackWarning)
+        training = Training(steps, keep=level, budget=budget)
+        expected = Training(steps).gradient()
+        for _ in range(2):
+            torch.testing.assert_close(training.gradient(), expected, rtol=1e-9, atol=1e-14)
+    if budget is not None:
+        memory = training.run.memory()
+        assert memory.states + memory.values <= budget
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50, 400])
+def test_checkpoints_grow_with_the_root_of_the_steps(steps: int) -> None:
+    memory = Training(steps, keep="checkpoints").run.memory()
+    assert memory.checkpoints <= 2 * steps**0.5 + 1
+    assert memory.states <= memory.checkpoints * memory.state
+
+
+def test_a_budget_takes_graphs_then_states_then_checkpoints() -> None:
+    size = Training(1).size
+    found = [Training(20, budget=budget).run.memory().keep for budget in ("1 GiB", 22 * size, 8 * size)]
+    assert found == ["graphs", "states", "checkpoints"]
+    assert Training(20).run.memory().keep == "states"
+    assert Training(20, keep="states", budget="1GiB").run.memory().keep == "states"
+
+
+def test_memory_is_told_and_forecast() -> None:
+    training = Training(10)
+    memory = training.run.memory()
+    assert memory.states == 9 * training.size + training.size // 2  # the first step has no momentum yet
+    assert memory.inputs == 10 * 6 * 4 * 8
+    assert memory.forecast(100) == 10 * memory.total
+    assert "10 steps, keep='states'" in str(memory)
+    assert "10 steps" in str(memory)
+    kept = Training(10, keep="graphs").run.memory()
+    assert kept.values > 0
+    assert kept.total == kept.states + kept.values + kept.inputs
+    training.run.backward(training.outer)
+    assert training.run.memory().states == 0
+
+
+def test_a_forecast_of_checkpoints_is_near_what_they_take() -> None:
+    forecast = Training(100, keep="checkpoints").run.memory().forecast(400)
+    actual = Training(400, keep="checkpoints").run.memory().total
+    assert 0.5 * actual < forecast < 3 * actual
+
+
+def test_states_on_disk_leave_no_file(tmp_path: Path) -> None:
+    training = Training(20, offload=tmp_path / "states")
+    assert (tmp_path / "states").is_dir()
+    torch.testing.assert_close(training.gradient(), Training(20).gradient(), rtol=0, atol=0)
+    assert not list((tmp_path / "states").iterdir())
+
+
+def test_large_states_lie_in_large_chunks_and_go_with_the_run() -> None:
+    model = nn.Linear(64, 64)
+    lr = torch.tensor(0.01, requires_grad=True)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+    with metaopt.record(optimizer) as run:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 64)).square().mean().backward()
+            optimizer.step()
+    cells = [cell for segment in run._keeping.segments for key, cell in segment.inputs if cell.tensor.nbytes > 2**14]
+    distances = {b.tensor.data_ptr() - a.tensor.data_ptr() for a, b in itertools.pairwise(cells)}
+    assert distances == {cells[0].tensor.nbytes}
+
+
+def test_amounts_are_read() -> None:
+    amounts: list[int | str] = [5, "5", "2GiB", "500 MB", "1.5k", "3 MiB"]
+    assert [bytes_of(amount) for amount in amounts] == [5, 5, 2**31, 5 * 10**8, 1500, 3 * 2**20]
+
+
+@pytest.mark.parametrize("amount", ["much", "-3", "0", True, "3 PB", "iB"])
+def test_what_is_no_amount_is_refused(amount: Any) -> None:
+    with pytest.raises(ValueError, match="budget"):
+        bytes_of(amount)
+
+
+def test_options_that_contradict_each_other_are_refused() -> None:
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)
+    with pytest.raises(ValueError, match="graphs, states, checkpoints"):
+        metaopt.record(optimizer, keep="everything")
+    for options in ({"budget": 100}, {"keep": "checkpoints"}):
+        with pytest.raises(ValueError, match="already bounds"):
+            metaopt.record(optimizer, last=3, **options)
+
+
+def test_checkpoints_without_their_library_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(10, keep="checkpoints")
+    monkeypatch.setitem(__import__("sys").modules, "checkpoint_schedules", None)
+    with pytest.raises(metaopt.MissingExtraError, match=r"metaopt-torch\[checkpoints\]"):
+        training.gradient()
