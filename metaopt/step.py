@@ -57,19 +57,19 @@ class Loop:
     ) -> None:
         self.optimizer = optimizer
         self.wrapped = wrapped(optimizer)
-        self.on_segment = on_segment
+        self.on_segment = _weakly(on_segment)
         self.steps = 0
         self.tape = Tape(self.weights(), moving=moving)
         self.guard = WatchedWeights(optimizer, self.tape)
         # A wrapped optimizer's step is recorded call by call, and needs no rule.
         self.update = RuledUpdate(optimizer, rule_of(optimizer), self.tape) if self.wrapped is None else None
-        self.tape.protected = self._is_hyperparameter
+        self.tape.protected = _weakly(self._is_hyperparameter)
         self.library = Library()
         self.watcher = Watcher(self.tape)
         self.verifier = Verifier(verify)
         self.watcher.check_functions = verify != "never"
         if self.wrapped is not None:
-            self.watcher.stepping = self._is_stepping
+            self.watcher.stepping = _weakly(self._is_stepping)
             self.watcher.numbers_held = self.wrapped.hold_numbers
         self._in_closure = False
         self.trainable: set[int] = set()
@@ -291,6 +291,18 @@ class Loop:
             if check:
                 self.verifier.check(segment, self.tape, self.steps)
             self.on_segment(segment, check)
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method whose object may go: what was recorded is freed with the run, and not when Python looks for cycles."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        there = reference()
+        assert there is not None
+        return there(*args)
+
+    return call
 
 
 def _failed_step() -> CaptureError:

@@ -12,7 +12,7 @@ import contextlib
 import mmap
 import os
 import tempfile
-import warnings
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,26 @@ _FIRST, _LARGEST = 2**22, 2**26
 _ALIGNED = 64
 
 
+# Chunks that no copy lies in any more, for the next training: mapping new memory takes longer than to fill it. The
+# system may take their pages whenever it needs some.
+_idle: list[mmap.mmap] = []
+
+
+def _retire(chunk: mmap.mmap) -> None:
+    _advise(chunk, "MADV_FREE")
+    _idle.append(chunk)
+
+
+def _advise(chunk: mmap.mmap, advice: str, *where: int) -> None:
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # not Linux, or the kernel does not know it
+        chunk.madvise(getattr(mmap, advice), *where)
+
+
 class Store:
     """Copies in memory, on the tensors' own device."""
 
     def __init__(self) -> None:
-        self._chunk: mmap.mmap | None = None
+        self._chunk: memoryview | None = None
         self._used = 0
         self._size = _FIRST
         self._together = True
@@ -61,17 +76,20 @@ class Store:
         if self._chunk is None or self._used + size > len(self._chunk):
             self._chunk, self._used = self._map(max(self._size, size)), 0
             self._size = min(2 * self._size, _LARGEST)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            place = torch.frombuffer(self._chunk, dtype=tensor.dtype, count=tensor.numel(), offset=self._used)
+        place = torch.frombuffer(self._chunk, dtype=tensor.dtype, count=tensor.numel(), offset=self._used)
         self._used += -(-size // _ALIGNED) * _ALIGNED
         return place.view(tensor.shape)
 
-    def _map(self, size: int) -> mmap.mmap:
-        chunk = mmap.mmap(-1, size)
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # not Linux, or large pages are switched off
-            chunk.madvise(mmap.MADV_HUGEPAGE)
-        return chunk
+    def _map(self, size: int) -> memoryview:
+        chunk = next((chunk for chunk in _idle if len(chunk) >= size), None)
+        if chunk is None:
+            chunk = mmap.mmap(-1, size)
+            _advise(chunk, "MADV_HUGEPAGE")
+        else:
+            _idle.remove(chunk)
+        view = memoryview(chunk)
+        weakref.finalize(view, _retire, chunk)  # when the last copy in it is gone
+        return view
 
 
 class Host(Store):
@@ -99,7 +117,7 @@ class Disk(Store):
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._chunks: dict[int, mmap.mmap] = {}
+        self._chunks: dict[int, memoryview] = {}
 
     def scatter(self) -> None:
         pass
@@ -114,11 +132,10 @@ class Disk(Store):
     def _fits(self, tensor: Tensor) -> bool:
         return tensor.numel() > 0 and tensor.layout is torch.strided and tensor.is_contiguous()
 
-    def _map(self, size: int) -> mmap.mmap:
+    def _map(self, size: int) -> memoryview:
         if self._chunk is not None:
             # Its pages are the file's: the system writes them, and this process needs them no more.
-            with contextlib.suppress(AttributeError, OSError, ValueError):
-                self._chunk.madvise(mmap.MADV_DONTNEED)
+            _advise(self._chunk.obj, "MADV_DONTNEED")  # type: ignore[arg-type]
         with tempfile.TemporaryFile(dir=self.folder, prefix="metaopt-") as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
@@ -128,8 +145,9 @@ class Disk(Store):
                     f"({error.strerror}). Give `offload=` another folder, or keep checkpoints."
                 ) from error
             chunk = mmap.mmap(file.fileno(), size)
-        self._chunks[torch.frombuffer(chunk, dtype=torch.uint8).data_ptr()] = chunk
-        return chunk
+        view = memoryview(chunk)
+        self._chunks[torch.frombuffer(view, dtype=torch.uint8).data_ptr()] = view
+        return view
 
     def prefetch(self, copies: Sequence[Tensor]) -> None:
         for copy in copies:
@@ -137,8 +155,8 @@ class Disk(Store):
             for first, chunk in self._chunks.items():
                 if first <= where < first + len(chunk):
                     start = (where - first) // mmap.PAGESIZE * mmap.PAGESIZE
-                    with contextlib.suppress(AttributeError, OSError, ValueError):
-                        chunk.madvise(mmap.MADV_WILLNEED, start, where - first - start + copy.nbytes)
+                    length = where - first - start + copy.nbytes
+                    _advise(chunk.obj, "MADV_WILLNEED", start, length)  # type: ignore[arg-type]
 
 
 def store_of(offload: Any) -> Store:

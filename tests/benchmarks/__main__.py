@@ -7,7 +7,16 @@ from collections.abc import Sequence
 
 from tests.benchmarks import report
 from tests.benchmarks.agreement import compare
-from tests.benchmarks.catalogue import PLAIN, SCALING_STEPS, SCALING_WORKLOAD, SYSTEMS, WORKLOADS
+from tests.benchmarks.catalogue import (
+    LONG_STEPS,
+    LONG_SYSTEMS,
+    PLAIN,
+    SCALING_STEPS,
+    SCALING_WORKLOAD,
+    SIZES,
+    SYSTEMS,
+    WORKLOADS,
+)
 from tests.benchmarks.figures import draw
 from tests.benchmarks.runner import ROOT, FailedError, Measurement, rounds
 
@@ -17,7 +26,7 @@ CSV = ROOT / "build" / "benchmarks.csv"
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=[w for w in WORKLOADS if w not in SIZES])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--repeats", type=int, default=7, help="processes per entry of the table (default 7)")
     parser.add_argument("--device", default="cpu")
@@ -53,14 +62,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(report.agreement_text(agreement, options.systems), end="\n\n", flush=True)
 
     jobs = [(w, WORKLOADS[w].check_steps if options.quick else WORKLOADS[w].steps) for w in options.workloads]
-    scaling = [(SCALING_WORKLOAD, steps) for steps in SCALING_STEPS] if options.write else []
+    sizes = [(w, WORKLOADS[w].steps) for w in SIZES]
+    plans: list[tuple[list[tuple[str, int]], list[str], int]] = [(jobs, here, options.repeats)]
+    if options.write:
+        few = max(1, options.repeats // 2)
+        scaling = [(SCALING_WORKLOAD, steps) for steps in SCALING_STEPS]
+        plans.append(([job for job in scaling if job not in jobs], here, few))
+        plans.append((sizes, here, few))
+        plans.append(([(SCALING_WORKLOAD, LONG_STEPS)], [system for system in LONG_SYSTEMS if system in here], 1))
     results = report.Results(options.clock, agreement)
-    for outcome in rounds(list(dict.fromkeys([*jobs, *scaling])), here, options.repeats, options.device):
-        if isinstance(outcome, Measurement):
-            results.measurements.append(outcome)
-        else:
-            workload, system, failure = outcome
-            results.failures[workload, system] = str(failure)
+    for some, systems, repeats in plans:
+        for outcome in rounds(some, systems, repeats, options.device):
+            if isinstance(outcome, Measurement):
+                results.measurements.append(outcome)
+            else:
+                workload, system, failure = outcome
+                results.failures[workload, system] = str(failure)
     if not results.measurements:
         raise SystemExit("nothing could be measured: " + "; ".join(results.failures.values()))
     print(report.cost_text(results, jobs, options.systems), end="\n\n")
@@ -70,8 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.write_csv(results.measurements, CSV)
     written = [CSV]
     if options.write:
-        parts = (report.agreement_text(agreement, options.systems), report.cost_text(results, jobs, options.systems))
-        report.write_docs("\n\n".join(("## Are they right?", parts[0], "## What do they cost?", parts[1])))
+        parts = [report.agreement_text(agreement, options.systems), report.cost_text(results, jobs, options.systems)]
+        long = [(SCALING_WORKLOAD, steps) for steps in (*SCALING_STEPS, LONG_STEPS)]
+        parts += (report.cost_table(results, long, options.systems), report.cost_table(results, sizes, options.systems))
+        titles = ("## Are they right?", "## What do they cost?", "## Over the number of steps", "## Over the size")
+        report.write_docs("\n\n".join(text for pair in zip(titles, parts, strict=True) for text in pair))
         report.write_csv(results.measurements, report.ASSETS / "benchmarks.csv")
         written += [report.DOCS, report.ASSETS / "benchmarks.csv", *draw(results, here)]
     print("written: " + ", ".join(str(path.relative_to(ROOT)) for path in written))

@@ -53,14 +53,23 @@ class System:
 
 WORKLOADS = {
     "W1": Workload(
-        "softmax regression 784-10, full batch of 5000 weighted examples, gradient descent", 200, 10, ("lr", "weights")
+        "softmax regression 784-10, full batch of 5000 weighted examples, gradient descent", 200, 12, ("lr", "weights")
     ),
-    "W2": Workload("MLP 784-256-256-10, batch 128, SGD with momentum", 100, 8, ("lr", "momentum", "weights")),
-    "W3": Workload("CNN on 28×28, batch 64, Adam", 20, 4, ("lr", "beta1", "beta2", "weights")),
+    "W2": Workload("MLP 784-256-256-10, batch 128, SGD with momentum", 100, 12, ("lr", "momentum", "weights")),
+    "W3": Workload("CNN on 28×28, batch 64, Adam", 20, 12, ("lr", "beta1", "beta2", "weights")),
+}
+
+# The same network at four sizes.
+WORKLOADS |= {
+    f"N{power}": Workload(
+        f"the same, h = {width} in place of 256: about 10^{power} weights", 20, 12, ("lr", "momentum", "weights")
+    )
+    for power, width in ((4, 13), (5, 115), (6, 690), (7, 2800))
 }
 
 PLAIN = "plain"  # what times are divided by
 WATCHED = "watched"
+CHECKPOINTS = "checkpoints"
 REFERENCE = "unrolled"  # what hypergradients are compared with, itself compared with finite differences
 
 _OLD_ADAM = "its Adam adds eps before the bias correction of the root, as torch's once did: another formula"
@@ -71,7 +80,10 @@ _FLOAT32 = (
 SYSTEMS = {
     PLAIN: System("plain training, no hypergradient", hypergradient=False),
     WATCHED: System("metaopt, watched loop without the sweep", hypergradient=False),
-    "metaopt": System("metaopt, record and backward"),
+    "metaopt": System("metaopt, record"),
+    "compiled": System("metaopt, record(compile=True)"),
+    "graphs": System('metaopt, record(keep="graphs", compile=True)'),
+    CHECKPOINTS: System('metaopt, record(keep="checkpoints")'),
     "higher": System(
         "higher",
         package="higher",
@@ -88,8 +100,16 @@ SYSTEMS = {
         constant=frozenset({"beta1", "beta2"}),  # tensors are refused: `add_(g, alpha=1 - decay)` wants numbers
         faults={"lr": _FLOAT32, "weights": _FLOAT32},
     ),
+    "hypertorch": System(
+        "hypertorch, reverse",
+        package="hypergrad",  # from source: https://github.com/prolearner/hypertorch
+    ),
     REFERENCE: System("autograd, unrolled by hand"),
 }
 
 SCALING_WORKLOAD = "W2"
-SCALING_STEPS = (10, 25, 50, 100)
+SCALING_STEPS = (10, 30, 100, 300, 1000)
+# Beyond, most systems would need more memory than there is.
+LONG_STEPS = 10_000
+LONG_SYSTEMS = (PLAIN, CHECKPOINTS)
+SIZES = ("N4", "N5", "N6", "N7")  # 10⁴ … 10⁷ weights

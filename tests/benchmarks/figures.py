@@ -6,12 +6,39 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.benchmarks.catalogue import PLAIN, SCALING_STEPS, SCALING_WORKLOAD, WATCHED
+from tests.benchmarks.catalogue import CHECKPOINTS, LONG_STEPS, PLAIN, SCALING_STEPS, SCALING_WORKLOAD, WATCHED
 from tests.benchmarks.report import ASSETS, Results
 
-COLOURS = {"metaopt": "#0072b2", WATCHED: "#56b4e9", "higher": "#d55e00", "torchopt": "#009e73", "unrolled": "#7f7f7f"}
-MARKERS = {"metaopt": "o", WATCHED: "o", "higher": "s", "torchopt": "^", "unrolled": "D"}
-NAMES = {"metaopt": "metaopt", WATCHED: "metaopt, no sweep", "unrolled": "autograd by hand"}
+COLOURS = {
+    "metaopt": "#0072b2",
+    "compiled": "#0072b2",
+    "graphs": "#0072b2",
+    CHECKPOINTS: "#0072b2",
+    WATCHED: "#56b4e9",
+    "higher": "#d55e00",
+    "torchopt": "#009e73",
+    "hypertorch": "#cc79a7",
+    "unrolled": "#7f7f7f",
+}
+MARKERS = {
+    "metaopt": "o",
+    "compiled": "v",
+    "graphs": "P",
+    CHECKPOINTS: "*",
+    WATCHED: "o",
+    "higher": "s",
+    "torchopt": "^",
+    "hypertorch": "X",
+    "unrolled": "D",
+}
+NAMES = {
+    "compiled": "metaopt, compiled",
+    "graphs": "metaopt, graphs, compiled",
+    CHECKPOINTS: "metaopt, checkpoints",
+    WATCHED: "metaopt, no sweep",
+    "unrolled": "autograd by hand",
+}
+STEPS = (*SCALING_STEPS, LONG_STEPS)
 
 
 def draw(results: Results, systems: Sequence[str]) -> list[Path]:
@@ -35,7 +62,7 @@ def _figure(values: Callable[[str, int], list[float]], systems: Sequence[str], l
 
     figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
     for system in systems:
-        found = [(steps, values(system, steps)) for steps in SCALING_STEPS if values(system, steps)]
+        found = [(steps, values(system, steps)) for steps in STEPS if values(system, steps)]
         if not found:
             continue
         medians = [statistics.median(v) for _, v in found]
@@ -54,8 +81,11 @@ def _figure(values: Callable[[str, int], list[float]], systems: Sequence[str], l
         )
     axes.set_xlabel(f"T, steps of {SCALING_WORKLOAD}")
     axes.set_ylabel(label)
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    axes.set_xscale("log")
+    if "memory" in label:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(color="#e5e5e5", lw=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -113,7 +113,7 @@ def _cost(results: Results, workload: str, system: str, steps: int) -> str:
         return f"fails: {results.failures[workload, system]}"
     ratios = results.ratios(workload, system, steps)
     if not ratios:
-        return "not measured"
+        return "-"
     memory = f"{results.megabytes(workload, system, steps):.0f} MB"
     if system == PLAIN:
         seconds = statistics.median(results.time(m) for m in results.of(workload, system, steps))

@@ -65,13 +65,17 @@ def watched(problem: Problem, steps: int) -> Gradients:
 # -- with one ----------------------------------------------------------------------------------------------------------
 
 
-def record(problem: Problem, steps: int) -> Gradients:
+def record(**options: Any) -> Run:
     """metaopt's reverse mode."""
-    optimizer = getattr(metaopt.optim, problem.optimizer)(problem.model.parameters(), **_settings(problem.hyper))
-    with metaopt.record(optimizer) as run:
-        _train(problem, optimizer, steps)
-    run.backward(problem.outer(problem.model))
-    return {name: value.grad for name, value in problem.hyper.items() if value.grad is not None}
+
+    def run(problem: Problem, steps: int) -> Gradients:
+        optimizer = getattr(metaopt.optim, problem.optimizer)(problem.model.parameters(), **_settings(problem.hyper))
+        with metaopt.record(optimizer, **options) as recorded:
+            _train(problem, optimizer, steps)
+        recorded.backward(problem.outer(problem.model))
+        return {name: value.grad for name, value in problem.hyper.items() if value.grad is not None}
+
+    return run
 
 
 def higher(problem: Problem, steps: int) -> Gradients:
@@ -97,6 +101,40 @@ def torchopt(problem: Problem, steps: int) -> Gradients:
         optimizer.step(problem.loss(problem.model, problem.batch(step)))
     wanted = {name: value for name, value in problem.hyper.items() if name not in constant}
     return _gradients(problem.outer(problem.model), wanted)
+
+
+def hypertorch(problem: Problem, steps: int) -> Gradients:
+    """hypertorch: its optimizers over lists of tensors, the iterates kept, each step computed again on the way back."""
+    import hypergrad
+
+    if problem.optimizer != "SGD":
+        raise NotImplementedError("hypertorch has no Adam")
+    names = list(problem.hyper)
+    weights = [name for name, _ in problem.model.named_parameters()]
+    loss, batch = problem.loss, problem.batch
+
+    def forward(w: list[Tensor]) -> Any:
+        return lambda x: torch.func.functional_call(problem.model, dict(zip(weights, w, strict=False)), x)
+
+    def inner(step: int) -> Any:
+        def value(w: list[Tensor], hyper: list[Tensor]) -> Tensor:
+            problem.hyper = dict(zip(names, hyper, strict=True))
+            return loss(forward(w), batch(step))
+
+        rate = {"step_size": lambda hyper: hyper[names.index("lr")]}
+        if "momentum" not in names:
+            return hypergrad.GradientDescent(value, **rate)
+        return hypergrad.Momentum(value, **rate, momentum=lambda hyper: hyper[names.index("momentum")])
+
+    hyper = list(problem.hyper.values())
+    updates = [inner(step) for step in range(steps)]
+    state = updates[0].get_opt_params([w.detach().clone().requires_grad_() for w in problem.model.parameters()])
+    history = [state]
+    for update in updates:
+        state = [s.detach().requires_grad_() for s in update(state, hyper, create_graph=False)]
+        history.append(state)
+    found = hypergrad.reverse(history, hyper, updates, lambda w, _: problem.outer(forward(w)), set_grad=False)
+    return dict(zip(names, found, strict=True))
 
 
 def unrolled(problem: Problem, steps: int) -> Gradients:
@@ -138,8 +176,12 @@ def _ADAM(
 RUNS: dict[str, Run] = {
     "plain": plain,
     "watched": watched,
-    "metaopt": record,
+    "metaopt": record(),
+    "compiled": record(compile=True),
+    "graphs": record(keep="graphs", compile=True),
+    "checkpoints": record(keep="checkpoints"),
     "higher": higher,
     "torchopt": torchopt,
+    "hypertorch": hypertorch,
     "unrolled": unrolled,
 }

@@ -59,10 +59,12 @@ class _Recipe:
     settings: dict[str, float]
 
 
-def _mlp(activation: Activation) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(784, 256), activation(), nn.Linear(256, 256), activation(), nn.Linear(256, CLASSES)
-    )  # 269 thousand weights
+def _wide(width: int) -> Callable[[Activation], nn.Module]:
+    def make(activation: Activation) -> nn.Module:
+        layers = (nn.Linear(784, width), activation(), nn.Linear(width, width), activation(), nn.Linear(width, CLASSES))
+        return nn.Sequential(*layers)
+
+    return make
 
 
 def _cnn(activation: Activation) -> nn.Module:
@@ -77,8 +79,12 @@ def _cnn(activation: Activation) -> nn.Module:
 # root of them is NaN in the loop unrolled by hand and in torchopt: there would be nothing to compare.
 _RECIPES = {
     "W1": _Recipe(lambda _: nn.Linear(784, CLASSES), nn.Identity, (784,), EXAMPLES, 1000, "SGD", {"lr": 0.5}),
-    "W2": _Recipe(_mlp, nn.ReLU, (784,), 128, 1000, "SGD", {"lr": 0.05, "momentum": 0.9}),
+    "W2": _Recipe(_wide(256), nn.ReLU, (784,), 128, 1000, "SGD", {"lr": 0.05, "momentum": 0.9}),
     "W3": _Recipe(_cnn, nn.LeakyReLU, (1, 28, 28), 64, 64, "Adam", {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999}),
+}
+_RECIPES |= {
+    name: _Recipe(_wide(width), nn.ReLU, (784,), 128, 1000, "SGD", {"lr": 0.05, "momentum": 0.9})
+    for name, width in (("N4", 13), ("N5", 115), ("N6", 690), ("N7", 2800))
 }
 
 
