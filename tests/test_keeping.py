@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +173,17 @@ def test_checkpoints_without_their_library_say_what_to_install(monkeypatch: pyte
     monkeypatch.setitem(__import__("sys").modules, "checkpoint_schedules", None)
     with pytest.raises(metaopt.MissingExtraError, match=r"metaopt-torch\[checkpoints\]"):
         training.gradient()
+
+
+def test_what_was_recorded_is_freed_with_the_run() -> None:
+    """And not when Python looks for cycles the next time."""
+    gc.collect()
+    gc.disable()
+    try:
+        training = Training(3)
+        cell = weakref.ref(training.run._keeping.segments[1].inputs[0][1])
+        assert cell() is not None
+        del training
+        assert cell() is None
+    finally:
+        gc.enable()

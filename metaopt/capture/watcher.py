@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -51,6 +52,13 @@ _PASS = {
     if hasattr(Tensor, name)
 }
 _PASS |= {Tensor.grad.__set__}  # type: ignore[union-attr]
+
+
+@lru_cache(4096)
+def _traits(func: Callable[..., Any]) -> tuple[bool, bool]:
+    """Whether a function may draw random numbers, and whether its fastest kernels lack a second derivative."""
+    name = name_of(func)
+    return _RANDOM.search(name) is not None, _NATIVE.search(name) is not None
 
 
 class Watcher(TorchFunctionMode):
@@ -118,7 +126,10 @@ class Watcher(TorchFunctionMode):
         if kwargs:
             flatten(kwargs.values(), tensors)
         targets = writes.targets(func, args, kwargs)
-        if not any(tape.is_live(tensor) for tensor in tensors):
+        for tensor in tensors:
+            if tape.is_live(tensor):
+                break
+        else:
             return self._constant_call(func, args, kwargs, targets)
         if targets:
             return writes.call(self, func, args, kwargs, targets)
@@ -130,7 +141,7 @@ class Watcher(TorchFunctionMode):
                 f"`{name_of(func)}` wrote one of its arguments in place, in a way that metaopt does not know and so "
                 "can't replay. Use the version of the operation that returns a new tensor."
             )
-        self.record(func, args, kwargs, result, seed)
+        self.record(func, args, kwargs, result, seed, sources=tensors)
         return result
 
     def record(
@@ -143,8 +154,9 @@ class Watcher(TorchFunctionMode):
         *,
         grad: bool | None = None,
         phased: bool = False,
+        sources: list[Tensor] | None = None,
     ) -> None:
-        """Write a call without side effects, and follow its results."""
+        """Write a call without side effects, and follow its results; ``sources``: the tensors among its arguments."""
         tape = self.tape
         results = [result] if isinstance(result, Tensor) else flatten([result])
         if not results:
@@ -152,8 +164,9 @@ class Watcher(TorchFunctionMode):
             return
         grad = torch.is_grad_enabled() if grad is None else grad
         read = tape.read if grad else tape.read_stopped
-        sources = flatten(args) + flatten(kwargs.values())
-        inner = max((tape.inner_of(tensor) for tensor in sources), default=0) if grad else 0
+        if sources is None:
+            sources = flatten(args) + flatten(kwargs.values())
+        inner = max([tape.inner_of(tensor) for tensor in sources], default=0) if grad else 0
         fresh = [not any(r is s for s in sources) for r in results]
         if not any(fresh):
             return
@@ -180,14 +193,15 @@ class Watcher(TorchFunctionMode):
 
     def called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """What the replay calls in place of a function."""
-        replaced = in_step(func, args, kwargs)
-        if replaced is not None and self.stepping():
-            return replaced
+        if self.stepping():
+            replaced = in_step(func, args, kwargs)
+            if replaced is not None:
+                return replaced
         return REPLACEMENTS.get(func, func)
 
     def setting(self, func: Callable[..., Any], seed: Any) -> dict[str, Any]:
         """What a replayed call needs around it: random numbers, precision, kernels."""
-        options: dict[str, Any] = {"native": True} if _NATIVE.search(name_of(func)) else {}
+        options: dict[str, Any] = {"native": True} if _traits(func)[1] else {}
         if torch._C._is_any_autocast_enabled():
             options["autocast"] = tuple(
                 (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
@@ -202,7 +216,7 @@ class Watcher(TorchFunctionMode):
 
     def generators(self, func: Callable[..., Any], kwargs: dict[str, Any]) -> list[tuple[torch.Generator, Tensor]]:
         """The states of the generators that a call may move."""
-        if not _RANDOM.search(name_of(func)):
+        if not _traits(func)[0]:
             return []
         known = [torch.default_generator]
         if torch.cuda.is_available() and torch.cuda.is_initialized():

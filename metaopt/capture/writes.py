@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ["call", "targets"]
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,12 +35,16 @@ def targets(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     """The tensors that a call writes, as its name and arguments tell."""
     if "out" in kwargs and kwargs["out"] is not None:
         return flatten([kwargs["out"]])
-    name = getattr(func, "__name__", "")
-    in_place = (name.endswith("_") and not name.endswith("__") and name not in _NOT_WRITES) or name in _DUNDER
-    if not in_place and not kwargs.get("inplace"):
+    if not _is_in_place(func) and not kwargs.get("inplace"):
         return []
     first = args[0] if args else next((v for v in kwargs.values() if isinstance(v, (Tensor, list, tuple))), None)
     return flatten([first])
+
+
+@lru_cache(4096)
+def _is_in_place(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__") and name not in _NOT_WRITES) or name in _DUNDER
 
 
 def call(
