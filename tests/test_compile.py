@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import metaopt
 from metaopt.capture import compiled
 from metaopt.capture.compiled import Compiled
-from metaopt.modes import compiled as sweeps
+from metaopt.modes import versions
 from tests.cases import CASES, Case
-from tests.test_cases import recorded
+from tests.test_cases import watched
 
 # Loops whose steps can't be written as aten calls, and why; all others are compiled.
 EAGER = {
@@ -24,16 +24,22 @@ EAGER = {
     "custom_function": "is an autograd.Function",
     "gradient_hooks": "gradient hooks run Python code",
     "numpy_index_shuffled_in_place": "neither a tensor nor a number",
-    "writes_through_views_and_data": "tensors used as indices",
 }
+# Here it depends on whether an index is the same in all steps that share a program.
+SOMETIMES = {"writes_through_views_and_data"}
+# Forwards, tracing takes longer than all else: every fourth loop, unless slow tests are asked for.
+FORWARDS = [
+    pytest.param(case, id=str(case), marks=() if place % 4 == 0 else pytest.mark.slow)
+    for place, case in enumerate(CASES)
+]
 
 
 @pytest.fixture(autouse=True)
 def _from_the_first_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the number of steps, and nothing known from other tests."""
-    monkeypatch.setattr(sweeps, "_ENOUGH", 1)
-    monkeypatch.setattr(sweeps, "_AGAIN", 1)
-    monkeypatch.setattr(sweeps, "_known", type(sweeps._known)())
+    monkeypatch.setattr(versions, "ENOUGH", 1)
+    monkeypatch.setattr(versions, "AGAIN", 1)
+    monkeypatch.setattr(versions, "_known", type(versions._known)())
     monkeypatch.setattr("metaopt.capture.compiled._said", set())
 
 
@@ -43,23 +49,35 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Compiled, "is_due", lambda self: False)
 
 
+def gradients(mode: Any, case: Case, backend: bool | str) -> tuple[dict[str, Tensor | None], str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run, trained, hyper = watched(mode, case, compile=backend)
+        run.backward(trained.outer)
+    said = " ".join(str(w.message) for w in caught if issubclass(w.category, metaopt.FallbackWarning))
+    return {name: leaf.grad for name, leaf in hyper.items()}, said
+
+
+def is_compiled(mode: Any, case: Case) -> None:
+    expected, _ = gradients(metaopt.record, case, False)
+    found, said = gradients(mode, case, "aot_eager")
+    if str(case) not in SOMETIMES:
+        assert EAGER.get(str(case), "") in said
+        assert str(case) in EAGER or not said
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_compiled_sweep_is_the_sweep(case: Case) -> None:
-    gradients = []
-    for backend in (False, "aot_eager"):
-        run, trained, hyper = recorded(case, compile=backend)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            run.backward(trained.outer)
-        gradients.append({name: leaf.grad for name, leaf in hyper.items()})
-    said = " ".join(str(w.message) for w in caught if issubclass(w.category, metaopt.FallbackWarning))
-    assert EAGER.get(str(case), "") in said
-    assert str(case) in EAGER or not said
-    for name, expected in gradients[0].items():
-        found = gradients[1][name]
-        assert found is not None, name
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+def test_a_compiled_pull_back_is_the_pull_back(case: Case) -> None:
+    is_compiled(metaopt.record, case)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("case", FORWARDS)
+def test_a_compiled_push_is_the_push(case: Case) -> None:
+    is_compiled(metaopt.stream, case)
 
 
 # -- one loop, by every part of the machinery ------------------------------------------------------------------------
@@ -119,13 +137,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         built.append(given)
         return build(*given)
 
-    monkeypatch.setattr(sweeps, "build", counting)
+    monkeypatch.setattr(versions, "build", counting)
     return built
 
 
 def test_a_program_is_compiled_once_for_all_runs_and_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeps, "_ENOUGH", 8)
-    monkeypatch.setattr(sweeps, "_AGAIN", 2)
+    monkeypatch.setattr(versions, "ENOUGH", 8)
+    monkeypatch.setattr(versions, "AGAIN", 2)
     built = counted(monkeypatch)
     for _ in range(3):
         trained = Trained(compile="aot_eager")
@@ -136,7 +154,7 @@ def test_a_program_is_compiled_once_for_all_runs_and_numbers(monkeypatch: pytest
 
 
 def test_few_steps_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeps, "_ENOUGH", 13)
+    monkeypatch.setattr(versions, "ENOUGH", 13)
     built = counted(monkeypatch)
     Trained(compile=True).gradients()
     assert not built
@@ -210,3 +228,24 @@ def test_a_jacobian_is_left_to_autograd() -> None:
     trained = Trained(compile="aot_eager")
     (found,) = trained.run.jacobian([trained.outer, 2 * trained.outer], trained.lr)
     torch.testing.assert_close(found[1], 2 * trained.gradients()[0], rtol=1e-9, atol=0)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_weights_picked_by_whole_numbers_are_compiled() -> None:
+    """The shape of what they pick is known, which that of what a mask picks is not."""
+
+    def train(**options: Any) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        weights = torch.ones(10, requires_grad=True)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+        with metaopt.record(optimizer, **options) as run:
+            for _ in range(10):
+                i = torch.randint(10, (4,))
+                optimizer.zero_grad()
+                (weights[i] * model(torch.randn(4, 3)).squeeze().square()).mean().backward()
+                optimizer.step()
+        return run.hypergradient(model(torch.ones(2, 3)).sum(), weights)
+
+    close(train(compile="aot_eager"), train())
+    assert any(known.versions for known in versions._known.values())

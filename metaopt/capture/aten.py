@@ -95,13 +95,16 @@ def _refuse(module: fx.GraphModule) -> None:
             continue
         if torch.Tag.nondeterministic_seeded in node.target.tags:
             raise UntraceableError(f"{node.target} draws random numbers where the loop was not seen to")
-        if torch.Tag.dynamic_output_shape in node.target.tags or _picks_by_mask(node):
+        by_data = torch.Tag.dynamic_output_shape in node.target.tags and not _indexes(node)
+        if by_data or (_indexes(node) and _picks_by_mask(node)):
             raise UntraceableError(f"the shape of what {node.target} returns depends on what the tensors hold")
 
 
+def _indexes(node: fx.Node) -> bool:
+    return str(node.target).startswith(("aten.index.", "aten.index_put", "aten._unsafe_index"))
+
+
 def _picks_by_mask(node: fx.Node) -> bool:
-    if not str(node.target).startswith(("aten.index.", "aten.index_put", "aten._unsafe_index")):
-        return False
     places: Any = node.args[1]
     return any(place is not None and place.meta["val"].dtype in (torch.bool, torch.uint8) for place in places)
 

@@ -10,15 +10,17 @@ __all__ = ["Streaming", "stream"]
 
 import warnings
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
 from metaopt.errors import CaptureError, MetaoptWarning, SweepError
 from metaopt.modes.columns import Columns, Directions
+from metaopt.modes.compiled import CompiledPush
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.pullback import PullBack
 from metaopt.modes.run import Run
@@ -36,6 +38,7 @@ def stream(
     directions: int | None = None,
     generator: torch.Generator | None = None,
     verify: str = "first",
+    compile: bool | str = False,  # noqa: A002 as torch's
 ) -> Streaming:
     """Watch the training loop inside the ``with`` block, and carry the derivative of its state along (forward mode).
 
@@ -55,6 +58,8 @@ def stream(
         generator: draws the directions; None for one of the run's own, seeded by ``torch.initial_seed()`` and a count
             of the runs, so that the loop's own draws stay what they are.
         verify: as for `record`.
+        compile: compile the push of the tangents, as for `record`; it begins with the eighth step of a structure, and
+            what the loop computed in a step is not computed again.
 
     Returns:
         A context manager whose ``as`` target gives hypergradients at any moment, inside the context or after it.
@@ -68,7 +73,13 @@ def stream(
         Franceschi, Donini, Frasconi & Pontil 2017, algorithm 2 (FORWARD-HG) and section 3.3 (real time).
     """
     return Streaming(
-        optimizer, chunk=chunk, discount=discount, directions=directions, generator=generator, verify=verify
+        optimizer,
+        chunk=chunk,
+        discount=discount,
+        directions=directions,
+        generator=generator,
+        verify=verify,
+        backend=backend_of(compile),
     )
 
 
@@ -84,6 +95,7 @@ class Streaming(Run):
         directions: int | None,
         generator: torch.Generator | None,
         verify: str,
+        backend: str | None,
     ) -> None:
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be at least 1, not {chunk}.")
@@ -93,6 +105,8 @@ class Streaming(Run):
             raise ValueError(f"directions must be at least 1, not {directions}.")
         super().__init__(optimizer, verify=verify, moving=True)
         self._chunk = chunk
+        self._compiled = None if backend is None else CompiledPush(backend)
+        self._loop.tape.keeps_values = backend is not None
         self._discount = discount
         self._columns = Columns() if directions is None else Directions(directions, generator)
         self._tangents: dict[int, Tensor] = {}
@@ -120,7 +134,8 @@ class Streaming(Run):
         if is_step and self._discount != 1.0:
             before = {key: self._discount * tangent for key, tangent in before.items()}
         state = self._state_keys()
-        pushed = self._push(segment, [key for key in segment.outputs if key in state], before)
+        present = {} if self._compiled is None else self._loop.tape.present()
+        pushed = self._push(segment, [key for key in segment.outputs if key in state], before, present)
         alive = {binding.key for binding in self._loop.tape.bindings()}
         after = {key: z for key, z in before.items() if key in alive and key not in segment.outputs}
         self._tangents = {**after, **pushed}
@@ -131,9 +146,15 @@ class Streaming(Run):
         if is_step and self._loop.steps % _CHECK_EVERY == 0:
             self._check_finite()
 
-    def _push(self, segment: Segment, keys: list[int], tangents: dict[int, Tensor]) -> dict[int, Tensor]:
+    def _push(
+        self, segment: Segment, keys: list[int], tangents: dict[int, Tensor], after: Mapping[int, Tensor]
+    ) -> dict[int, Tensor]:
         if not keys:
             return {}
+        if self._compiled is not None and (self._chunk is None or self._chunk >= self._columns.count):
+            found = self._compiled(segment, keys, tangents, self._columns, after)
+            if found is not None:
+                return found
         return push_forward(segment, keys, tangents, self._columns, self._chunk)
 
     def _state_keys(self) -> set[int]:
@@ -162,7 +183,7 @@ class Streaming(Run):
                 )
             for earlier, tangents, _ in reversed(self._recent):
                 if key in earlier.outputs:
-                    self._tangents.update(self._push(earlier, [key], tangents))
+                    self._tangents.update(self._push(earlier, [key], tangents, {}))
                     break
 
     def _drop(self, segment: Segment, alive: set[int]) -> None:

@@ -8,7 +8,7 @@ pass is ``J``. Neither needs a forward-mode formula of any operation of the mode
 
 from __future__ import annotations
 
-__all__ = ["push_forward"]
+__all__ = ["push_forward", "transposed"]
 
 import warnings
 import weakref
@@ -72,7 +72,7 @@ def _whole(
     """Push through ``Φ_t`` as it stands."""
     replay = segment.replay(keys)
     sources = _Sources(replay, tangents, columns)
-    push = _transposed(replay.outputs, sources.variables)
+    push = transposed(replay.outputs, sources.variables)
     return lambda rows: push(sources.tangents(rows))
 
 
@@ -144,11 +144,11 @@ def _update(segment: Segment, split: Split, values: list[Tensor]) -> Push:
     """The push through what follows the gradients, in forward mode if it can be had."""
     fallback: list[Push] = []
 
-    def transposed(tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def in_reverse(tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
         if not fallback:
             variables = [v.detach().requires_grad_(v.dtype.is_floating_point) for v in values]
             with torch.enable_grad():
-                fallback.append(_transposed(segment.apply(split.after, variables), variables))
+                fallback.append(transposed(segment.apply(split.after, variables), variables))
         return fallback[0](tangents)
 
     def push(tangents: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -156,16 +156,16 @@ def _update(segment: Segment, split: Split, values: list[Tensor]) -> Push:
         moving = tuple(z is not None for z in tangents)
         # For several columns the reverse pass needs fewer passes over the memory than batched forward formulas do.
         if any(z is not None and len(z) > 1 for z in tangents) or known.get(moving) is False:
-            return transposed(tangents)
+            return in_reverse(tangents)
         try:
             found = _dual(lambda moved: segment.apply(split.after, moved), values, tangents)
         except (RuntimeError, NotImplementedError):
             known[moving] = False
-            return transposed(tangents)
+            return in_reverse(tangents)
         if moving in known:
             return found
         # Forward mode drops the tangent of what an operation detaches, in silence: the two must have agreed once.
-        expected = transposed(tangents)
+        expected = in_reverse(tangents)
         known[moving] = _agree(found, expected)
         return expected
 
@@ -203,8 +203,8 @@ def _prepare_forward() -> None:
             forward_ad.make_dual(torch.ones(()), torch.ones(()))
 
 
-def _transposed(outputs: Sequence[Tensor], sources: Sequence[Tensor]) -> Push:
-    """The push over any graph: the reverse pass of its reverse pass."""
+def transposed(outputs: Sequence[Tensor], sources: Sequence[Tensor], *, batched: bool = False) -> Push:
+    """The push over any graph: the reverse pass of its reverse pass; ``batched`` or not at all, if asked so."""
     moving = [place for place, output in enumerate(outputs) if output.requires_grad]
     wanted = [place for place, source in enumerate(sources) if source.requires_grad]
     nothing: list[Tensor | None] = [None] * len(outputs)
@@ -225,7 +225,7 @@ def _transposed(outputs: Sequence[Tensor], sources: Sequence[Tensor]) -> Push:
         given = [(part, z) for place, part in linear if (z := tangents[place]) is not None]
         result = list(nothing)
         if given:
-            found = _batched([part for part, _ in given], u, [z for _, z in given])
+            found = _batched([part for part, _ in given], u, [z for _, z in given], strictly=batched)
             for place, z in zip(moving, found, strict=True):
                 result[place] = z
         return result
@@ -233,7 +233,9 @@ def _transposed(outputs: Sequence[Tensor], sources: Sequence[Tensor]) -> Push:
     return push
 
 
-def _batched(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor | None]:
+def _batched(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, strictly: bool = False
+) -> list[Tensor | None]:
     """A reverse pass for all cotangents at once, or one by one where an operation can't be batched."""
 
     def reverse(given: Sequence[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
@@ -246,6 +248,8 @@ def _batched(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Se
         try:
             return list(reverse(cotangents, batched=True))
         except RuntimeError:
-            pass  # no batching rule
+            if strictly:
+                raise
+            # no batching rule
     rows = [reverse([z[row] for z in cotangents], batched=False) for row in range(count)]
     return [None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True)]
