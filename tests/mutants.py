@@ -28,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LAWS, RULES, TABLE = "tests/test_laws.py", "tests/test_rules.py", "tests/test_optimizer_table.py"
 FORWARD = "tests/test_forward_laws.py"
+KEEPING, COMPILED = "tests/test_keeping.py", "tests/test_compile.py"
 CASES, INPUT = "tests/test_cases.py", "tests/test_bad_input.py"
 # Appended to the copy's conftest. The library compares its replays with the loop, and many mutants would end there;
 # that check rests, so that it is the tests which have to see them.
@@ -126,26 +127,25 @@ MUTANTS = [
         "forget-B1",
         "the sweep ends one step early, at the second step, and loses B_1",
         "modes/record.py",
-        "segments = list(self._segments)",
-        "segments = list(self._segments)[1:]",
+        "for place, segment in walk(self._keeping):\n",
+        "for place, segment in list(walk(self._keeping))[:-1]:\n",
         (LAWS, "one_step or unrolled"),
     ),
     Mutant(
         "drop-buffers",
         "the adjoint of the optimizer's buffers is dropped; only that of the weights goes back",
         "modes/outer.py",
-        "targets = [(self.carried, key, x) for key, x in replay.inputs.items() if x.requires_grad]",
+        "for key, grad in pulled.carried.items():\n",
         "trained = {b.key for w in self.loop.weights() if (b := self.loop.tape.find(w)) is not None}\n"
-        "            targets = [(self.carried, k, x) for k, x in replay.inputs.items() if x.requires_grad]\n"
-        "            targets = [target for target in targets if target[1] in trained]",
+        "        for key, grad in ((k, g) for k, g in pulled.carried.items() if k in trained):\n",
         (LAWS, "unrolled or linear_recursion"),
     ),
     Mutant(
         "keep-overwritten",
         "the adjoint of an overwritten state is kept, and the new one added to it",
         "modes/outer.py",
-        "alpha = [self.carried.pop(key) for key in keys]",
-        "alpha = [self.carried[key] for key in keys]",
+        "alpha = {key: self.carried.pop(key) for",
+        "alpha = {key: self.carried[key] for",
         (LAWS, "one_step or closed_form"),
     ),
     Mutant(
@@ -176,16 +176,65 @@ MUTANTS = [
         "one-step-too-many",
         "truncation keeps one step more than it was asked to",
         "modes/record.py",
-        "self._segments[0][0] <= self._loop.steps - self._last",
-        "self._segments[0][0] < self._loop.steps - self._last",
+        "self._times[0] <= self._loop.steps - self._last",
+        "self._times[0] < self._loop.steps - self._last",
         (LAWS, "last_steps"),
+    ),
+    # -- what is kept, and what is compiled
+    Mutant(
+        "stale-state",
+        "between two checkpoints, a state is taken for the one before it",
+        "checkpoints/restoring.py",
+        "yield start + action.n0, segments[action.n0].at(state)",
+        "yield start + action.n0, segments[action.n0].at(saved.get(action.n0 - 1) or state)",
+        (KEEPING, "any_number"),
+    ),
+    Mutant(
+        "forget-carried",
+        "what a step does not write is lost between two checkpoints",
+        "checkpoints/restoring.py",
+        "return {**{key: value for key, value in state.items() if key in read}, **after}",
+        "return after",
+        (KEEPING, "few_steps"),
+    ),
+    Mutant(
+        "drop-too-much",
+        "a state that no kept iteration computes is given up",
+        "checkpoints/levels.py",
+        "if producer >= start}",
+        "if producer >= -1}",
+        (KEEPING, "does_not_depend"),
+    ),
+    Mutant(
+        "numbers-baked-in",
+        "the number of the step at which a derivative was compiled is used at all steps",
+        "modes/versions.py",
+        "if len(set(column)) > 1:",
+        "if len(set(column)) > 10**6:",
+        (COMPILED, "all_runs_and_numbers or inductor"),
+    ),
+    Mutant(
+        "new-random-numbers",
+        "a compiled step draws from where the generator stands, and not from where the loop's stood",
+        "capture/draws.py",
+        "found += seeded(seeds[place], lambda calls=calls: [draw() for draw in calls])",
+        "found += [draw() for draw in calls]",
+        (COMPILED, "drawn_again"),
+    ),
+    Mutant(
+        "wrong-end",
+        "a compiled step takes what it began with for what it left behind",
+        "modes/outer.py",
+        "after = {key: cell.value() for key, cell in segment.inputs}",
+        "after = after or {key: cell.value() for key, cell in segment.inputs}",
+        (COMPILED, "pull_back"),
     ),
     # -- the step
     Mutant(
         "drop-hessian",
         "the loop's gradient is a constant of the sweep: no Hessian term",
         "capture/primitives.py",
-        "create_graph=True,",
+        "create_graph=phase.graph,",
         "retain_graph=True,",
         (LAWS, "one_step or closed_form"),
     ),
@@ -249,7 +298,7 @@ MUTANTS = [
         "share-the-state",
         "a recorded state is a reference to the weights, which the next step overwrites",
         "capture/cells.py",
-        "self.tensor = self.tensor.detach().clone()",
+        "self.tensor = copy(self.tensor)",
         "self.tensor = self.tensor.detach()",
         (LAWS, "closed_form or unrolled"),
     ),

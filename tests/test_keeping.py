@@ -30,7 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("place", "case"), enumerate(CASES), ids=str)
+@pytest.mark.parametrize(("place", "case"), list(enumerate(CASES)), ids=str)
 def test_the_hypergradient_does_not_depend_on_what_is_kept(
     place: int, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,3 +191,24 @@ def test_what_was_recorded_is_freed_with_the_run() -> None:
         assert cell() is None
     finally:
         gc.enable()
+
+
+def test_what_few_steps_write_is_carried_between_checkpoints() -> None:
+    def train(**options: Any) -> Tensor:
+        torch.manual_seed(0)
+        model, teacher = nn.Linear(3, 1), torch.zeros(1, 3)
+        lr = torch.tensor(0.1, requires_grad=True)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr, momentum=0.5)
+        with metaopt.record(optimizer, **options) as run:
+            for t in range(20):
+                x = torch.randn(4, 3)
+                optimizer.zero_grad()
+                F.mse_loss(model(x), x @ teacher.T + 1).backward()
+                optimizer.step()
+                if t % 5 == 0:
+                    with torch.no_grad():
+                        teacher.mul_(0.5).add_(model.weight, alpha=0.5)
+        (found,) = run.hypergradient(lambda: model(torch.ones(1, 3)).sum(), lr)
+        return found
+
+    torch.testing.assert_close(train(keep="checkpoints"), train(), rtol=1e-9, atol=0)

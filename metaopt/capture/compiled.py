@@ -70,7 +70,7 @@ class Call:
         values: the carried values that it reads.
         hypers: the hyperparameters that it reads, and what it is given.
         extra: what the derivative of it reads besides.
-        known: values that come up on the way, and that the iteration has.
+        known: values that come up on the way, and that the iteration has, by their number in the program.
     """
 
     segment: Segment
@@ -79,7 +79,7 @@ class Call:
     values: list[Tensor]
     hypers: list[Tensor]
     extra: list[Tensor]
-    known: list[Tensor] = field(default_factory=list)
+    known: dict[int, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.constants = [self.segment.constants[place].value() for place in self.part.constants]
@@ -88,7 +88,7 @@ class Call:
 
     def key(self) -> tuple[Any, ...]:
         """What a compiled version of it is specialised to."""
-        tensors = (*self.values, *self.hypers, *self.constants, *self.extra, *self.known)
+        tensors = (*self.values, *self.hypers, *self.constants, *self.extra, *self.known.values())
         moving = {place for places in self.varying for place in places}
         fixed = [number for place, number in enumerate(self.segment.numbers) if place not in moving]
         return (
@@ -99,7 +99,12 @@ class Call:
 
     def arguments(self, draws: Sequence[Tensor]) -> list[Tensor]:
         """The tensors, in the order of a compiled function's arguments."""
-        return [*self.values, *self.hypers, *self.constants, *self.numbers, *draws, *self.extra, *self.known]
+        return [*self.values, *self.hypers, *self.constants, *self.numbers, *draws, *self.extra, *self.known.values()]
+
+    def read_by(self, compiled: Compiled) -> set[int]:
+        """Which of the known values a compiled derivative reads."""
+        numbers = list(self.known)
+        return {numbers[place] for place in compiled.knows(len(numbers))}
 
     def apply(self, arguments: Sequence[Tensor], phase: Phase, seeds: Sequence[Any], draws: int) -> Any:
         """Call the part with other tensors; also what is left of them: ``extra``."""
@@ -171,7 +176,7 @@ def build(function: Callable[..., Any], call: Call, backend: str) -> Compiled:
         return function(call, given, Phase(), supply.seeds(segment.seeds), len(draws))
 
     arguments = call.arguments(draws)
-    graph = trace(traced, arguments[: len(arguments) - len(call.known)], call.known)
+    graph = trace(traced, arguments[: len(arguments) - len(call.known)], list(call.known.values()))
     return Compiled(graph, drawing.draws, _compile(graph, arguments, backend), len(arguments))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.capture.compiled import Call, Compiled
+from metaopt.capture.compiled import Call
 from metaopt.capture.primitives import Phase
 from metaopt.capture.program import Program
 from metaopt.capture.segment import Replay, Segment, undisturbed, variable
@@ -58,7 +58,6 @@ class CompiledPullBack(PullBack):
         compiled = self._versions.find(program, (asked, *around.key), pull.derivative, around.call)
         if compiled is None:
             return super().__call__(segment, alpha, after)
-        around.note_read(compiled)
 
         def own(nudge: bool) -> Pulled:
             given = {key: nudged(a) for key, a in alpha.items()} if nudge else alpha
@@ -150,7 +149,6 @@ class CompiledPush:
         compiled = self._versions.find(program, (push.moving, *around.key, *call.key()), push.derivative, call)
         if compiled is None:
             return None
-        around.note_read(compiled)
 
         def own(nudge: bool) -> dict[int, Tensor]:
             given = {key: nudged(z) if nudge else z for key, z in tangents.items()}
@@ -193,14 +191,12 @@ class _Around:
     Attributes:
         call: the call.
         key: what its compiled version is specialised to.
-        known: the numbers of the values that it is given.
         hypers: the hyperparameters that it reads.
         before: what cut the hyperparameters for it, by numbers that vary (a slice of the examples' weights).
     """
 
     call: Call
     key: tuple[Any, ...]
-    known: tuple[int, ...]
     hypers: list[Tensor]
     before: Replay | None
 
@@ -218,7 +214,8 @@ class _Around:
         passed = program.passed(places)
         known = {program.outputs[place]: after[key] for key, place in segment.outputs.items() if key in after}
         known |= {value: cell.value() for value, cell in segment.known.items()}
-        known = {value: tensor for value, tensor in known.items() if value in passed}
+        kept = passed if program.useful is None else passed & program.useful
+        known = {value: tensor for value, tensor in known.items() if value in kept}
         moving = tuple(place for group in varying for place in group)
         prologue = program.prologue(moving)
         before = None if prologue is None else segment.call(prologue)
@@ -226,17 +223,11 @@ class _Around:
         part = program.between(places, tuple(known), program.prologue_values(moving))
         inputs, hypers = segment.arguments(part)
         given = [*(value for _, value in hypers), *(x.detach() for x in cut)]
-        call = Call(segment, part, varying, list(inputs.values()), given, extra, list(known.values()))
+        call = Call(segment, part, varying, list(inputs.values()), given, extra, known)
         key = (places, tuple(known), varying, *call.key())
-        return cls(call, key, tuple(known), [external.tensor for external, _ in hypers], before)
+        return cls(call, key, [external.tensor for external, _ in hypers], before)
 
     @property
     def cut(self) -> list[Tensor]:
         """The pieces of hyperparameters."""
         return [] if self.before is None else self.before.outputs
-
-    def note_read(self, compiled: Compiled) -> None:
-        """Tell the program which known values are worth to be kept."""
-        program = self.call.segment.program
-        read = {self.known[place] for place in compiled.knows(len(self.known))}
-        program.useful = read if program.useful is None else program.useful | read

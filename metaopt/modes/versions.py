@@ -84,6 +84,10 @@ class Versions:
             if reason is None:
                 try:
                     with undisturbed():
+                        if program.useful is None and call.known:
+                            # Which of the known values are read decides which are kept from now on, and so the key.
+                            program.useful = call.read_by(build(derivative, call, "aot_eager"))
+                            return None
                         known.versions[key] = build(derivative, call, self.backend)
                 except UntraceableError as error:
                     reason = str(error)
