@@ -205,7 +205,7 @@ def test_what_few_steps_write_is_carried_between_checkpoints() -> None:
                 optimizer.zero_grad()
                 F.mse_loss(model(x), x @ teacher.T + 1).backward()
                 optimizer.step()
-                if t % 5 == 0:
+                if t % 4 == 0:
                     with torch.no_grad():
                         teacher.mul_(0.5).add_(model.weight, alpha=0.5)
         (found,) = run.hypergradient(lambda: model(torch.ones(1, 3)).sum(), lr)

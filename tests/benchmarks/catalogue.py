@@ -108,7 +108,7 @@ SYSTEMS = {
 }
 
 SCALING_WORKLOAD = "W2"
-SCALING_STEPS = (10, 30, 100, 300, 1000)
+SCALING_STEPS = (10, 100, 1000)
 # Beyond, most systems would need more memory than there is.
 LONG_STEPS = 10_000
 LONG_SYSTEMS = (PLAIN, CHECKPOINTS)

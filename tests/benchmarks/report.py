@@ -194,7 +194,8 @@ def cost_text(results: Results, jobs: Sequence[tuple[str, int]], systems: Sequen
     mark = any(results.agreement.beyond(WRONG, workload, system) for workload, _ in jobs for system in systems)
     wrong = "\n\n† its hypergradient differs from the reference, see above." if mark else ""
     return (
-        f"Time over plain training, and peak memory above what the process held before the loop.\n\n{titles}\n\n"
+        "Time over plain training, of the second of two runs in a process, as hyper-iterations follow one another; and "
+        f"peak memory above what the process held before the first.\n\n{titles}\n\n"
         f"{cost_table(results, jobs, systems)}{wrong}\n\n{machine(results)}"
     )
 

@@ -22,7 +22,7 @@ class FailedError(Exception):
 
 @dataclass(frozen=True)
 class Measurement:
-    """The cost of one whole run."""
+    """The cost of one whole run; ``first`` where it is not a repetition."""
 
     workload: str
     system: str
@@ -34,6 +34,8 @@ class Measurement:
     torch: str
     threads: int
     device: str
+    first_seconds: float = float("nan")
+    first_cpu_seconds: float = float("nan")
 
 
 def ask(workload: str, system: str, what: str, steps: int, device: str) -> dict[str, Any]:
