@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from metaopt import check, errors, optim, rules, stn
+from metaopt.checkpoints import Memory
 from metaopt.errors import (
     CaptureError,
     CheckError,
@@ -49,6 +50,7 @@ __all__ = [
     "History",
     "Hyperparameters",
     "Implicit",
+    "Memory",
     "MetaoptError",
     "MetaoptWarning",
     "MissingExtraError",

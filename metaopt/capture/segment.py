@@ -117,7 +117,11 @@ class Segment:
 
     def state_bytes(self) -> int:
         """The memory of the state that it began with, as far as that is a copy."""
-        return sum(cell.tensor.nbytes for _, cell in self.inputs if cell.owned)
+        return sum(cell.tensor.nbytes for cell in self.copies())
+
+    def copies(self) -> list[Cell]:
+        """The copies that the state consists of; what nobody has overwritten yet is no copy."""
+        return [cell for _, cell in self.inputs if cell.owned]
 
     def value_bytes(self) -> int:
         """The memory of what it computed on the way."""

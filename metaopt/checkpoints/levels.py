@@ -78,17 +78,17 @@ class Keeping:
 
     def memory(self, steps: int) -> Memory:
         """What is kept."""
+        states = {id(cell): cell.tensor.nbytes for segment in self.segments for cell in segment.copies()}
         inputs = {id(t): t.nbytes for segment in self.segments for t in segment.held()}
-        checkpoints = len(self.marks) if self.level == "checkpoints" else len(self.segments)
         return Memory(
             self.level,
             steps,
-            self._states,
-            self._state,
-            checkpoints,
-            self._values,
-            sum(inputs.values()),
-            self.budget,
+            states=sum(states.values()),
+            state=self._state,
+            checkpoints=len(self.marks) if self.level == "checkpoints" else len(self.segments),
+            values=self._values,
+            inputs=sum(inputs.values()),
+            budget=self.budget,
         )
 
     def clear(self) -> None:

@@ -59,9 +59,10 @@ def record(
             checkpoints as do; the number of steps need not be known. With ``keep``, where to begin.
         offload: where states lie: ``"cpu"`` for the host's memory, ``"disk"`` or a folder for files there. None: where
             the weights are.
-        compile: compile the steps' derivative, which pays from some hundred steps of one structure on (see
-            docs/benchmarks). True is ``"inductor"``, torch's compiler, which needs a C++ compiler or a GPU;
-            ``"aot_eager"`` is its first half only, the calls left out that need not be computed.
+        compile: compile the steps' derivative. True is ``"inductor"``, torch's compiler, which needs a C++ compiler or
+            a GPU, and pays from some thousand steps of one structure on, in all runs of a process together (docs:
+            benchmarks); ``"aot_eager"`` only leaves out the calls that need not be computed. A step that can't be
+            compiled is differentiated call by call, with a warning.
 
     Returns:
         A context manager whose ``as`` target gives the hypergradients.

@@ -121,6 +121,15 @@ def own_graph(name: str, m: int) -> Iterator[Step]:
 
 
 @contextmanager
+def compiled(name: str, m: int) -> Iterator[Step]:
+    """`metaopt.stream`, compiled."""
+    problem = Problem(name, m)
+    optimizer = problem.drop_in()
+    with metaopt.stream(optimizer, compile=True):
+        yield problem.step(optimizer)
+
+
+@contextmanager
 def transposed(name: str, m: int) -> Iterator[Step]:
     """`metaopt.stream` with the engine that it falls back on."""
     with patch.object(Program, "split", lambda self, places: None), own_graph(name, m) as step:
@@ -182,6 +191,7 @@ def forward_over_reverse(name: str, m: int) -> Iterator[Step]:
 
 SYSTEMS: dict[str, Callable[[str, int], Any]] = {
     "own graph (the default)": own_graph,
+    "`compile=True`": compiled,
     "transposed": transposed,
     "forward over reverse": forward_over_reverse,
     "`record` and its sweep": recorded,
@@ -189,13 +199,14 @@ SYSTEMS: dict[str, Callable[[str, int], Any]] = {
 
 
 def timed(make: Callable[[str, int], Any], name: str, m: int, repeats: int) -> float:
-    """The median time of a call."""
+    """The median time of a call, after some to warm up."""
     times = []
+    warm_up = 20 if make is compiled else 2
     with make(name, m) as step:
-        for turn in range(repeats + 2):
+        for turn in range(repeats + warm_up):
             begin = time.perf_counter()
             step()
-            if turn >= 2:
+            if turn >= warm_up:
                 times.append(time.perf_counter() - begin)
     return statistics.median(times)
 
