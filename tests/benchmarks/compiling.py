@@ -1,7 +1,7 @@
 """After how many steps is it worth to compile? ``python -m tests.benchmarks.compiling``
 
-What compiling takes is the difference between a process's first run and its third, with empty caches; what it saves, the
-difference between a step with and without it.
+What compiling takes is the difference between a process's first run and its later ones, with empty caches; what it
+saves, the difference between a step with and without it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BACKENDS = ("aot_eager", "inductor")
 
 
 def runs(workload: str, backend: str | None, count: int) -> list[float]:
-    """Processor seconds of some runs, one after the other."""
+    """Seconds of some runs, one after the other."""
     run = record() if backend is None else record(compile=backend)
     found = []
     for _ in range(count):
