@@ -94,6 +94,7 @@ class Call:
         return (
             tuple([(t.shape, t.stride(), t.dtype, t.device) for t in tensors]),
             tuple([(type(number), number) for number in fixed]),
+            tuple([thing if isinstance(thing, _PLAIN) else None for thing in self.segment.objects]),
             torch.get_num_threads(),
         )
 
@@ -163,7 +164,7 @@ def build(function: Callable[..., Any], call: Call, backend: str) -> Compiled:
         UntraceableError: if the calls depend on what the tensors hold.
     """
     segment = call.segment
-    if any(not isinstance(thing, _PLAIN) and not callable(thing) for thing in segment.objects):
+    if not all(isinstance(thing, _PLAIN) for thing in segment.objects):
         raise UntraceableError("an argument of a call is neither a tensor nor a number")
     drawing = Drawing()
     if segment.seeds:

@@ -88,7 +88,7 @@ class Store:
         else:
             _idle.remove(chunk)
         view = memoryview(chunk)
-        weakref.finalize(view, _retire, chunk)  # when the last copy in it is gone
+        weakref.finalize(view, _retire, chunk).atexit = False  # when the last copy in it is gone
         return view
 
 
