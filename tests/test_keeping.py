@@ -38,9 +38,9 @@ def test_the_hypergradient_does_not_depend_on_what_is_kept(
     monkeypatch.setattr(versions, "AGAIN", 1)
 
     def gradients(**options: Any) -> dict[str, Tensor | None]:
-        run, trained, hyper = recorded(case, **options)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", metaopt.FallbackWarning)
+            warnings.filterwarnings("ignore", category=metaopt.MetaoptWarning)
+            run, trained, hyper = recorded(case, **options)
             run.backward(trained.outer)
         return {name: leaf.grad for name, leaf in hyper.items()}
 
@@ -108,6 +108,13 @@ def test_a_budget_takes_graphs_then_states_then_checkpoints() -> None:
     assert found == ["graphs", "states", "checkpoints"]
     assert Training(20).run.memory().keep == "states"
     assert Training(20, keep="states", budget="1GiB").run.memory().keep == "states"
+
+
+def test_a_budget_below_two_states_is_said_once() -> None:
+    with pytest.warns(metaopt.MetaoptWarning, match="less than two states") as caught:
+        training = Training(6, budget=100)
+    assert len(caught) == 1
+    torch.testing.assert_close(training.gradient(), Training(6).gradient(), rtol=1e-9, atol=0)
 
 
 def test_memory_is_told_and_forecast() -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 __all__ = ["LEVELS", "Keeping"]
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from metaopt.checkpoints.memory import Memory
+from metaopt.errors import MetaoptWarning
 
 if TYPE_CHECKING:
     from metaopt.capture.segment import Segment
@@ -45,6 +47,7 @@ class Keeping:
         self._states = 0
         self._values = 0
         self._state = 0
+        self._said = False
         self._producer: dict[int, int] = {}
         self._sources: dict[int, dict[int, int]] = {}
         if level == "checkpoints":
@@ -60,6 +63,14 @@ class Keeping:
         self._values += segment.value_bytes()
         self._sources[place] = {key: self._producer.get(key, -1) for key, _ in segment.inputs}
         self._producer.update(dict.fromkeys(segment.outputs, place))
+        if self.budget is not None and not self._said and 2 * size > self.budget:
+            self._said = True
+            warnings.warn(
+                f"the budget of {self.budget:,} bytes is less than two states of {size:,} bytes each, the least that a "
+                "sweep needs; two are kept all the same. Give a larger budget, or `offload=` the states.",
+                MetaoptWarning,
+                stacklevel=2,
+            )
         if self.level == "checkpoints":
             self._thin()
         elif self.budget is not None and self._states + self._values > self.budget:
