@@ -81,7 +81,10 @@ def record(
     level = keep or ("states" if budget is None else "graphs")
     if last is not None and (budget is not None or level == "checkpoints"):
         raise ValueError('`last` already bounds what is kept; leave `budget` and `keep="checkpoints"` out.')
-    keeping = Keeping(level, None if budget is None else bytes_of(budget), store_of(offload))
+    store = store_of(offload)
+    if last is not None:
+        store.scatter()  # each state goes as another comes
+    keeping = Keeping(level, None if budget is None else bytes_of(budget), store)
     return Recording(optimizer, last=last, verify=verify, progress=progress, backend=backend, keeping=keeping)
 
 
