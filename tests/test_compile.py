@@ -249,3 +249,22 @@ def test_weights_picked_by_whole_numbers_are_compiled() -> None:
 
     close(train(compile="aot_eager"), train())
     assert any(known.versions for known in versions._known.values())
+
+
+def test_a_step_that_draws_and_is_cut_by_a_number_is_left_to_autograd() -> None:
+    """Its first trial run, which notes what it draws, fails already."""
+
+    def train(**options: Any) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 12)
+        lr = torch.tensor(0.1, requires_grad=True)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr, momentum=0.5)
+        with metaopt.record(optimizer, **options) as run:
+            for t in range(10):
+                optimizer.zero_grad()
+                F.dropout(model(torch.randn(4, 3)), 0.5)[:, t : t + 2].square().mean().backward()
+                optimizer.step()
+        return run.hypergradient(model(torch.ones(2, 3)).sum(), lr)
+
+    with pytest.warns(metaopt.FallbackWarning, match="can't be compiled"):
+        close(train(compile="aot_eager"), train())

@@ -168,7 +168,12 @@ def build(function: Callable[..., Any], call: Call, backend: str) -> Compiled:
         raise UntraceableError("an argument of a call is neither a tensor nor a number")
     drawing = Drawing()
     if segment.seeds:
-        function(call, call.arguments([]), Phase(), drawing.seeds(segment.seeds), 0)
+        try:
+            function(call, call.arguments([]), Phase(), drawing.seeds(segment.seeds), 0)
+        except UntraceableError:
+            raise
+        except Exception as error:  # whatever a call says of a tensor where the loop had a number
+            raise UntraceableError(_first_line(error)) from error
     draws = draw_all(drawing.draws, segment.seeds)
 
     def traced(given: Sequence[Tensor]) -> Any:
