@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-__all__ = ["LOST", "Cell", "Cells", "Lost", "version_of"]
+__all__ = ["LOST", "Cell", "Cells", "Kept", "Lost", "version_of"]
 
 import weakref
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from metaopt.errors import StaleError
+
+
+class Kept(Protocol):
+    """A copy of a tensor's value, of which a tensor is made when it is read."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+
+    def tensor(self) -> Tensor:
+        """The value."""
+
+
+Copy = Callable[[Tensor], "Tensor | Kept"]
 
 
 def version_of(tensor: Tensor) -> int:
@@ -27,25 +42,41 @@ class Cell:
     While nobody writes into the tensor the cell is a reference and costs nothing; ``commit`` turns it into a copy.
     """
 
-    __slots__ = ("__weakref__", "device", "owned", "tensor", "version")
+    __slots__ = ("__weakref__", "_held", "device", "owned", "version")
 
     def __init__(self, tensor: Tensor, *, owned: bool = False) -> None:
-        self.tensor = tensor
+        self._held: Tensor | Kept = tensor
         self.version = version_of(tensor)
         self.owned = owned
         self.device = tensor.device
 
-    def commit(self, copy: Callable[[Tensor], Tensor]) -> None:
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor that it refers to, or its copy."""
+        held = self._held
+        return held if isinstance(held, Tensor) else held.tensor()
+
+    @property
+    def kept(self) -> Kept | None:
+        """The copy, where that is no tensor."""
+        return None if isinstance(self._held, Tensor) else self._held
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the value."""
+        return self._held.nbytes
+
+    def commit(self, copy: Copy) -> None:
         """Copy the value, so that the tensor may be overwritten; the copy may lie on another device."""
         if not self.owned:
             self.check()
-            self.tensor = copy(self.tensor)
+            self._held = copy(self.tensor)
             self.owned = True
 
     def settle(self) -> None:
         """Copy a copy to memory of its own, so that others which lie beside it may go."""
         if self.owned:
-            self.tensor = self.tensor.clone()
+            self._held = self.tensor.clone()
 
     def check(self) -> None:
         """Raise if the tensor was overwritten without the cell being told."""
@@ -85,7 +116,7 @@ class Cells:
     """The cells that still are references, found by the memory that they refer to."""
 
     def __init__(self) -> None:
-        self.copy: Callable[[Tensor], Tensor] = lambda tensor: tensor.detach().clone()
+        self.copy: Copy = lambda tensor: tensor.detach().clone()
         self._by_storage: dict[int, list[weakref.ref[Cell]]] = {}
         self._snapshots: dict[int, tuple[weakref.ref[Tensor], Cell]] = {}
         self._purge_at = 1024

@@ -117,7 +117,7 @@ class Segment:
 
     def state_bytes(self) -> int:
         """The memory of the state that it began with, as far as that is a copy."""
-        return sum(cell.tensor.nbytes for cell in self.copies())
+        return sum(cell.nbytes for cell in self.copies())
 
     def copies(self) -> list[Cell]:
         """The copies that the state consists of; what nobody has overwritten yet is no copy."""
@@ -125,7 +125,7 @@ class Segment:
 
     def value_bytes(self) -> int:
         """The memory of what it computed on the way."""
-        return sum(cell.tensor.nbytes for cell in self.known.values())
+        return sum(cell.nbytes for cell in self.known.values())
 
     def held(self) -> list[Tensor]:
         """The loop's own tensors that it keeps alive: batches, mostly."""

@@ -89,7 +89,7 @@ class Keeping:
 
     def memory(self, steps: int) -> Memory:
         """What is kept."""
-        states = {id(cell): cell.tensor.nbytes for segment in self.segments for cell in segment.copies()}
+        states = {id(cell): cell.nbytes for segment in self.segments for cell in segment.copies()}
         inputs = {id(t): t.nbytes for segment in self.segments for t in segment.held()}
         return Memory(
             self.level,

@@ -1,27 +1,30 @@
 """Where copies of states lie: in memory, in the host's memory, on disk.
 
 A state is copied when the optimizer is about to overwrite it. Copies of a step follow one another in large chunks of
-memory, which the system maps faster than many small ones, and can write to disk as they are.
+memory, which the system maps faster than many small ones, and can write to disk as they are. They become tensors when
+they are read: thousands of small objects that stay, between a training's large ones that come and go, would leave holes
+in the process's memory that take more than the copies do.
 """
 
 from __future__ import annotations
 
-__all__ = ["Disk", "Host", "Store", "store_of"]
+__all__ = ["Disk", "Host", "Place", "Store", "store_of"]
 
 import contextlib
+import ctypes
 import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_SMALL = 2**14  # bytes; below this, a chunk is not worth its bookkeeping
-_FIRST, _LARGEST = 2**22, 2**26
+_FIRST, _LARGEST = 2**22, 2**26  # bytes of a chunk
+_LARGE = 2**21  # bytes, from which torch's copy, by all threads, is worth its call
 _ALIGNED = 64
 
 
@@ -40,45 +43,66 @@ def _advise(chunk: mmap.mmap, advice: str, *where: int) -> None:
         chunk.madvise(getattr(mmap, advice), *where)
 
 
+class Place:
+    """Bytes of a chunk that hold a tensor's value."""
+
+    __slots__ = ("chunk", "dtype", "nbytes", "offset", "shape")
+
+    def __init__(self, chunk: memoryview, offset: int, tensor: Tensor) -> None:
+        self.chunk = chunk
+        self.offset = offset
+        self.shape = tensor.shape
+        self.dtype = tensor.dtype
+        self.nbytes = tensor.nbytes
+
+    def tensor(self) -> Tensor:
+        """The value, in the memory where it lies."""
+        count = self.nbytes // self.dtype.itemsize
+        return torch.frombuffer(self.chunk, dtype=self.dtype, count=count, offset=self.offset).view(self.shape)
+
+
 class Store:
     """Copies in memory, on the tensors' own device."""
 
     def __init__(self) -> None:
         self._chunk: memoryview | None = None
+        self._address = 0
         self._used = 0
         self._size = _FIRST
         self._together = True
 
-    def copy(self, tensor: Tensor) -> Tensor:
+    def copy(self, tensor: Tensor) -> Tensor | Place:
         """A copy that nobody writes to."""
-        tensor = tensor.detach()
-        if not self._together or tensor.device.type != "cpu" or not self._fits(tensor):
-            return tensor.clone()
-        return self._place(tensor).copy_(tensor)
+        if not self._together or not _fits(tensor):
+            return tensor.detach().clone()
+        size = tensor.nbytes
+        chunk = self._chunk
+        if chunk is None or self._used + size > len(chunk):
+            chunk = self._begin(max(self._size, size))
+        place = Place(chunk, self._used, tensor)
+        if size < _LARGE:
+            ctypes.memmove(self._address + self._used, tensor.data_ptr(), size)
+        else:
+            place.tensor().copy_(tensor.detach())
+        self._used += -(-size // _ALIGNED) * _ALIGNED
+        return place
 
     def scatter(self) -> None:
         """From now on some copies will go before others: no two of them share their memory."""
         self._together = False
 
-    def prefetch(self, copies: Sequence[Tensor]) -> None:
+    def prefetch(self, copies: Iterable[object]) -> None:
         """These are about to be read."""
 
     def clear(self) -> None:
         """No more copies of this training are needed."""
         self._chunk = None
 
-    def _fits(self, tensor: Tensor) -> bool:
-        size = tensor.numel() * tensor.element_size()
-        return size >= _SMALL and tensor.layout is torch.strided and tensor.is_contiguous() and not tensor.is_conj()
-
-    def _place(self, tensor: Tensor) -> Tensor:
-        size = tensor.numel() * tensor.element_size()
-        if self._chunk is None or self._used + size > len(self._chunk):
-            self._chunk, self._used = self._map(max(self._size, size)), 0
-            self._size = min(2 * self._size, _LARGEST)
-        place = torch.frombuffer(self._chunk, dtype=tensor.dtype, count=tensor.numel(), offset=self._used)
-        self._used += -(-size // _ALIGNED) * _ALIGNED
-        return place.view(tensor.shape)
+    def _begin(self, size: int) -> memoryview:
+        self._chunk, self._used = self._map(size), 0
+        self._address = torch.frombuffer(self._chunk, dtype=torch.uint8).data_ptr()
+        self._size = min(2 * self._size, _LARGEST)
+        return self._chunk
 
     def _map(self, size: int) -> memoryview:
         chunk = next((chunk for chunk in _idle if len(chunk) >= size), None)
@@ -95,7 +119,7 @@ class Store:
 class Host(Store):
     """Copies in the host's memory, pinned, so that an accelerator fetches them while it computes."""
 
-    def copy(self, tensor: Tensor) -> Tensor:
+    def copy(self, tensor: Tensor) -> Tensor | Place:
         if tensor.device.type == "cpu":
             return super().copy(tensor)
         place = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
@@ -117,20 +141,12 @@ class Disk(Store):
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self._chunks: dict[int, memoryview] = {}
 
     def scatter(self) -> None:
         pass
 
-    def clear(self) -> None:
-        super().clear()
-        self._chunks.clear()
-
-    def copy(self, tensor: Tensor) -> Tensor:
+    def copy(self, tensor: Tensor) -> Tensor | Place:
         return super().copy(tensor.detach().to("cpu"))
-
-    def _fits(self, tensor: Tensor) -> bool:
-        return tensor.numel() > 0 and tensor.layout is torch.strided and tensor.is_contiguous()
 
     def _map(self, size: int) -> memoryview:
         if self._chunk is not None:
@@ -145,18 +161,25 @@ class Disk(Store):
                     f"({error.strerror}). Give `offload=` another folder, or keep checkpoints."
                 ) from error
             chunk = mmap.mmap(file.fileno(), size)
-        view = memoryview(chunk)
-        self._chunks[torch.frombuffer(view, dtype=torch.uint8).data_ptr()] = view
-        return view
+        return memoryview(chunk)
 
-    def prefetch(self, copies: Sequence[Tensor]) -> None:
-        for copy in copies:
-            where = copy.data_ptr()
-            for first, chunk in self._chunks.items():
-                if first <= where < first + len(chunk):
-                    start = (where - first) // mmap.PAGESIZE * mmap.PAGESIZE
-                    length = where - first - start + copy.nbytes
-                    _advise(chunk.obj, "MADV_WILLNEED", start, length)  # type: ignore[arg-type]
+    def prefetch(self, copies: Iterable[object]) -> None:
+        for place in copies:
+            if not isinstance(place, Place):
+                continue
+            start = place.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            length = place.offset - start + place.nbytes
+            _advise(place.chunk.obj, "MADV_WILLNEED", start, length)  # type: ignore[arg-type]
+
+
+def _fits(tensor: Tensor) -> bool:
+    """Whether the value is its bytes, one after the other, which are there to be copied."""
+    plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return plain and tensor.numel() > 0 and not (tensor.is_conj() or tensor.is_neg() or _is_subclass(tensor))
+
+
+def _is_subclass(tensor: Tensor) -> bool:
+    return type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter
 
 
 def store_of(offload: Any) -> Store:

@@ -221,5 +221,5 @@ class Recording(Run):
         segments = self._keeping.segments
         for place, segment in walk(self._keeping):
             if place:
-                self._keeping.store.prefetch([cell.tensor for _, cell in segments[place - 1].inputs])
+                self._keeping.store.prefetch(cell.kept for _, cell in segments[place - 1].inputs)
             yield self._times[place], segment
