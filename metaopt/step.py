@@ -228,11 +228,15 @@ class Loop:
     def _be_quiet(self, quiet: bool) -> None:
         # The rule says what the update does: while it runs, not even the watcher's glance at each call is paid for.
         if quiet and self._quiet is None:
+            assert self.update is not None
+            self.update.lend_numbers()
             self._quiet = torch._C.DisableTorchFunction()
             self._quiet.__enter__()
         elif not quiet and self._quiet is not None:
             self._quiet.__exit__(None, None, None)
             self._quiet = None
+            assert self.update is not None
+            self.update.take_numbers_back()
 
     def _refuse_failed_step(self) -> None:
         if self._quiet is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["RuledUpdate", "WatchedWeights", "sparse"]
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim.optimizer import Optimizer
 from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Group, Instruction, Val
 from metaopt.errors import CaptureError, UnusedHyperparameterWarning
+from metaopt.followed import plainly, slopes_of
 from metaopt.hyperparameters import name_of
 from metaopt.rules import Rule, Update
 from metaopt.wrapping import refuse_filled
@@ -71,46 +73,65 @@ class RuledUpdate:
         self.rule = rule
         self.tape = tape
         self._blind: set[int] = set()
-        self._pending: list[tuple[dict[str, Any], list[Tensor], Update, dict[str, Any]]] = []
+        self._pending: list[_Pending] = []
+        self._lent: list[tuple[dict[str, Any], str, Any, Any]] = []
+        # Torch's own steps only read what the groups say of their settings.
+        self._lends = rule.optimizer.__module__.startswith("torch.optim.")
 
     def before(self) -> None:
         """Note what the update reads, and save what it is about to overwrite."""
         self._pending = []
         for group in self.optimizer.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
-            if not weights:
-                continue
-            self._pending.append(self._read_group(group, weights))
-        for group_entry in self._pending:
-            for weight in group_entry[1]:
+            if weights:
+                self._pending.append(self._read_group(group, weights))
+        for pending in self._pending:
+            for weight, held in zip(pending.weights, pending.held, strict=True):
                 self.tape.before_write(weight)
                 for name in self.rule.state:
-                    tensor = self.optimizer.state.get(weight, {}).get(name)
+                    tensor = held.get(name)
                     if tensor is not None:
                         self.tape.before_write(tensor)
 
-    def _read_group(
-        self, group: dict[str, Any], weights: list[Tensor]
-    ) -> tuple[dict[str, Any], list[Tensor], Update, dict[str, Any]]:
+    def lend_numbers(self) -> None:
+        """While the step runs, numbers that carry their derivative are plain ones, which compute faster."""
+        for group in self.optimizer.param_groups if self._lends else ():
+            for key, value in group.items():
+                if key != "params" and slopes_of(value) is not None:
+                    self._lent.append((group, key, value, plainly(value)))
+        for group, key, _, plain in self._lent:
+            group[key] = plain
+
+    def take_numbers_back(self) -> None:
+        """The step is over."""
+        for group, key, value, plain in self._lent:
+            if group[key] is plain:
+                group[key] = value
+        self._lent.clear()
+
+    def _read_group(self, group: dict[str, Any], weights: list[Tensor]) -> _Pending:
         tape, rule = self.tape, self.rule
+        read, number = tape.read_through, tape.trace.number
+        state = self.optimizer.state
+        held = [state.get(weight, {}) for weight in weights]
         grads = []
         for weight in weights:
             grad = weight.grad
             assert grad is not None
             if grad.is_sparse:
                 raise sparse(weight)
-            grads.append(self._raw(grad))
-        update = Update(rule, tuple((flag, group.get(flag, False)) for flag in rule.flags))
+            grads.append(read(grad))
+        update = Update(rule, tuple([(flag, group.get(flag, False)) for flag in rule.flags]))
         arguments = {
-            "weights": Group(list, tuple(self._raw(weight) for weight in weights)),
+            "weights": Group(list, tuple([read(weight) for weight in weights])),
             "grads": Group(list, tuple(grads)),
-            "states": Group(list, tuple(self._states(weight) for weight in weights)),
-            "steps": Group(list, tuple(tape.trace.number(self._count(weight) + 1) for weight in weights)),
+            "states": Group(list, tuple([self._read_state(entries) for entries in held])),
+            "steps": Group(list, tuple([number(int(entries.get("step", 0)) + 1) for entries in held])),
             "settings": self._settings(group),
         }
         if rule.blind:
             self._warn_blind(arguments)
-        return group, weights, update, arguments
+        return _Pending(weights, held, update, arguments)
 
     def _warn_blind(self, arguments: dict[str, Any]) -> None:
         # A hypergradient of exactly 0 through a sign is right, and of no use to anybody who does not know why.
@@ -130,26 +151,17 @@ class RuledUpdate:
                 stacklevel=2,
             )
 
-    def _raw(self, tensor: Tensor) -> Val:
-        binding = self.tape.find(tensor)
-        return self.tape.read(tensor) if binding is None else Val(self.tape.read_binding(binding, tensor))
-
-    def _states(self, weight: Tensor) -> tuple[Val | None, ...]:
-        state = self.optimizer.state.get(weight, {})
+    def _read_state(self, entries: dict[str, Any]) -> tuple[Val | None, ...]:
         values: list[Val | None] = []
         for name in self.rule.state:
-            tensor = state.get(name)
+            tensor = entries.get(name)
             if tensor is None:
                 values.append(None)
                 continue
             if self.tape.find(tensor) is None:
                 self.tape.bind(tensor)
-            values.append(self._raw(tensor))
+            values.append(self.tape.read_through(tensor))
         return tuple(values)
-
-    def _count(self, weight: Tensor) -> int:
-        step = self.optimizer.state.get(weight, {}).get("step", 0)
-        return int(step)
 
     def _settings(self, group: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
         """Every continuous setting: a number, or its hyperparameter times the scheduler's factor."""
@@ -174,7 +186,7 @@ class RuledUpdate:
                 spec: Any = self._scheduled(*links[name], plain[name])
             elif isinstance(number, Tensor) and tape.is_live(number):
                 refuse_filled(number)
-                spec = self._raw(number)
+                spec = tape.read_through(number)
             else:
                 spec = tape.trace.number(plain[name])
             settings.append((name, spec))
@@ -194,24 +206,33 @@ class RuledUpdate:
 
     def after(self) -> None:
         """Record the update, now that the optimizer has made its state."""
-        tape = self.tape
-        for _, weights, update, given in self._pending:
-            places: list[tuple[Tensor, int]] = []
-            for weight in weights:
-                places.append((weight, tape.trace.new()))
-                state = self.optimizer.state.get(weight, {})
+        tape, state = self.tape, self.optimizer.state
+        for pending in self._pending:
+            places: list[tuple[Tensor, int, bool]] = []
+            for weight in pending.weights:
+                places.append((weight, tape.trace.new(), True))
+                entries = state.get(weight, {})
                 for name in self.rule.state:
-                    tensor = state.get(name)
+                    tensor = entries.get(name)
                     if tensor is not None:
-                        places.append((tensor, tape.trace.new()))
+                        places.append((tensor, tape.trace.new(), False))
+            given = pending.arguments
             args = (given["weights"], given["grads"], given["states"], given["steps"])
-            outs = tuple(value for _, value in places)
-            tape.trace.code.append(Instruction(update, args, given["settings"], outs, many=True))
-            trained = {id(weight) for weight in weights}
-            for tensor, value in places:
-                is_weight = id(tensor) in trained
+            outs = tuple([value for _, value, _ in places])
+            tape.trace.code.append(Instruction(pending.update, args, given["settings"], outs, many=True))
+            for tensor, value, is_weight in places:
                 tape.define(tensor, value, inner=int(is_weight), leaf=is_weight)
         self._pending = []
+
+
+@dataclass(slots=True)
+class _Pending:
+    """What the update of a group reads: its weights with a gradient, what the optimizer holds of each, as arguments."""
+
+    weights: list[Tensor]
+    held: list[dict[str, Any]]
+    update: Update
+    arguments: dict[str, Any]
 
 
 def sparse(weight: Tensor) -> CaptureError:

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaopt
-from metaopt.capture import compiled
+from metaopt.capture import compiled, program
 from metaopt.capture.compiled import Compiled
 from metaopt.modes import versions
+from metaopt.modes.pullback import PullBack
 from tests.cases import CASES, Case
 from tests.test_cases import watched
 
@@ -151,6 +152,43 @@ def test_a_program_is_compiled_once_for_all_runs_and_numbers(monkeypatch: pytest
         trained.gradients()
     assert len(trained.run.programs) == 2  # the first step has no state yet, and is met once
     assert len(built) == 1  # nor does the last step's derivative count, which has an adjoint of the weights alone
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_last_step_runs_by_the_others_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its adjoint lacks that of the optimizer's state, which is zero."""
+    monkeypatch.setattr(versions, "ENOUGH", 8)
+    monkeypatch.setattr(versions, "AGAIN", 2)
+    Trained(compile="aot_eager").gradients()
+    by_autograd: list[Any] = []
+    pull_back = PullBack.gradients
+
+    def counting(*given: Any) -> Any:
+        by_autograd.append(given)
+        return pull_back(*given)
+
+    monkeypatch.setattr(PullBack, "gradients", counting)
+    found = Trained(compile="aot_eager").gradients()
+    assert len(by_autograd) == 1  # the first step
+    close(found, Trained().gradients())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_graphs_are_of_use_after_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a derivative that was given states reads does not decide which values are kept for one that may have all."""
+    monkeypatch.setattr("metaopt.capture.program._known", type(program._known)())
+    for _ in range(2):
+        Trained(compile="aot_eager").gradients()
+    for _ in range(2):
+        trained = Trained(compile="aot_eager", keep="graphs")
+        close(trained.gradients(), Trained().gradients())
+    of_states, *_, of_graphs = [
+        [str(node.target) for node in version.graph.module.graph.nodes]
+        for known in versions._known.values()
+        for version in known.versions.values()
+    ]
+    assert of_graphs.count("aten.tanh.default") < of_states.count("aten.tanh.default")
+    assert any(segment.known for segment in trained.run._keeping.segments)
 
 
 def test_few_steps_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

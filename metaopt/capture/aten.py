@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from metaopt.capture.draws import UntraceableError
+from metaopt.capture.simplify import simplify
 
 
 @dataclass
@@ -80,6 +81,8 @@ def trace(
         except Exception as error:
             raise UntraceableError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
     _cut(module.graph, sum(there), known)
+    module.graph.eliminate_dead_code()
+    simplify(module.graph)
     return _split(module, there)
 
 

@@ -66,7 +66,7 @@ class Library:
             tuple(trace.objects),
             tuple(trace.seeds),
             {key: place for place, (_, key) in enumerate(outputs)},
-            {value: cell for value, cell in computed.items() if program.useful is None or value in program.useful},
+            {value: cell for value, cell in computed.items() if program.keeps(value)},
         )
 
 
@@ -105,8 +105,9 @@ class Program:
         self.constants = constants
         self.outputs = outputs
         self.derivative_checked = False
-        # Of what comes up on the way, what its compiled derivative reads; None while there is none.
-        self.useful: set[int] | None = None
+        # Of what comes up on the way, what a compiled derivative was given, and what of that it read.
+        self.offered: set[int] = set()
+        self.useful: set[int] = set()
         self.uses_autocast = any(instruction.autocast for instruction in code)
         # Whether the loop may differentiate its own gradients, as a gradient penalty does.
         self.nests = sum(instruction.func is inner_gradient for instruction in code) > 1
@@ -121,6 +122,10 @@ class Program:
         if places not in self._functions:
             self._functions[places] = lower(self, [self.outputs[place] for place in places])
         return self._functions[places]
+
+    def keeps(self, value: int) -> bool:
+        """Whether a value that comes up on the way is of use to a compiled derivative, as far as that is known."""
+        return value in self.useful or value not in self.offered
 
     def passed(self, places: tuple[int, ...]) -> frozenset[int]:
         """The values that come up on the way to the outputs at these places, those included."""

@@ -22,11 +22,14 @@ class Val:
 
     def __new__(cls, index: int) -> Val:
         made = cls._made
-        while index >= len(made):
-            value = super().__new__(cls)
-            value.index = len(made)
-            made.append(value)
-        return made[index]
+        try:
+            return made[index]
+        except IndexError:
+            while index >= len(made):
+                value = super().__new__(cls)
+                value.index = len(made)
+                made.append(value)
+            return made[index]
 
     def __repr__(self) -> str:
         return f"Val({self.index})"

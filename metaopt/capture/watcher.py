@@ -52,6 +52,10 @@ _PASS = {
     if hasattr(Tensor, name)
 }
 _PASS |= {Tensor.grad.__set__}  # type: ignore[union-attr]
+# The profiler's marks, of which every optimizer makes some; and what switches autograd.
+_PASS |= {torch._C._set_grad_enabled}
+_PASS |= {torch.ops.profiler._record_function_enter_new, torch.ops.profiler._record_function_exit._RecordFunction}
+_MAY_FOLLOW = {Followed, list, tuple}
 
 
 @lru_cache(4096)
@@ -84,8 +88,9 @@ class Watcher(TorchFunctionMode):
             return func(*args, **kwargs)
         self.paused = True
         try:
-            if _follows((*args, *kwargs.values())):
-                self._say_number_is_constant(func)
+            for argument in args if not kwargs else (*args, *kwargs.values()):
+                if type(argument) in _MAY_FOLLOW and _follows((argument,)):
+                    self._say_number_is_constant(func)
             if torch._C._are_functorch_transforms_active():
                 return self._inside_transform(func, args, kwargs)
             special = calls.SPECIAL.get(func)
@@ -127,16 +132,16 @@ class Watcher(TorchFunctionMode):
             flatten(kwargs.values(), tensors)
         targets = writes.targets(func, args, kwargs)
         for tensor in tensors:
-            if tape.is_live(tensor):
+            if tensor.requires_grad or tape.is_live(tensor):
                 break
         else:
             return self._constant_call(func, args, kwargs, targets)
         if targets:
             return writes.call(self, func, args, kwargs, targets)
-        seed = self.generators(func, kwargs)
-        versions = [version_of(tensor) for tensor in tensors]
+        seed = self.generators(func, kwargs) if _traits(func)[0] else None
+        versions = _versions(tensors)
         result = func(*args, **kwargs)
-        if versions != [version_of(tensor) for tensor in tensors]:
+        if versions != _versions(tensors):
             raise CaptureError(
                 f"`{name_of(func)}` wrote one of its arguments in place, in a way that metaopt does not know and so "
                 "can't replay. Use the version of the operation that returns a new tensor."
@@ -158,7 +163,8 @@ class Watcher(TorchFunctionMode):
     ) -> None:
         """Write a call without side effects, and follow its results; ``sources``: the tensors among its arguments."""
         tape = self.tape
-        results = [result] if isinstance(result, Tensor) else flatten([result])
+        many = not isinstance(result, Tensor)
+        results = flatten([result]) if many else [result]
         if not results:
             self._escaped(func, args)
             return
@@ -166,23 +172,24 @@ class Watcher(TorchFunctionMode):
         read = tape.read if grad else tape.read_stopped
         if sources is None:
             sources = flatten(args) + flatten(kwargs.values())
-        inner = max([tape.inner_of(tensor) for tensor in sources], default=0) if grad else 0
-        fresh = [not any(r is s for s in sources) for r in results]
-        if not any(fresh):
+        known = {id(source) for source in sources}
+        if all(id(tensor) in known for tensor in results):
             return
+        inner = max([tape.inner_of(tensor) for tensor in sources], default=0) if grad else 0
         args_spec = tuple([tape.spec(argument, read) for argument in args])
         kwargs_spec = tuple([(key, tape.spec(value, read)) for key, value in kwargs.items()])
-        outs = tuple([tape.trace.new() if new else None for new in fresh])
-        many = not isinstance(result, Tensor)
+        outs = tuple([None if id(tensor) in known else tape.trace.new() for tensor in results])
         called = self.called(func, args, kwargs)
         setting = self.setting(func, seed)
         tape.trace.code.append(Instruction(called, args_spec, kwargs_spec, outs, many=many, phased=phased, **setting))
         for place, (tensor, out) in enumerate(zip(results, outs, strict=True)):
             if out is None:
                 continue
-            binding = tape.define(tensor, out, inner=inner if tensor.requires_grad else 0)
-            tape.keep_value(tensor, out)
-            if not tensor.requires_grad and tensor.is_floating_point():
+            requires_grad = tensor.requires_grad
+            binding = tape.define(tensor, out, inner=inner if requires_grad else 0)
+            if tape.keeps_values:
+                tape.keep_value(tensor, out)
+            if not requires_grad and tensor.is_floating_point():
                 tape.own_memory(tensor)
             if tensor._is_view():
                 self._mark_view(binding, tensor, sources, View(func, args, kwargs, len(results), place, not grad))
@@ -303,6 +310,13 @@ class Watcher(TorchFunctionMode):
                 self._looked_for_compiler = 64
                 return
             frame = frame.f_back  # type: ignore[assignment]
+
+
+def _versions(tensors: list[Tensor]) -> list[int]:
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # made under `inference_mode`
+        return [version_of(tensor) for tensor in tensors]
 
 
 def user_frame() -> int:

@@ -51,11 +51,12 @@ class CompiledPullBack(PullBack):
         varying = self._versions.varying(program, self._count[program])
         if varying is None:
             return super().__call__(segment, alpha, after)
+        alpha = self._filled(segment, alpha, after)
         places = places_of(segment, alpha)
         around = _Around.of(segment, places, varying, after, [a.detach() for a in alpha.values()])
         asked = tuple(self.asks(hyper) for hyper in around.hypers) + tuple(x.requires_grad for x in around.cut)
         pull = _Pull(asked)
-        compiled = self._versions.find(program, (asked, *around.key), pull.derivative, around.call)
+        compiled = self._versions.find(program, (asked, *around.key), pull.derivative, around.call, places)
         if compiled is None:
             return super().__call__(segment, alpha, after)
 
@@ -71,6 +72,20 @@ class CompiledPullBack(PullBack):
             own,
             lambda pulled: {**{("s", k): v for k, v in pulled.carried.items()}, **pulled.external},
         )
+
+    def _filled(
+        self, segment: Segment, alpha: Mapping[int, Tensor], after: Mapping[int, Tensor]
+    ) -> Mapping[int, Tensor]:
+        """An adjoint with zeros for what else was compiled along with it.
+
+        The objective reads the weights alone, so that the last step has an adjoint with fewer parts than those before.
+        """
+        places = self._versions.places(segment.program)
+        keys = {place: key for key, place in segment.outputs.items()}
+        filled = [keys[place] for place in places if place in keys]
+        if not set(alpha) < set(filled) or any(key not in alpha and key not in after for key in filled):
+            return alpha
+        return {key: alpha[key] if key in alpha else torch.zeros_like(after[key]) for key in filled}
 
     def _finish(self, around: _Around, grads: Sequence[Tensor | None]) -> Pulled:
         """Back through what was done before the call."""
@@ -212,10 +227,12 @@ class _Around:
         """For some outputs of an iteration, and what it is known to have left behind."""
         program = segment.program
         passed = program.passed(places)
-        known = {program.outputs[place]: after[key] for key, place in segment.outputs.items() if key in after}
+        # The last step has left more behind (gradients) than is kept of those before it, which share its code.
+        carried = {key for key, _ in segment.inputs}
+        left = [key for key in segment.outputs if key in carried and key in after]
+        known = {program.outputs[segment.outputs[key]]: after[key] for key in left}
         known |= {value: cell.value() for value, cell in segment.known.items()}
-        kept = passed if program.useful is None else passed & program.useful
-        known = {value: tensor for value, tensor in known.items() if value in kept}
+        known = {value: x for value, x in known.items() if value in passed and program.keeps(value)}
         moving = tuple(place for group in varying for place in group)
         prologue = program.prologue(moving)
         before = None if prologue is None else segment.call(prologue)

@@ -35,6 +35,7 @@ class _Known:
 
     seen: int = 0
     refused: bool = False
+    places: tuple[int, ...] = ()
     asked: Counter[Any] = field(default_factory=Counter)
     versions: dict[Any, Compiled] = field(default_factory=dict)
 
@@ -72,8 +73,27 @@ class Versions:
             return None
         return self._varying[program]
 
-    def find(self, program: Program, key: Any, derivative: Callable[..., Any], call: Call) -> Compiled | None:
-        """The compiled derivative for a call, made where there is none yet; None if there shall be none."""
+    def places(self, program: Program) -> tuple[int, ...]:
+        """The outputs that the last compiled derivative of a program was made for."""
+        return _known[program].places
+
+    def find(
+        self,
+        program: Program,
+        key: Any,
+        derivative: Callable[..., Any],
+        call: Call,
+        places: tuple[int, ...] = (),
+    ) -> Compiled | None:
+        """The compiled derivative for a call, made where there is none yet; None if there shall be none.
+
+        Args:
+            program: the program.
+            key: what the derivative is specialised to.
+            derivative: what is traced (see `build`).
+            call: the call.
+            places: the outputs that it is the derivative of, if others may be filled up to these.
+        """
         known = _known[program]
         key = (self.backend, key)
         known.asked[key] += 1
@@ -84,11 +104,14 @@ class Versions:
             if reason is None:
                 try:
                     with undisturbed():
-                        if program.useful is None and call.known:
+                        if not program.offered.issuperset(call.known):
                             # Which of the known values are read decides which are kept from now on, and so the key.
-                            program.useful = call.read_by(build(derivative, call, "aot_eager"))
+                            read = call.read_by(build(derivative, call, "aot_eager"))
+                            program.useful = program.useful.difference(call.known) | read
+                            program.offered.update(call.known)
                             return None
                         known.versions[key] = build(derivative, call, self.backend)
+                        known.places = places or known.places
                 except UntraceableError as error:
                     reason = str(error)
             if reason is not None:

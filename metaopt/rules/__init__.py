@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Rule", "Update", "register", "rule_of", "safe_sqrt"]
 
 import inspect
+from functools import lru_cache
 
 import torch
 
@@ -68,7 +69,7 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
         rule = _RULES.get(base)
         if rule is None:
             continue
-        if inspect.unwrap(kind.step) is not inspect.unwrap(rule.optimizer.step):
+        if _unwrapped(kind.step) is not _unwrapped(rule.optimizer.step):
             raise RuleError(
                 f"{kind.__module__}.{kind.__qualname__} replaces the `step` of {base.__name__}, so the rule for "
                 f"{base.__name__} does not describe it. Follow its step as it runs with `metaopt.wrap(optimizer)`, or "
@@ -84,6 +85,9 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
         f"exist for {known}. Use one of these; or `metaopt.wrap(optimizer)`, which follows any step as it runs; or "
         "write the update as a function and register it with `metaopt.rules.register` (docs: extending)."
     )
+
+
+_unwrapped = lru_cache(256)(inspect.unwrap)  # asked for in every step
 
 
 _ALL = (SGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta, ASGD, Rprop, Adafactor)

@@ -1,0 +1,94 @@
+"""Rewriting a graph of aten calls leaves what it computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from metaopt.capture import simplify as module
+from metaopt.capture.simplify import simplify
+
+
+def rewritten(function: Any, *arguments: Tensor) -> Counter[str]:
+    """Rewrite a function's graph, check that it gives the same, and count the calls."""
+    graph = make_fx(function)(*arguments)
+    expected = graph(*arguments)
+    simplify(graph.graph)
+    graph.graph.lint()
+    graph.recompile()
+    torch.testing.assert_close(graph(*arguments), expected, rtol=1e-10, atol=1e-10)
+    return Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+
+
+size = st.integers(1, 6)
+
+
+@given(size, size, size, size)
+def test_two_products_that_are_added_are_one_where_it_pays(m: int, n: int, k: int, other: int) -> None:
+    a, b, c, d = (torch.randn(shape) for shape in ((m, k), (k, n), (m, other), (other, n)))
+    calls = rewritten(lambda a, b, c, d: a @ b + c @ d, a, b, c, d)
+    assert calls["aten.mm.default"] == (1 if k + other <= min(m, n) else 2)
+
+
+def test_a_product_that_is_needed_elsewhere_is_not_joined() -> None:
+    a, b = torch.randn(6, 2), torch.randn(2, 6)
+
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        product = a @ b
+        return product.sin() + (product + a @ b.cos())
+
+    assert rewritten(function, a, b)["aten.mm.default"] == 2
+
+
+def test_a_product_added_to_itself_stays() -> None:
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        product = a @ b
+        return product + product
+
+    assert rewritten(function, torch.randn(6, 2), torch.randn(2, 6))["aten.mm.default"] == 1
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_zeros_are_not_added(left: bool) -> None:
+    def function(x: Tensor) -> Tensor:
+        zeros = torch.zeros_like(x)
+        return (zeros + x if left else x + zeros).sin()
+
+    assert set(rewritten(function, torch.randn(3))) == {"aten.sin.default"}
+
+
+@pytest.mark.parametrize("other", [torch.ones(()), torch.ones(3, dtype=torch.float32), torch.ones(1, 3)])
+def test_zeros_that_change_shape_or_precision_are_added(other: Tensor) -> None:
+    x = torch.ones(2, 3, dtype=torch.float64)
+    assert rewritten(lambda x, y: y + torch.zeros_like(x), x, other)["aten.add.Tensor"] == 1
+
+
+@pytest.mark.parametrize("faster", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_long_product_is_turned_where_that_was_measured_to_be_faster(
+    faster: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_is_faster_turned", lambda *shape: faster)
+    x, w, b = torch.randn(2000, 60), torch.randn(10, 60), torch.randn(10)
+    calls = rewritten(lambda x, w, b: torch.nn.functional.linear(x, w, b if bias else None), x, w, b)
+    assert calls["aten.t.default"] == (4 if faster else 1)
+    assert calls["aten.mm.default"] == int(faster or not bias)
+
+
+def test_what_is_faster_is_measured_and_not_where_results_must_not_vary() -> None:
+    asked = (torch.float32, (2000, 60, 10), (60, 1), (1, 60), torch.get_num_threads())
+    assert isinstance(module._is_faster_turned(*asked), bool)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        calls = rewritten(lambda x, w: x @ w, torch.randn(2000, 600), torch.randn(600, 10))
+        assert "aten.t.default" not in calls
+    finally:
+        torch.use_deterministic_algorithms(before)
