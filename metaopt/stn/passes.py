@@ -83,6 +83,13 @@ class Pass(TorchFunctionMode):
         self.marks[id(tensor)] = active
         return tensor
 
+    def times(self, alias: Tensor, mask: Tensor) -> Tensor:
+        """A weight with some entries dropped: it responds, or carries its tangent, as it did, with the same mask."""
+        product, active, tangent = alias * mask, self.mark_of(alias), self.tangent(alias)
+        if active is not None:
+            self.mark(product, active.masked(mask))
+        return product if tangent is None else self.join(product, tangent * mask)
+
     def layout(self, active: Active, func: Any, value: Tensor) -> Layout | None:
         """Where the examples are in what ``func`` is given; None where that is being found out."""
         self.used.add(active.entry.name)

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from metaopt.stn.passes import Pass
 from metaopt.stn.rules import register
+from metaopt.stn.variational import VariationalDropout
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+DROPOUTS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    VariationalDropout,
+)
 
 # The value to which SELU saturates: -scale · alpha.
 SATURATION = -1.7580993408473766

@@ -63,6 +63,12 @@ class Active:
             tuple(None if base is None else base[start:stop] for base in self.bases),
         )
 
+    def masked(self, mask: Tensor) -> Active:
+        """The response of ``m ⊙ P``: the mask of the weights multiplies ``V`` too."""
+        return Active(
+            self.entry, self.coefficients, tuple(mask if base is None else mask * base for base in self.bases)
+        )
+
     def change(self, example: int = 0) -> Tensor:
         """``ΔP`` of one example, of the parameter's shape."""
         structure = self.entry.structure

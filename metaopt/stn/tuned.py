@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Tuned"]
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from torch.utils import _pytree as pytree
 from metaopt.errors import ResponseError
 from metaopt.hyperparameters import Hyperparameters
 from metaopt.stn.batches import count, split
+from metaopt.stn.binding import Bound
 from metaopt.stn.engines import ENGINES
 from metaopt.stn.generators import random_state, set_random_state
 from metaopt.stn.layouts import Layout, NeedsGroups, Site
+from metaopt.stn.masks import Mask, masks_of
 from metaopt.stn.passes import Pass, Unsupported
 from metaopt.stn.perturbations import Coordinates, Noise, Perturbation, inverse_softplus
 from metaopt.stn.preparation import Prepared
@@ -48,7 +50,7 @@ class Tuned(Prepared):
         hyper: Hyperparameters,
         method: str,
         *,
-        bound: Mapping[str, str],
+        bound: Bound,
         per_batch: tuple[str, ...],
         banks: int,
         standardize: bool,
@@ -70,8 +72,8 @@ class Tuned(Prepared):
         # A centred response is fed ε / σ, so that its curvature does not shrink with σ²; nothing is centred in "stn".
         self.standardize = standardize and method != "stn"
         self.register_buffer("reference", scales.clone() if self.standardize else torch.ones_like(scales))
-        self.bound = dict(bound)
-        self.slots = Slots(model, self.bound)
+        self.bound = dict(bound.rates)
+        self.slots = Slots(model, self.bound, masks_of(model, bound.masks))
         self.groups, self.batch_dim, self.verify = groups, batch_dim, verify
         self.fallback: dict[str, str] = {
             e.name: f"`{type(model).__name__}` uses it in a way without a rule"
@@ -154,17 +156,29 @@ class Tuned(Prepared):
     ) -> Any:
         """The model at one set of weights for all examples, with the dropout rates of the present hyperparameters."""
         replaced = {name: self.slots.parameter(name) + change for name, change in changes.items()}
-        with substituted(self.slots, replaced, buffers=False, rates=self.model.training):
-            if not (self.slots.rates and self.model.training):
-                return self.model(*args, **kwargs)
-            # All examples have the same rates: one number each.
-            p = Pass({}, {}, {name: values[name].flatten()[0] for name in set(self.bound.values())})
-            p.noise = Noise() if at is None else at.noise
-            p.moves_statistics = True
-            with p:
-                output = self.model(*args, **kwargs)
+        # All examples have the same rates: one number each.
+        p = Pass({}, {}, {name: values[name].flatten()[0] for name in set(self.bound.values())})
+        p.noise = Noise() if at is None else at.noise
+        p.moves_statistics = True
+        masked = self._masked(p, replaced, values)
+        seen = p if self.slots.rates and self.model.training else nullcontext()
+        with substituted(self.slots, replaced, buffers=False, rates=self.model.training, masked=masked), seen:
+            output = self.model(*args, **kwargs)
         self._note(p, at)
         return output
+
+    def _masked(
+        self, p: Pass, replaced: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    ) -> list[tuple[Mask, Tensor]]:
+        """What stands in for weights of which connections or words are dropped; each responds as it does, masked."""
+        found = []
+        for mask in self.slots.masks:
+            if not mask.module.training:
+                continue
+            p.hyper_used.add(mask.hyper)
+            weight = replaced[mask.name] if mask.name in replaced else self.slots.parameter(mask.name)
+            found.append((mask, p.times(weight, mask.draw(weight, values, p.noise))))
+        return found
 
     def _note(self, p: Pass, at: Perturbation | None) -> None:
         if at is not None:
@@ -270,7 +284,8 @@ class Tuned(Prepared):
             p.noise, p.moves_statistics = at.noise, at.weights
         for alias, change in held:
             p.join(alias, change)
-        with substituted(self.slots, replaced, buffers=not p.moves_statistics, rates=True), p:
+        masked = self._masked(p, replaced, values)
+        with substituted(self.slots, replaced, buffers=not p.moves_statistics, rates=True, masked=masked), p:
             output = self.model(*args, **kwargs)
         self._note(p, at)
         return output, p
