@@ -76,9 +76,9 @@ def points(tuned: Tuned, n: int = 5) -> Tensor:
 
 
 @networks
-@pytest.mark.parametrize("banks", [1, 2])
-def test_engines_agree_under_masks_of_weights(kind: Any, banks: int) -> None:
-    tuned, x = responding(kind, banks=banks), sentences()
+@pytest.mark.parametrize("options", [{}, {"banks": 2}, {"rank": 2}], ids=str)
+def test_engines_agree_under_masks_of_weights(kind: Any, options: dict[str, Any]) -> None:
+    tuned, x = responding(kind, **options), sentences()
     z, found = points(tuned), []
     for engine in ENGINES:
         tuned._engines = {True: [engine], False: [engine]}

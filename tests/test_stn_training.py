@@ -269,9 +269,10 @@ def test_noise_is_antithetic_shared_and_grouped_where_asked() -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv1d", "transposed1d", "tied", "bare", "layernorm"])
+@pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("banks", [1, 3])
-def test_l2_is_exact_for_every_example(name: str, banks: int) -> None:
-    tuned, _ = responding(CASES[name], banks=banks)
+def test_l2_is_exact_for_every_example(name: str, banks: int, rank: int | None) -> None:
+    tuned, _ = responding(CASES[name], banks=banks, rank=rank)
     z, c = torch.randn(4, 3), torch.rand(4)
     with tuned.perturbed(at(tuned, z, response=True)):
         found = l2(tuned, c)
@@ -333,6 +334,7 @@ def test_wrong_options_say_what_to_do() -> None:
         ({"method": "newton"}, "choose one of stn, centered, delta"),
         ({"engine": "magic"}, "no engine 'magic'"),
         ({"banks": 0}, "at least 1"),
+        ({"rank": 0}, "at least 1, got 1, None and 0"),
         ({"bind": {"a": "one"}}, r"can't be bound to 'one'.*there are: drop, free.*make it a module"),
         ({"bind": {"a": "drop"}}, r"lives in interval\(0, 1\): at a rate of 1"),
         ({"bind": {"b": "drop"}}, "no such hyperparameter; there are: a"),

@@ -118,6 +118,8 @@ def temporal_activation_penalty(
 def _squared_norm(parameter: Tensor, active: Active) -> Tensor:
     """``‖P + ΔP_b‖²`` of each example, shape ``(B,)``."""
     structure = active.entry.structure
+    if active.mixers:
+        return _squared_norm_of_low_rank(parameter, active, structure.axis or 0)
     weight = parameter.reshape(structure.view)
     kept = [
         d for d, n in enumerate(structure.broadcast) if n == structure.view[d] and (n > 1 or structure.axis is None)
@@ -135,3 +137,12 @@ def _squared_norm(parameter: Tensor, active: Active) -> Tensor:
             products = (s * s2) if v is None or v2 is None else (s * s2) * rows(v * v2)
             total = total + (1 if s2 is s else 2) * products.sum(-1)
     return total
+
+
+def _squared_norm_of_low_rank(parameter: Tensor, active: Active, axis: int) -> Tensor:
+    """``‖P + A diag(s_b) C‖²``: with all banks side by side it takes two Gram matrices, of A and of C."""
+    s, a = torch.cat(active.coefficients, 1), torch.cat(active.mixers, 1)
+    c = torch.cat([base for base in active.bases if base is not None], axis).movedim(axis, 0).flatten(1)
+    inner = ((a.t() @ parameter.movedim(axis, 0).flatten(1)) * c).sum(1)
+    gram = (a.t() @ a) * (c @ c.t())
+    return parameter.square().sum() + 2 * (s @ inner) + ((s @ gram) * s).sum(-1)

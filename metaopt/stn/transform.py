@@ -27,6 +27,7 @@ def transform(
     bind: Mapping[str, str | Sequence[str]] | None = None,
     per_batch: Sequence[str] = (),
     banks: int = 1,
+    rank: int | None = None,
     standardize: bool = True,
     groups: int | None = None,
     batch_dim: int = 0,
@@ -53,6 +54,8 @@ def transform(
         per_batch: names of hyperparameters that have one perturbation for a minibatch; those bound to words or
             weights have, since one mask serves the whole batch.
         banks: the terms of each response matrix; 1 is the papers' form.
+        rank: the rank of each term, for a response of less memory: ``ΔP_b = A diag(U ε_b) C``. By default a term
+            has a scalar for each row, and a ``V`` as large as the weights.
         standardize: whether a centred response is fed ε/σ, so that it learns at any σ.
         groups: into how many groups a batch is split, each with one perturbation, where a parameter can't respond
             per example. By default 8, and 1 for models with BatchNorm.
@@ -79,8 +82,8 @@ def transform(
         raise ResponseError(f"no method {method!r}; choose one of {', '.join(METHODS)}.")
     if engine != "auto" and engine not in ENGINES:
         raise ResponseError(f"no engine {engine!r}; choose auto, or one of {', '.join(ENGINES)}.")
-    if banks < 1 or (groups is not None and groups < 1):
-        raise ResponseError(f"banks and groups are at least 1, got {banks} and {groups}.")
+    if banks < 1 or (groups is not None and groups < 1) or (rank is not None and rank < 1):
+        raise ResponseError(f"banks, groups and rank are at least 1, got {banks}, {groups} and {rank}.")
     names = bound(model, hyper, bind or {})
     return Tuned(
         model,
@@ -89,6 +92,7 @@ def transform(
         bound=names,
         per_batch=tuple(dict.fromkeys([*per_batch, *names.masks.values()])),
         banks=banks,
+        rank=rank,
         standardize=standardize,
         groups=groups,
         batch_dim=batch_dim,

@@ -53,6 +53,7 @@ class Tuned(Prepared):
         bound: Bound,
         per_batch: tuple[str, ...],
         banks: int,
+        rank: int | None,
         standardize: bool,
         groups: int | None,
         batch_dim: int,
@@ -64,7 +65,9 @@ class Tuned(Prepared):
         self.hyper = hyper
         self.method = method
         self.coordinates = Coordinates(hyper, per_batch)
-        self.responses = Responses(model, self.coordinates.size, banks)
+        masks = masks_of(model, bound.masks)
+        whole = {mask.name for mask in masks}
+        self.responses = Responses(model, self.coordinates.size, banks, rank=rank, whole=whole)
         weight = self.responses.weight
         scales = self.coordinates.scales().to(weight)
         self.rho = Parameter(inverse_softplus(scales))
@@ -73,7 +76,7 @@ class Tuned(Prepared):
         self.standardize = standardize and method != "stn"
         self.register_buffer("reference", scales.clone() if self.standardize else torch.ones_like(scales))
         self.bound = dict(bound.rates)
-        self.slots = Slots(model, self.bound, masks_of(model, bound.masks))
+        self.slots = Slots(model, self.bound, masks)
         self.groups, self.batch_dim, self.verify = groups, batch_dim, verify
         self.fallback: dict[str, str] = {
             e.name: f"`{type(model).__name__}` uses it in a way without a rule"
