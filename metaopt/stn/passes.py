@@ -93,11 +93,13 @@ class Pass(TorchFunctionMode):
     def layout(self, active: Active, func: Any, value: Tensor) -> Layout | None:
         """Where the examples are in what ``func`` is given; None where that is being found out."""
         self.used.add(active.entry.name)
-        return self.fixed or self.locate((active.entry.name, func.__name__), value)
+        return self.fixed or self.locate((active.entry.name, func.__name__), value, len(active.coefficients[0]))
 
-    def locate(self, site: Site, value: Tensor) -> Layout | None:
+    def locate(self, site: Site, value: Tensor, examples: int) -> Layout | None:
         """The layout of a site, with the number of examples checked."""
         found = self.layouts.get(site, "it was not used when the axes of examples were looked for")
+        if isinstance(found, Layout):
+            found = found.fitted(value, examples)
         if isinstance(found, str):
             raise NeedsGroups(site[0], found)
         return found
@@ -136,14 +138,14 @@ class Recorder(Pass):
         super().__init__(*args, **kwargs)
         self.seen: dict[Site, list[Tensor]] = {}
 
-    def locate(self, site: Site, value: Tensor) -> Layout | None:
+    def locate(self, site: Site, value: Tensor, examples: int) -> Layout | None:
         self.seen.setdefault(site, []).append(value.detach())
         return None
 
     def layout(self, active: Active, func: Any, value: Tensor) -> Layout | None:
         self.used.add(active.entry.name)
         # In a composite rule the axis is known; what counts is that the composite's own input has it.
-        return None if self.fixed else self.locate((active.entry.name, func.__name__), value)
+        return None if self.fixed else self.locate((active.entry.name, func.__name__), value, 0)
 
     def refuse_marked(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         return

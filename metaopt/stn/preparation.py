@@ -14,13 +14,16 @@ from torch.nn import Parameter
 from torch.utils import _pytree as pytree
 
 from metaopt.errors import FallbackWarning, ResponseError
-from metaopt.stn.batches import count, select
+from metaopt.stn.batches import count, select, split
 from metaopt.stn.engines import ENGINES
 from metaopt.stn.generators import same_randomness
-from metaopt.stn.layouts import Layout, NeedsGroups, Site, infer
+from metaopt.stn.layouts import Layout, NeedsGroups, Site, infer, reordered
 from metaopt.stn.passes import Pass, Recorder, Unsupported
 from metaopt.stn.perturbations import Coordinates, Perturbation
 from metaopt.stn.responses import Responses
+
+# Examples on which it is seen whether a model keeps their order.
+MOST = 16
 
 
 class Prepared(nn.Module):
@@ -63,13 +66,13 @@ class Prepared(nn.Module):
         modes = [(module, module.training) for module in self.model.modules()]
         try:
             with same_randomness(self.device), torch.no_grad():
-                known: dict[Site, Layout | str] = {}
-                if training:
-                    self.model.eval()
-                    known = self._infer(args, kwargs, {})
-                    for module, mode in modes:
-                        module.training = mode
-                self._layouts[training] = self._infer(args, kwargs, known)
+                self.model.eval()
+                known = self._infer(args, kwargs, {})
+                if self.verify:
+                    known |= self._reordered(known, args, kwargs)
+                for module, mode in modes:
+                    module.training = mode
+                self._layouts[training] = self._infer(args, kwargs, known) if training else known
                 if self.verify:
                     self._check(args, kwargs)
         except BaseException:
@@ -82,6 +85,19 @@ class Prepared(nn.Module):
     def _infer(self, args: Any, kwargs: Any, known: Mapping[Site, Layout | str]) -> dict[Site, Layout | str]:
         runs = [self._recorded(*select(args, kwargs, n, self.batch_dim), n) for n in (2, 3)]
         return infer(runs[0].seen, runs[1].seen, known)
+
+    def _reordered(self, known: Mapping[Site, Layout | str], args: Any, kwargs: Any) -> dict[Site, str]:
+        whole = count(args, kwargs, self.batch_dim)
+        order = torch.arange(min(whole, MOST))
+        try:
+            runs = [
+                self._recorded(*split(args, kwargs, part, self.batch_dim, whole), len(part)).seen
+                for part in (order, order.flip(0))
+            ]
+        except ResponseError:
+            # It insists on an order, such as sequences of falling length: then it keeps the one that it is given.
+            return {}
+        return reordered(known, *runs)
 
     def _recorded(self, args: Any, kwargs: Any, examples: int) -> Recorder:
         z = self.rho.new_zeros(examples, self.coordinates.size)

@@ -134,4 +134,6 @@ def _recurrent(module: nn.Module) -> dict[str, Structure]:
 
 @structures.register
 def _attention(module: nn.MultiheadAttention) -> dict[str, Structure]:
-    return _of(module, 0, "in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    found = _of(module, 0, "in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    added = {name: module._parameters.get(name) for name in ("bias_k", "bias_v")}
+    return found | {name: dense(p) for name, p in added.items() if p is not None}

@@ -217,6 +217,11 @@ class Tuned(Prepared):
                 "the model returns a tensor without an axis of examples, which can't be put together from groups of "
                 "examples; return one value for each example, or set `groups=1` in `transform`."
             )
+        if len({part.shape[: self.batch_dim] + part.shape[self.batch_dim + 1 :] for part in parts}) > 1:
+            raise ResponseError(
+                "the model returns tensors of several shapes for groups of examples, which can't be put together; pad "
+                "them to one length (`total_length=` of `pad_packed_sequence`), or set `groups=1` in `transform`."
+            )
         return torch.cat(parts, self.batch_dim)
 
     def _whole(self, at: Perturbation, z: Tensor, values: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
