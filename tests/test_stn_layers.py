@@ -339,15 +339,19 @@ def test_a_model_without_forward_mode_falls_back_and_says_so() -> None:
             y: Tensor = Straight.apply(self.layer(x))
             return y
 
-    tuned = transform(Signs(), hyperparameters())
+    tuned = transform(nn.Sequential(nn.Identity(), Signs()), hyperparameters())
     with torch.no_grad():
         tuned.responses.weight.normal_()
     x, z = torch.randn(4, 3), torch.randn(4, 3)
-    with pytest.warns(FallbackWarning, match="Signs"):
+    named = pytest.warns(
+        FallbackWarning, match="'1', of type `Signs`, can't be linearised by forward-mode AD.*two back"
+    )
+    with pytest.warns(FallbackWarning, match=r"`Sequential` differ.*custom autograd\.Function"), named:
         y = output(tuned, x, at(tuned, z, linearised=True))
     # The straight-through gradient is what training sees, and so what the response must see.
     expected = output(tuned, x, at(tuned, torch.zeros_like(z), linearised=True))
-    linear = transform(tuned.model.layer, hyperparameters())  # type: ignore[arg-type]
+    layer = tuned.model.get_submodule("1.layer")
+    linear = transform(layer, hyperparameters())
     linear.responses.load_state_dict(tuned.responses.state_dict())
-    change = output(linear, x, at(linear, z)) - tuned.model.layer(x)  # type: ignore[operator]
+    change = output(linear, x, at(linear, z)) - layer(x)
     torch.testing.assert_close(y - expected, change)

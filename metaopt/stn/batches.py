@@ -60,6 +60,8 @@ def size_of(batch: Any, dim: int = 0) -> int:
     """
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim > dim:
+            if not leaf.shape[dim]:
+                raise ResponseError("a batch has no examples; leave empty batches out.")
             return leaf.shape[dim]
     raise ResponseError(
         "a batch must hold a tensor with its examples along an axis, and this one holds none; pass what the loss "

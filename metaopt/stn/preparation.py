@@ -152,12 +152,12 @@ class Prepared(nn.Module):
     def _fall_back(self, engines: list[str], reason: Exception) -> None:
         if len(engines) == 1:
             raise ResponseError(
-                f"`{type(self.model).__name__}` can't be linearised by the engine {engines[0]!r}: {reason}. Use "
+                f"{_culprit(self.model, reason)} can't be linearised by the engine {engines[0]!r}: {reason}. Use "
                 '`method="centered"`, which needs no second derivative, or `engine="auto"`.'
             ) from reason
         names = {"manual": "hand-written tangents", "forward": "forward-mode AD", "double": "two backward passes"}
         warnings.warn(
-            f"`{type(self.model).__name__}` can't be linearised by {names[engines[0]]} ({reason}); it falls back to "
+            f"{_culprit(self.model, reason)} can't be linearised by {names[engines[0]]} ({reason}); it falls back to "
             f"{names[engines[1]]}, which is slower.",
             FallbackWarning,
             stacklevel=2,
@@ -187,10 +187,21 @@ class Prepared(nn.Module):
             engines.pop(0)
             warnings.warn(
                 f"hand-written tangents of `{type(self.model).__name__}` differ from torch's own, which are used "
-                "from now on; does the model write on its intermediate values?",
+                "from now on; does the model write on its intermediate values, or use a custom autograd.Function?",
                 FallbackWarning,
                 stacklevel=2,
             )
+
+
+def _culprit(model: nn.Module, reason: BaseException) -> str:
+    """The innermost module in whose ``forward`` an exception was raised, in words."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found, trace = "", (reason.__cause__ or reason).__traceback__
+    while trace is not None:
+        found = names.get(id(trace.tb_frame.f_locals.get("self")), found)
+        trace = trace.tb_next
+    inner = model.get_submodule(found)
+    return f"`{type(model).__name__}`" if inner is model else f"{found!r}, of type `{type(inner).__name__}`,"
 
 
 def _close(a: Any, b: Any) -> bool:

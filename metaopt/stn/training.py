@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metaopt.errors import ResponseError, SkippedStepWarning
-from metaopt.hyperparameters.transformed import Integer, Interval
 from metaopt.stn.batches import size_of
+from metaopt.stn.bounds import keep_inside
 from metaopt.stn.checks import check_first, evaluation, groups_of, repeat, require_scalar
 from metaopt.stn.generators import random_state, set_random_state
 from metaopt.stn.layouts import NeedsGroups
@@ -25,9 +25,6 @@ from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy, invers
 from metaopt.stn.tuned import Tuned
 
 Factory = Callable[[Iterable[Tensor]], Optimizer]
-
-# An interval's leaf is kept where its sigmoid still has a slope: a thousandth of the width from the bounds.
-LEAF = 6.9
 
 
 class Tuner:
@@ -78,6 +75,7 @@ class Tuner:
         self.steps = 0
         self.skipped = 0
         self._noise: Noise | None = None
+        self._at_bounds: set[str] = set()
         self._accepts_values = len(inspect.signature(valid_loss).parameters) > 2
 
     # -- the algorithm
@@ -192,7 +190,7 @@ class Tuner:
             leaf_.grad = gradient
         self._clip(self.leaves)
         self.hyper_optimizer.step()
-        self._keep_inside()
+        keep_inside(self.tuned.hyper, self._at_bounds)
         if self.scale_optimizer is not None:
             self._clip([tuned.rho])
             self.scale_optimizer.step()
@@ -268,12 +266,6 @@ class Tuner:
             SkippedStepWarning,
             stacklevel=4,
         )
-
-    @torch.no_grad()
-    def _keep_inside(self) -> None:
-        for name, domain in self.tuned.hyper.domains.items():
-            if isinstance(domain, (Interval, Integer)):
-                self.tuned.hyper.get_leaf(name).clamp_(-LEAF, LEAF)
 
     @torch.no_grad()
     def _clamp_scales(self) -> None:
