@@ -42,8 +42,8 @@ def keep_inside(hyper: Hyperparameters, warned: set[str]) -> None:
             seen = f"{values[0].item():.3g}" + (f" (and {len(values) - 1} more entries)" if len(values) > 1 else "")
             warnings.warn(
                 f"hyperparameter {name!r} has the value {seen}, {where}: it hardly moves there, and the response "
-                "learns little about it. If the validation loss wants it there, take a constant instead, or wider bounds; "
-                "if not, lower the rate of `hyper_optimizer`, raise `warmup`, or use more validation data.",
+                "learns little about it. If the validation loss wants it there, take a constant or wider bounds; if "
+                "not, lower the rate of `hyper_optimizer`, raise `warmup`, or use more validation data.",
                 SaturatedWarning,
                 stacklevel=7,
             )
