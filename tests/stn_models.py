@@ -216,6 +216,9 @@ CASES: dict[str, Case] = {
     "layernorm": Case(lambda: S(nn.Linear(4, 4), nn.LayerNorm((3, 4)), nn.RMSNorm(4), nn.Dropout1d(0.2)), (B, 3, 4)),
     "functional": Case(Functional, (B, 3)),
     "bag": Case(lambda: S(nn.EmbeddingBag(7, 4, mode="mean"), nn.Linear(4, 2)), (B, 3), classes=7, exact=False),
+    "padded bag": Case(
+        lambda: S(nn.EmbeddingBag(4, 4, mode="mean", padding_idx=0), nn.Tanh()), (B, 3), classes=4, exact=False
+    ),
     "tied": Case(Tied, (B, 4), classes=7, exact=False),
     "reused": Case(Reused, (B, 4)),
     "bare": Case(Bare, (B, 3), grouped=True),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from metaopt.stn.composites import inside, untouched, written_out
 from metaopt.stn.layouts import Layout
@@ -167,7 +168,8 @@ def scaled_dot_product_attention(
     """Attention called by the model itself; with tangents it is written out, since the fast kernels have none."""
     p.refuse_marked(func, (query, key, value), {})
     # A mask that a fast kernel draws can't be drawn again in another pass.
-    if all(p.tangent(x) is None for x in (query, key, value)) and (p.recording or not dropout_p):
+    moving = any(p.tangent(x) is not None or unpack_dual(x).tangent is not None for x in (query, key, value))
+    if not moving and (p.recording or not dropout_p):
         return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     with p:
         if enable_gqa:

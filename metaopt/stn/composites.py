@@ -192,6 +192,15 @@ for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
     register(getattr(torch, _name))(_sequence)
 
 
+@register(torch._pack_padded_sequence)
+def _pack(p: Pass, func: Any, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:  # noqa: A002
+    """Packing moves entries; torch's own has no forward mode."""
+    p.refuse_marked(func, (input,), {})
+    dx = p.tangent(input)
+    data, sizes = func(input, lengths, batch_first)
+    return p.join(data, None if dx is None else func(dx, lengths, batch_first)[0]), sizes
+
+
 def _cell(
     p: Pass,
     func: Any,
@@ -237,12 +246,16 @@ def _bag(
     """A look-up and a sum: torch's own has no forward mode and no second derivative."""
     settings = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
     arguments = (input, weight, *settings, include_last_offset, padding_idx)
-    if offsets is not None or max_norm is not None or mode == "max" or padding_idx is not None or input.ndim != 2:
-        return untouched(p, func, arguments, "`embedding_bag` with offsets, padding or a maximum has no rule")
+    if offsets is not None or max_norm is not None or mode == "max" or input.ndim != 2:
+        return untouched(p, func, arguments, "`embedding_bag` with offsets or a maximum has no rule")
     if not written_out(p, func, input, 0, [weight], [per_sample_weights]):
         return func(*arguments)
     with inside(p, 0):
         words = F.embedding(input, weight)
         if per_sample_weights is not None:
             words = words * per_sample_weights.unsqueeze(-1)
-        return words.sum(1) if mode == "sum" else words.mean(1)
+        if padding_idx is None:
+            return words.sum(1) if mode == "sum" else words.mean(1)
+        kept = (input != padding_idx % len(weight)).to(words.dtype)
+        total = (words * kept.unsqueeze(-1)).sum(1)
+        return total if mode == "sum" else total / kept.sum(1, keepdim=True).clamp(min=1)

@@ -11,6 +11,7 @@ __all__ = ["Pass", "Recorder", "Unsupported", "function_name"]
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -59,6 +60,7 @@ class Pass(TorchFunctionMode):
         self.noise = Noise()
         self.moves_statistics = False
         self.fixed: Layout | None = None
+        self.epsilon = 0.0
         self._kept: list[Tensor] = []
 
     def __torch_function__(
@@ -122,7 +124,12 @@ class Pass(TorchFunctionMode):
 
     def join(self, value: Tensor, change: Tensor | None) -> Tensor:
         """A function's result with the change by the responses: added, or as its tangent."""
-        return value if change is None else value + change
+        return value if change is None else value + self.like(change, value)
+
+    def like(self, change: Tensor, value: Tensor) -> Tensor:
+        """A change in the precision of what changes, which autocast may have lowered; the lowest is noted."""
+        self.epsilon = max(self.epsilon, torch.finfo(value.dtype).eps)
+        return change.to(value.dtype)
 
     def overwrite(self, target: Tensor, value: Tensor, change: Tensor | None) -> Tensor:
         """Write a function's result in place."""

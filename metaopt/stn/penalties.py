@@ -47,11 +47,12 @@ def l2(model: Tuned, coefficient: Tensor, names: Collection[str] | None = None) 
     if at.z is None:
         return coefficient.mean() * sum(model.slots.parameter(name).square().sum() for name in chosen)
     total: Tensor | None = None
-    for active in model.responses.active(at.z, frozen=not at.response):
-        if active.entry.name in chosen:
-            parameter = model.slots.parameter(active.entry.name)
-            norm = _squared_norm(parameter if at.weights else parameter.detach(), active)
-            total = norm if total is None else total + norm
+    with torch.autocast(at.z.device.type, enabled=False):
+        for active in model.responses.active(at.z, frozen=not at.response):
+            if active.entry.name in chosen:
+                parameter = model.slots.parameter(active.entry.name)
+                norm = _squared_norm(parameter if at.weights else parameter.detach(), active)
+                total = norm if total is None else total + norm
     if total is None:
         raise ResponseError("l2 of no parameters; name at least one, or leave `names` out.")
     return (coefficient * total).mean()

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from metaopt.errors import FallbackWarning, ResponseError
 from metaopt.stn.batches import count, select, split
 from metaopt.stn.engines import ENGINES
-from metaopt.stn.generators import same_randomness
+from metaopt.stn.generators import random_state, same_randomness
 from metaopt.stn.layouts import Layout, NeedsGroups, Site, infer, reordered
 from metaopt.stn.passes import Pass, Recorder, Unsupported
 from metaopt.stn.perturbations import Coordinates, Perturbation
@@ -36,6 +36,7 @@ class Prepared(nn.Module):
     batch_dim: int
     verify: bool
     fallback: dict[str, str]
+    mixes: bool
     _layouts: dict[bool, dict[Site, Layout | str]]
 
     @property
@@ -74,7 +75,8 @@ class Prepared(nn.Module):
                     module.training = mode
                 self._layouts[training] = self._infer(args, kwargs, known) if training else known
                 if self.verify:
-                    self._check(args, kwargs)
+                    epsilon = self._check(args, kwargs)
+                    self.mixes = self.mixes or (bool(self.fallback) and self._mixes(args, kwargs, epsilon))
         except BaseException:
             self._layouts.pop(training, None)
             raise
@@ -99,6 +101,29 @@ class Prepared(nn.Module):
             return {}
         return reordered(known, *runs)
 
+    def _mixes(self, args: Any, kwargs: Any, epsilon: float) -> bool:
+        """Whether groups of examples have another output than all at once, as with negatives from the batch."""
+        whole = count(args, kwargs, self.batch_dim)
+        examples = torch.arange(min(whole, MOST))
+        if len(examples) < 2:
+            return False
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            parts = [split(args, kwargs, part, self.batch_dim, whole) for part in (examples, *examples.tensor_split(2))]
+            before = random_state(self.device)
+            together, *halves = [self.model(*inputs, **options) for inputs, options in parts]
+            drawn = _moved(before, random_state(self.device))
+        finally:
+            for module, mode in modes:
+                module.training = mode
+        joined = pytree.tree_map(lambda *ys: self._join(ys), *halves)
+        # Where the model draws random numbers in evaluation, no two runs agree, and shapes must do.
+        return _shapes(together) != _shapes(joined) or not (drawn or _close(together, joined, epsilon))
+
+    def _join(self, parts: tuple[Any, ...]) -> Any:
+        raise NotImplementedError
+
     def _recorded(self, args: Any, kwargs: Any, examples: int) -> Recorder:
         z = self.rho.new_zeros(examples, self.coordinates.size)
         values = self.coordinates.values(self.coordinates.leaf().detach().expand(examples, -1))
@@ -114,8 +139,12 @@ class Prepared(nn.Module):
         assert isinstance(p, Recorder)
         return p
 
-    def _check(self, args: Any, kwargs: Any) -> None:
-        """With the same perturbation for all examples, responses must do what changed weights do."""
+    def _check(self, args: Any, kwargs: Any) -> float:
+        """With the same perturbation for all examples, responses must do what changed weights do.
+
+        Returns:
+            The rounding of the lowest precision within the model.
+        """
         examples = count(args, kwargs, self.batch_dim)
         z = self.rho.new_ones(1, self.coordinates.size)
         weight = 0.3 * torch.randn_like(self.responses.weight) / self.coordinates.size
@@ -137,8 +166,8 @@ class Prepared(nn.Module):
                 expected, _ = self._run(z, Pass, values, args, kwargs, **constant)
             finally:
                 self.fallback = kept
-        if _close(output, expected):
-            return
+        if _close(output, expected, p.epsilon):
+            return p.epsilon
         if not unseen:
             self.fallback = before
             raise ResponseError(
@@ -147,7 +176,7 @@ class Prepared(nn.Module):
                 "layers or by such a function."
             )
         self.fallback |= dict.fromkeys(unseen, "no function of torch was seen to use it")
-        self._check(args, kwargs)
+        return self._check(args, kwargs)
 
     def _fall_back(self, engines: list[str], reason: Exception) -> None:
         if len(engines) == 1:
@@ -170,10 +199,13 @@ class Prepared(nn.Module):
         with same_randomness(self.device):
             weight = torch.randn_like(self.responses.weight)
 
-        def run(point: Tensor, kind: type[Pass]) -> tuple[Any, Pass]:
-            return self._run(point, kind, values, args, kwargs, weights=False, response=False, weight=weight)
+        found, passes = [], []
 
-        found = []
+        def run(point: Tensor, kind: type[Pass]) -> tuple[Any, Pass]:
+            output, p = self._run(point, kind, values, args, kwargs, weights=False, response=False, weight=weight)
+            passes.append(p)
+            return output, p
+
         for engine in ENGINES:
             with same_randomness(self.device):
                 try:
@@ -183,14 +215,15 @@ class Prepared(nn.Module):
                         self._fall_back(engines, reason)
             if len(found) == 2:
                 break
-        if len(found) == 2 and engines[0] == "manual" and not _close(*found):
-            engines.pop(0)
-            warnings.warn(
-                f"hand-written tangents of `{type(self.model).__name__}` differ from torch's own, which are used "
-                "from now on; does the model write on its intermediate values, or use a custom autograd.Function?",
-                FallbackWarning,
-                stacklevel=2,
-            )
+        epsilon = max((p.epsilon for p in passes), default=0.0)
+        if len(found) < 2 or engines[0] != "manual" or _close(found[0], found[1], epsilon):
+            return
+        differ = f"hand-written tangents of `{type(self.model).__name__}` differ from torch's own"
+        why = "does the model write on its intermediate values, or use a custom autograd.Function?"
+        if len(engines) == 1:
+            raise ResponseError(f'{differ}; {why} Use `engine="auto"`, which takes another engine then.')
+        engines.pop(0)
+        warnings.warn(f"{differ}, which are used from now on; {why}", FallbackWarning, stacklevel=2)
 
 
 def _culprit(model: nn.Module, reason: BaseException) -> str:
@@ -204,12 +237,24 @@ def _culprit(model: nn.Module, reason: BaseException) -> str:
     return f"`{type(model).__name__}`" if inner is model else f"{found!r}, of type `{type(inner).__name__}`,"
 
 
-def _close(a: Any, b: Any) -> bool:
-    """Whether two outputs agree up to rounding."""
+def _moved(before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]) -> bool:
+    pairs = zip(before, after, strict=True)
+    return any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs)
+
+
+def _shapes(output: Any) -> list[Any]:
+    return [leaf.shape for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _close(a: Any, b: Any, epsilon: float) -> bool:
+    """Whether two outputs agree up to the rounding of the lowest precision within."""
     for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
         if isinstance(x, Tensor) and x.is_floating_point():
-            tolerance = 1e-8 if x.dtype == torch.float64 else 2e-3 if x.dtype == torch.float32 else 5e-2
+            rounding = max(epsilon, torch.finfo(x.dtype).eps)
+            tolerance = 1e-8 if rounding < 1e-15 else 2e-3 if rounding < 1e-6 else 1e-1
             bound = tolerance * float(y.detach().abs().nan_to_num().max() if y.numel() else 0) + 1e-12
-            if not torch.allclose(x.detach(), y.detach(), rtol=tolerance, atol=bound, equal_nan=True):
+            if x.shape != y.shape or not torch.allclose(
+                x.detach(), y.detach(), rtol=tolerance, atol=bound, equal_nan=True
+            ):
                 return False
     return True

@@ -173,7 +173,9 @@ class Responses(nn.Module):
         """
         if weight is None:
             weight = self.weight.detach() if frozen else self.weight
-        spread = z.to(weight.dtype) @ weight.t()
+        # A step under autocast must not round the perturbations.
+        with torch.autocast(weight.device.type, enabled=False):
+            spread = z.to(weight.dtype) @ weight.t()
         pieces = iter(spread.split([e.width for e in self.entries for _ in range(e.banks)], 1))
         mixers = iter(self.mixers)
         for entry, slots in zip(self.entries, self._slots, strict=True):

@@ -19,6 +19,7 @@ from metaopt.stn.batches import count, split
 from metaopt.stn.binding import Bound
 from metaopt.stn.engines import ENGINES
 from metaopt.stn.generators import random_state, set_random_state
+from metaopt.stn.guards import guarded
 from metaopt.stn.layouts import Layout, NeedsGroups, Site
 from metaopt.stn.masks import Mask, masks_of
 from metaopt.stn.passes import Pass, Unsupported
@@ -83,6 +84,8 @@ class Tuned(Prepared):
             for e in self.responses.entries
             if not e.known
         }
+        # Whether the model's output for some examples depends on others: then they are not split into groups.
+        self.mixes = False
         self._engines = {mode: list(ENGINES) if engine == "auto" else [engine] for mode in (True, False)}
         self._layouts: dict[bool, dict[Site, Layout | str]] = {}
         self._compared: set[bool] = set()
@@ -165,7 +168,12 @@ class Tuned(Prepared):
         p.moves_statistics = True
         masked = self._masked(p, replaced, values)
         seen = p if self.slots.rates and self.model.training else nullcontext()
-        with substituted(self.slots, replaced, buffers=False, rates=self.model.training, masked=masked), seen:
+        same = seen is not p and not masked and not replaced
+        with (
+            guarded(args, kwargs, recomputes=same),
+            substituted(self.slots, replaced, buffers=False, rates=self.model.training, masked=masked),
+            seen,
+        ):
             output = self.model(*args, **kwargs)
         self._note(p, at)
         return output
@@ -198,7 +206,7 @@ class Tuned(Prepared):
                 f"{self.batch_dim} (`transform(..., batch_dim=...)` says which)."
             )
         self._prepare(args, kwargs)
-        if self.fallback and at.groups is None and len(at.z) > 1:
+        if self.fallback and len(at.z) > 1 and (at.groups is None or (self.mixes and at.groups > 1)):
             raise NeedsGroups(*next(iter(self.fallback.items())))
         if not self.fallback or at.groups in (None, 1):
             return self._whole(at, at.z, at.values, args, kwargs)
@@ -233,7 +241,7 @@ class Tuned(Prepared):
         if not at.linearised:
             return run(z, Pass)[0]
         engines = self._engines[self.model.training]
-        if self.verify and len(engines) > 1 and self.model.training not in self._compared:
+        if self.verify and self.model.training not in self._compared:
             self._compared.add(self.model.training)
             self._compare(z, values, args, kwargs, engines)
         while True:
@@ -293,7 +301,11 @@ class Tuned(Prepared):
         for alias, change in held:
             p.join(alias, change)
         masked = self._masked(p, replaced, values)
-        with substituted(self.slots, replaced, buffers=not p.moves_statistics, rates=True, masked=masked), p:
+        with (
+            guarded(args, kwargs),
+            substituted(self.slots, replaced, buffers=not p.moves_statistics, rates=True, masked=masked),
+            p,
+        ):
             output = self.model(*args, **kwargs)
         self._note(p, at)
         return output, p
