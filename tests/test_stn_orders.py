@@ -16,14 +16,16 @@ from tests.stn_models import Packed, at, hyperparameters, output
 
 
 class Sorted(nn.Module):
-    """Runs on the examples from the largest to the smallest, and puts them back."""
+    """Runs on the examples from the largest to the smallest, or in another order, and puts them back."""
 
-    def __init__(self) -> None:
+    def __init__(self, way: str) -> None:
         super().__init__()
+        self.way = way
         self.before, self.within, self.after = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        order = x[:, 0].argsort(descending=True)
+        places = torch.arange(len(x))
+        order = {"sorted": x[:, 0].argsort(), "reversed": places.flip(0), "rolled": places.roll(1)}[self.way]
         y = torch.tanh(self.within(torch.tanh(self.before(x))[order]))
         result: Tensor = self.after(y[order.argsort()])
         return result
@@ -81,8 +83,9 @@ def looped(tuned: Tuned, x: Tensor, z: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-def test_an_order_of_the_models_own_is_noticed() -> None:
-    tuned, x, z = responding(Sorted()), torch.randn(7, 3), torch.randn(7, 3)
+@pytest.mark.parametrize("way", ["sorted", "reversed", "rolled"])
+def test_an_order_of_the_models_own_is_noticed(way: str) -> None:
+    tuned, x, z = responding(Sorted(way)), torch.randn(7, 3), torch.randn(7, 3)
     torch.testing.assert_close(run(tuned, x, z), looped(tuned, x, z))
     assert set(tuned.fallback) == {"within.weight", "within.bias"}
     assert "another order" in tuned.fallback["within.weight"]

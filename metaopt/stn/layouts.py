@@ -10,7 +10,6 @@ from __future__ import annotations
 
 __all__ = ["Layout", "NeedsGroups", "Site", "infer", "reordered"]
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -105,35 +104,42 @@ def infer(
 
 
 def reordered(
-    found: Mapping[Site, Layout | str], forth: Mapping[Site, Sequence[Tensor]], back: Mapping[Site, Sequence[Tensor]]
+    found: Mapping[Site, Layout | str],
+    given: Mapping[Site, Sequence[Tensor]],
+    permuted: Mapping[Site, Sequence[Tensor]],
+    order: Tensor,
 ) -> dict[Site, str]:
     """The sites that see the examples in an order of the model's own, such as by length.
 
     Args:
         found: the layouts.
-        forth: what each site was given in a run on some examples.
-        back: the same for these examples in reverse order; it should be in reverse order too.
+        given: what each site was given in a run on some examples.
+        permuted: the same for these examples in another order; it should be in that order too.
+        order: the permutation.
     """
     why = "it sees the examples in another order than they are given in; let the model keep their order"
     return {
         site: why
         for site, layout in found.items()
-        if isinstance(layout, Layout) and any(map(functools.partial(_moved, layout), forth[site], back.get(site, ())))
+        if isinstance(layout, Layout)
+        and any(_moved(layout, order, a, b) for a, b in zip(given.get(site, ()), permuted.get(site, ()), strict=False))
     }
 
 
-def _moved(layout: Layout, forth: Tensor, back: Tensor) -> bool:
-    if forth.shape != back.shape:
+def _moved(layout: Layout, order: Tensor, given: Tensor, permuted: Tensor) -> bool:
+    if given.shape != permuted.shape:
         return False
     # A number for each example: values that are random, or mixed by the model, differ in any order, and say nothing.
     rows = []
-    for value in (forth, back):
+    for value in (given, permuted):
         parts = value.movedim(layout.axis, 0)
         size = len(parts) // layout.repeat
         whole = parts.reshape(size, -1) if layout.outer else parts.unflatten(0, (-1, size)).movedim(1, 0)
         flat = whole.reshape(size, -1).double()
         rows.append((flat * torch.cos(torch.arange(flat.shape[1], device=flat.device))).sum(1))
-    return not _same(rows[0].flip(0), rows[1]) and _same(rows[0].sort().values, rows[1].sort().values)
+    if len(rows[0]) != len(order):
+        return False
+    return not _same(rows[0][order.to(rows[0].device)], rows[1]) and _same(rows[0].sort().values, rows[1].sort().values)
 
 
 def _site(two: Sequence[Tensor], three: Sequence[Tensor]) -> Layout | str:

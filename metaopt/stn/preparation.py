@@ -90,16 +90,18 @@ class Prepared(nn.Module):
 
     def _reordered(self, known: Mapping[Site, Layout | str], args: Any, kwargs: Any) -> dict[Site, str]:
         whole = count(args, kwargs, self.batch_dim)
-        order = torch.arange(min(whole, MOST))
+        first = torch.arange(min(whole, MOST), device="cpu")
+        # An order of its own, with which a reversal or a rotation by the model does not commute.
+        order = torch.randperm(len(first), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         try:
-            runs = [
+            given, permuted = (
                 self._recorded(*split(args, kwargs, part, self.batch_dim, whole), len(part)).seen
-                for part in (order, order.flip(0))
-            ]
+                for part in (first, order)
+            )
         except ResponseError:
             # It insists on an order, such as sequences of falling length: then it keeps the one that it is given.
             return {}
-        return reordered(known, *runs)
+        return reordered(known, given, permuted, order)
 
     def _mixes(self, args: Any, kwargs: Any, epsilon: float) -> bool:
         """Whether groups of examples have another output than all at once, as with negatives from the batch."""
