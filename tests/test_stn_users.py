@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -319,6 +320,65 @@ def test_a_model_that_writes_on_its_input_is_refused() -> None:
     tuned = problem(lambda: Normalised(4, 1))
     with train(tuned, train_loss, valid_loss) as tuner, pytest.raises(ResponseError, match="writes on its input"):
         tuner.train_step(torch.randn(6, 4))
+
+
+def test_a_parameter_that_is_frozen_too_late_is_said() -> None:
+    tuned = problem(Siamese)
+    with train(tuned, train_loss, valid_loss) as tuner:
+        tuner.train_step(torch.randn(6, 4))
+        next(tuned.model.parameters()).requires_grad_(False)
+        with pytest.raises(ResponseError, match="frozen after the response"):
+            tuner.train_step(torch.randn(6, 4))
+
+
+def test_a_batch_begins_with_its_examples() -> None:
+    x, y = torch.arange(3), torch.randn(6, 4)
+    loss: Callable[..., Tensor] = lambda model, batch, values=None: model(batch[1]).mean()  # noqa: E731
+    with (
+        train(problem(Siamese), loss, loss) as tuner,
+        pytest.raises(ResponseError, match="first tensor of a batch of data"),
+    ):
+        tuner.train_step((x, y))
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda tuned: pickle.loads(pickle.dumps(tuned))], ids=["copy", "pickle"]
+)
+def test_a_copy_runs_as_the_original_does(way: Callable[[Tuned], Tuned]) -> None:
+    tuned = problem(Siamese, bind={"drop": ["drop", "net.0.weight"]})
+    twin, batch, found = way(tuned), torch.randn(6, 4), []
+    for one in (tuned, twin):
+        torch.manual_seed(2)
+        with train(one, train_loss, valid_loss, seed=3) as tuner:
+            found.append([tuner.train_step(batch), tuner.train_step(batch), tuner.valid_step(batch)])
+    assert found[0] == found[1]
+    assert twin.model.get_submodule("net.0") is not tuned.model.get_submodule("net.0")
+
+
+class Noisy(nn.Module):
+    """A bound dropout that sees the batch twice, one after the other, behind another one that is random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.drop, self.layer = nn.Dropout(0.5), nn.Dropout(0.2), nn.Linear(4, 2)
+        self.locked = metaopt.stn.VariationalDropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        twice = self.drop(self.first(torch.cat([x, x]))).unsqueeze(0)
+        y: Tensor = self.layer(self.locked(twice)).squeeze(0)
+        return y[: len(x)]
+
+
+def test_a_bound_dropout_behind_a_random_one_finds_its_examples_or_says_what_to_do() -> None:
+    batch = torch.randn(6, 4)
+    with train(problem(Noisy, bind={"drop": "drop"}), train_loss, valid_loss) as tuner:
+        tuner.train_step(batch)
+    # All that this one sees of the batch are ones.
+    unknown = train(problem(Noisy, bind={"drop": "locked"}), train_loss, valid_loss)
+    with unknown as tuner, pytest.raises(ResponseError, match="name its hyperparameter in `per_batch`"):
+        tuner.train_step(batch)
+    with train(problem(Noisy, bind={"drop": "locked"}, per_batch=["drop"]), train_loss, valid_loss) as tuner:
+        tuner.train_step(batch)
 
 
 def test_an_engine_that_was_asked_for_is_compared_too() -> None:

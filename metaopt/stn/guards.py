@@ -57,8 +57,13 @@ def differentiate(loss: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | Non
     """The gradients of a loss, None where it does not depend on a tensor.
 
     Raises:
-        ResponseError: if the model computes values a second time.
+        ResponseError: if the model computes values a second time, or a parameter was frozen.
     """
+    if not all(t.requires_grad for t in tensors):
+        raise ResponseError(
+            "a parameter was frozen after the response was attached to it; freeze what should not be trained first, "
+            "and call `transform` then."
+        )
     try:
         return torch.autograd.grad(loss, tensors, allow_unused=True)
     except RuntimeError as error:

@@ -35,6 +35,7 @@ class Prepared(nn.Module):
     rho: Parameter
     batch_dim: int
     verify: bool
+    names: set[str]
     fallback: dict[str, str]
     mixes: bool
     _layouts: dict[bool, dict[Site, Layout | str]]
@@ -159,6 +160,8 @@ class Prepared(nn.Module):
                     output, p = self._run(z.expand(examples, -1), Pass, values, args, kwargs, **constant)
                 break
             except NeedsGroups as needs:
+                if needs.name not in self.names:
+                    raise
                 self.fallback[needs.name] = needs.why
         unseen = {e.name for e in self.responses.entries} - p.used - set(self.fallback)
         everything = dict.fromkeys((e.name for e in self.responses.entries), "")

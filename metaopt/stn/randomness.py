@@ -42,6 +42,10 @@ class Rate(float):
         rate.module, rate.hyper = module, hyper
         return rate
 
+    def __getnewargs__(self) -> tuple[float, str, str | None]:  # type: ignore[override]
+        """What a copy is made from."""
+        return float(self), self.module, self.hyper
+
 
 def _rates(run: Pass, func: Any, x: Tensor, rate: float) -> Tensor | None:
     """The rate of each example in a shape that broadcasts with ``x``; one number where all are equal."""
@@ -89,7 +93,9 @@ def dropout(
     inplace: bool = False,
 ) -> Tensor:
     """``y = x m / (1 - p_b)`` with ``m ~ Bernoulli(1 - p_b)``, for entries or whole channels."""
-    rates = _rates(run, func, input, p) if training else None
+    # In evaluation an order of examples can be read from the values; in training they are random.
+    rates = _rates(run, func, input, p) if training or run.recording else None
+    rates = rates if training else None
     if rates is None:
         if not training or run.tangent(input) is None:
             return func(input, p, training, inplace) if training else input

@@ -27,7 +27,8 @@ class Slots:
         self.masks = list(masks)
         self.parameters: dict[str, list[tuple[dict[str, Any], str]]] = {}
         self.buffers: list[tuple[dict[str, Any], str]] = []
-        self.rates: list[tuple[dict[str, Any], str, Rate]] = []
+        # Modules, and not their `__dict__`: a copy of the model has others.
+        self.rates: list[tuple[nn.Module, str, Rate]] = []
         self.recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
         first: dict[int, str] = {}
         for prefix, module in model.named_modules():
@@ -39,7 +40,7 @@ class Slots:
             attribute = rate_attribute(module)
             if attribute is not None:
                 rate = Rate(getattr(module, attribute), prefix, bound.get(prefix))
-                self.rates.append((module.__dict__, attribute, rate))
+                self.rates.append((module, attribute, rate))
 
     def parameter(self, name: str) -> Tensor:
         """The parameter of a name, as the model has it now."""
@@ -93,8 +94,8 @@ def substituted(
                 put(module.__dict__, "_flat_weights", [now.get(id(w), w) for w in module._flat_weights])
         for store, key in slots.buffers if buffers else ():
             put(store, key, store[key].clone())
-        for store, key, rate in slots.rates if rates else ():
-            put(store, key, Rate(store[key], rate.module, rate.hyper))
+        for holder, key, rate in slots.rates if rates else ():
+            put(holder.__dict__, key, Rate(holder.__dict__[key], rate.module, rate.hyper))
         yield
     finally:
         for back in reversed(undo):

@@ -203,7 +203,8 @@ class Tuned(Prepared):
             raise ResponseError(
                 f"the model is called with {examples} examples in a step whose batch has {len(at.z)}: each example has "
                 "its own perturbation, so call it on the whole batch, with the examples along axis "
-                f"{self.batch_dim} (`transform(..., batch_dim=...)` says which)."
+                f"{self.batch_dim} (`transform(..., batch_dim=...)` says which), and let the first tensor of a "
+                "batch of data be one with its examples."
             )
         self._prepare(args, kwargs)
         if self.fallback and len(at.z) > 1 and (at.groups is None or (self.mixes and at.groups > 1)):
@@ -295,7 +296,10 @@ class Tuned(Prepared):
             else:
                 marks[id(alias)] = active
             replaced[name] = alias
-        p = kind(marks, self._layouts.get(self.model.training, {}), {n: values[n] for n in set(self.bound.values())})
+        # A rate that has one draw for a minibatch is one number, wherever the examples are.
+        shared = self.coordinates.per_batch
+        rates = {n: values[n].flatten()[0] if n in shared else values[n] for n in set(self.bound.values())}
+        p = kind(marks, self._layouts.get(self.model.training, {}), rates)
         if at is not None:
             p.noise, p.moves_statistics = at.noise, at.weights
         for alias, change in held:
