@@ -17,6 +17,7 @@
     ├── UnusedHyperparameterWarning        a hyperparameter that took no part in the loop or the objective
     ├── EagerWarning                       a compiled model runs eagerly inside a context
     ├── FallbackWarning                    a slower way is taken for a model that forbids the faster one
+    ├── SaturatedWarning                   a hyperparameter reached a bound of its domain
     └── SkippedStepWarning                 a hyper-step was left out, since its gradient was not finite
 
 An error's text says what was seen, why it matters, and what to do.
@@ -36,6 +37,7 @@ __all__ = [
     "MissingExtraError",
     "ResponseError",
     "RuleError",
+    "SaturatedWarning",
     "SkippedStepWarning",
     "StaleError",
     "SweepError",
@@ -101,6 +103,10 @@ class EagerWarning(MetaoptWarning):
 
 class FallbackWarning(MetaoptWarning):
     """A slower way is taken for a model that forbids the faster one."""
+
+
+class SaturatedWarning(MetaoptWarning):
+    """A hyperparameter reached a bound of its domain, or the end of what its leaf can represent."""
 
 
 class SkippedStepWarning(MetaoptWarning):

@@ -120,6 +120,52 @@ class Residual(nn.Module):
         return F.adaptive_avg_pool2d(self.relu(self.norm2(self.conv2(y)) + x), 1).flatten(1)
 
 
+class Packed(nn.Module):
+    """A recurrent network on packed sequences; how long each is can be read from its first entry."""
+
+    def __init__(self, kind: Callable[..., nn.RNNBase]) -> None:
+        super().__init__()
+        self.network, self.output = kind(3, 4, 2, batch_first=True, bidirectional=True), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = 1 + (x[:, 0, 0] > 0).long() + 2 * (x[:, 0, 1] > 0).long()
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        states, _ = nn.utils.rnn.pad_packed_sequence(self.network(packed)[0], batch_first=True, total_length=4)
+        y: Tensor = self.output(states)
+        return y
+
+
+class Added(nn.Module):
+    """Attention with keys and values that are added."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        padded = x[..., 0] > 1
+        y: Tensor = self.attention(x, x, x, key_padding_mask=padded, attn_mask=hidden, need_weights=False)[0]
+        return y
+
+
+class Decoder(nn.Module):
+    """A transformer's decoder, or all of it, with a causal mask."""
+
+    def __init__(self, whole: bool, batch_first: bool) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"dropout": 0.3, "batch_first": batch_first}
+        self.net = nn.Transformer(4, 2, 1, 1, 8, **options) if whole else nn.TransformerDecoderLayer(4, 2, 8, **options)
+        self.time = 1 if batch_first else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[self.time]).to(x)
+        memory = 2 * x.narrow(self.time, 0, 2)
+        inputs = (memory, x) if isinstance(self.net, nn.Transformer) else (x, memory)
+        y: Tensor = self.net(*inputs, tgt_mask=mask, tgt_is_causal=True)
+        return y
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, an input, and how they are used.
@@ -170,6 +216,9 @@ CASES: dict[str, Case] = {
     "layernorm": Case(lambda: S(nn.Linear(4, 4), nn.LayerNorm((3, 4)), nn.RMSNorm(4), nn.Dropout1d(0.2)), (B, 3, 4)),
     "functional": Case(Functional, (B, 3)),
     "bag": Case(lambda: S(nn.EmbeddingBag(7, 4, mode="mean"), nn.Linear(4, 2)), (B, 3), classes=7, exact=False),
+    "padded bag": Case(
+        lambda: S(nn.EmbeddingBag(4, 4, mode="mean", padding_idx=0), nn.Tanh()), (B, 3), classes=4, exact=False
+    ),
     "tied": Case(Tied, (B, 4), classes=7, exact=False),
     "reused": Case(Reused, (B, 4)),
     "bare": Case(Bare, (B, 3), grouped=True),
@@ -201,6 +250,17 @@ CASES |= {
     "projected": Case(lambda: First(nn.LSTM(3, 4, proj_size=2, batch_first=True)), (B, 4, 3), exact=False),
     "gru": Case(lambda: First(nn.GRU(3, 4, bias=False, batch_first=True)), (B, 4, 3), exact=False),
     "rnn": Case(lambda: First(nn.RNN(3, 4, nonlinearity="relu", batch_first=True)), (B, 4, 3), exact=False),
+}
+
+CASES |= {
+    "packed lstm": Case(lambda: Packed(nn.LSTM), (B, 4, 3), grouped=True, exact=False),
+    "packed gru": Case(lambda: Packed(nn.GRU), (B, 4, 3), grouped=True, exact=False),
+    "packed rnn": Case(lambda: Packed(nn.RNN), (B, 4, 3), grouped=True, exact=False),
+    "added keys": Case(lambda: Added(add_bias_kv=True), (B, 3, 4), exact=False),
+    "added zeros": Case(lambda: Added(add_zero_attn=True, dropout=0.3), (B, 3, 4), exact=False),
+    "decoder": Case(lambda: Decoder(False, True), (B, 3, 4), exact=False),
+    "transformer": Case(lambda: Decoder(True, True), (B, 3, 4), exact=False),
+    "sequence first": Case(lambda: Decoder(False, False), (3, B, 4), batch_dim=1, exact=False),
 }
 
 

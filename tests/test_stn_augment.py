@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Callable
 
 import pytest
@@ -19,6 +20,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "brightness": augment.brightness,
     "contrast": augment.contrast,
     "saturation": augment.saturation,
+    "hue": lambda x, s: augment.hue(x, 0.5 * s),
     "degrees": lambda x, s: augment.affine(x, degrees=45 * s),
     "translate": lambda x, s: augment.affine(x, translate=0.5 * s),
     "scale": lambda x, s: augment.affine(x, scale=0.5 * s),
@@ -60,6 +62,27 @@ def test_the_generator_moves_by_the_same_amount_at_any_strength(name: str) -> No
         run(name, torch.full((6,), strength))
         states.append(torch.get_rng_state())
     assert all(torch.equal(state, states[0]) for state in states)
+
+
+def test_a_turned_hue_is_that_of_the_standard_library() -> None:
+    x = images()
+    x[0, :, 0, 0], x[0, :, 0, 1], x[0, :, 0, 2] = 0.3, 0.0, torch.tensor([1.0, 1.0, 0.0])
+    strength = torch.linspace(0.05, 0.5, 6)
+    torch.manual_seed(4)
+    y = augment.hue(x, strength)
+    torch.manual_seed(4)
+    turns = strength * (2 * torch.rand(6, 1, 1, 1).reshape(-1) - 1)
+    for b, turn in enumerate(turns.tolist()):
+        for pixel, found in zip(x[b].flatten(1).t().tolist(), y[b].flatten(1).t().tolist(), strict=True):
+            h, s, v = colorsys.rgb_to_hsv(*pixel)
+            assert found == pytest.approx(colorsys.hsv_to_rgb((h + turn) % 1, s, v), abs=1e-12)
+
+
+def test_hue_is_of_colours() -> None:
+    grey = images()[:, :1]
+    assert torch.equal(augment.hue(grey, 0.5), grey)
+    with pytest.raises(ResponseError, match="these images have 2 channels"):
+        augment.hue(images()[:, :2], 0.5)
 
 
 def test_cutout_hides_squares_of_the_length_asked_for() -> None:

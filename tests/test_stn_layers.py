@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -68,10 +69,14 @@ def test_no_perturbation_is_the_model_itself(name: str, training: bool) -> None:
             torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
 
 
+structured = pytest.mark.parametrize("options", [{"banks": 2}, {"rank": 2}, {"rank": 1, "banks": 2}], ids=str)
+
+
 @names
-def test_an_example_in_a_batch_is_the_example_alone_with_its_own_weights(name: str) -> None:
+@structured
+def test_an_example_in_a_batch_is_the_example_alone_with_its_own_weights(name: str, options: dict[str, Any]) -> None:
     case = CASES[name]
-    tuned, x = responding(case, banks=2)
+    tuned, x = responding(case, **options)
     z, groups = draw(case, tuned)
     y = output(tuned, x, at(tuned, z, groups=groups))
     for b in range(len(z)):
@@ -82,9 +87,10 @@ def test_an_example_in_a_batch_is_the_example_alone_with_its_own_weights(name: s
 
 @names
 @modes
-def test_engines_agree_in_value_and_gradient(name: str, training: bool) -> None:
+@pytest.mark.parametrize("rank", [None, 2], ids=["rows", "rank"])
+def test_engines_agree_in_value_and_gradient(name: str, training: bool, rank: int | None) -> None:
     case = CASES[name]
-    tuned, x = responding(case, training=training)
+    tuned, x = responding(case, training=training, rank=rank)
     z, groups = draw(case, tuned)
     found = []
     for engine in ENGINES:
@@ -218,6 +224,27 @@ def test_as_many_banks_as_hyperparameters_impose_nothing(name: str) -> None:
         torch.testing.assert_close(jacobian, wanted[key])
 
 
+@pytest.mark.parametrize("name", ["mlp", "conv2d", "transposed2d", "tied", "bare", "gru"])
+def test_a_response_of_low_rank_has_that_rank_and_its_memory(name: str) -> None:
+    tuned, _ = responding(CASES[name], rank=1)
+    full, _ = responding(CASES[name])
+    for entry in tuned.responses.entries:
+        axis = entry.structure.axis
+        if axis is None:
+            continue
+        for change in tuned.responses.jacobian()[entry.name]:
+            assert torch.linalg.matrix_rank(change.movedim(axis, 0).flatten(1)) == 1
+    numbers = [sum(p.numel() for p in t.responses.parameters()) for t in (tuned, full)]
+    assert numbers[0] < numbers[1]
+
+
+def test_rows_of_grouped_convolutions_are_not_mixed() -> None:
+    for name, groups in (("conv1d", 2), ("transposed3d", 2), ("conv2d", 1)):
+        tuned, _ = responding(CASES[name], rank=1)
+        entry = next(e for e in tuned.responses.entries if e.name.endswith("weight"))
+        assert entry.rank == (None if groups > 1 else 1)
+
+
 def test_frozen_parameters_have_no_response() -> None:
     model = CASES["mlp"].build()
     model[0].requires_grad_(False)  # type: ignore[index]
@@ -312,15 +339,19 @@ def test_a_model_without_forward_mode_falls_back_and_says_so() -> None:
             y: Tensor = Straight.apply(self.layer(x))
             return y
 
-    tuned = transform(Signs(), hyperparameters())
+    tuned = transform(nn.Sequential(nn.Identity(), Signs()), hyperparameters())
     with torch.no_grad():
         tuned.responses.weight.normal_()
     x, z = torch.randn(4, 3), torch.randn(4, 3)
-    with pytest.warns(FallbackWarning, match="Signs"):
+    named = pytest.warns(
+        FallbackWarning, match="'1', of type `Signs`, can't be linearised by forward-mode AD.*two back"
+    )
+    with pytest.warns(FallbackWarning, match=r"`Sequential` differ.*custom autograd\.Function"), named:
         y = output(tuned, x, at(tuned, z, linearised=True))
     # The straight-through gradient is what training sees, and so what the response must see.
     expected = output(tuned, x, at(tuned, torch.zeros_like(z), linearised=True))
-    linear = transform(tuned.model.layer, hyperparameters())  # type: ignore[arg-type]
+    layer = tuned.model.get_submodule("1.layer")
+    linear = transform(layer, hyperparameters())
     linear.responses.load_state_dict(tuned.responses.state_dict())
-    change = output(linear, x, at(linear, z)) - tuned.model.layer(x)  # type: ignore[operator]
+    change = output(linear, x, at(linear, z)) - layer(x)
     torch.testing.assert_close(y - expected, change)

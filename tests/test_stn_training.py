@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaopt
-from metaopt.errors import DomainError, FallbackWarning, ResponseError, SkippedStepWarning, UnusedHyperparameterWarning
+from metaopt.errors import (
+    DomainError,
+    FallbackWarning,
+    ResponseError,
+    SaturatedWarning,
+    SkippedStepWarning,
+    UnusedHyperparameterWarning,
+)
 from metaopt.stn import Tuned, Tuner, l2, train, transform
 from metaopt.stn.perturbations import draw, inverse_softplus
 from tests.stn_models import CASES, at, hyperparameters, responding
@@ -269,9 +276,10 @@ def test_noise_is_antithetic_shared_and_grouped_where_asked() -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv1d", "transposed1d", "tied", "bare", "layernorm"])
+@pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("banks", [1, 3])
-def test_l2_is_exact_for_every_example(name: str, banks: int) -> None:
-    tuned, _ = responding(CASES[name], banks=banks)
+def test_l2_is_exact_for_every_example(name: str, banks: int, rank: int | None) -> None:
+    tuned, _ = responding(CASES[name], banks=banks, rank=rank)
     z, c = torch.randn(4, 3), torch.rand(4)
     with tuned.perturbed(at(tuned, z, response=True)):
         found = l2(tuned, c)
@@ -297,6 +305,38 @@ def test_a_step_that_is_not_finite_is_left_out_and_said() -> None:
             tuner.valid_step(data())
         assert tuner.skipped == 1
     assert all(torch.equal(v, before[k]) for k, v in tuned.state_dict().items() if isinstance(v, Tensor))
+
+
+@pytest.mark.parametrize(
+    ("hyperparameter", "text"),
+    [
+        (metaopt.interval(0.3, 0, 0.9), r"'a' has the value 0\.\d+, as close to a bound of interval\(0, 0\.9\)"),
+        (metaopt.integer([2, 2], 0, 5), r"'a' has the value \d \(and 1 more entries\), as close to a bound"),
+        (metaopt.positive(0.3), r"'a' has the value (0|inf), the end of the positive numbers"),
+    ],
+    ids=["interval", "integer", "positive"],
+)
+def test_a_hyperparameter_at_a_bound_is_named_once(hyperparameter: Any, text: str) -> None:
+    tuned = transform(Net(), metaopt.Hyperparameters(a=hyperparameter))
+    with torch.no_grad():
+        tuned.responses.weight.normal_()
+    huge: Any = lambda p: torch.optim.RMSprop(p, lr=1e4)  # noqa: E731
+    with train(tuned, train_loss, valid_loss, hyper_optimizer=huge) as tuner:
+        with pytest.warns(SaturatedWarning, match=text + ".*lower the rate of `hyper_optimizer`"):
+            tuner.valid_step(data())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tuner.valid_step(data())
+    small: Any = lambda p: torch.optim.RMSprop(p, lr=1e-2)  # noqa: E731
+    inside = transform(Net(), metaopt.Hyperparameters(a=hyperparameter))
+    with train(inside, train_loss, valid_loss, hyper_optimizer=small) as tuner, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tuner.valid_step(data())
+
+
+def test_a_batch_without_examples_is_refused() -> None:
+    with train(problem(), train_loss, valid_loss) as tuner, pytest.raises(ResponseError, match="no examples"):
+        tuner.train_step(data(0))
 
 
 def test_a_hyperparameter_that_nothing_uses_is_named() -> None:
@@ -333,6 +373,7 @@ def test_wrong_options_say_what_to_do() -> None:
         ({"method": "newton"}, "choose one of stn, centered, delta"),
         ({"engine": "magic"}, "no engine 'magic'"),
         ({"banks": 0}, "at least 1"),
+        ({"rank": 0}, "at least 1, got 1, None and 0"),
         ({"bind": {"a": "one"}}, r"can't be bound to 'one'.*there are: drop, free.*make it a module"),
         ({"bind": {"a": "drop"}}, r"lives in interval\(0, 1\): at a rate of 1"),
         ({"bind": {"b": "drop"}}, "no such hyperparameter; there are: a"),

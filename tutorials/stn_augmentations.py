@@ -20,6 +20,7 @@ AUGMENTATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "brightness": augment.brightness,
     "contrast": augment.contrast,
     "saturation": augment.saturation,
+    "hue": lambda x, s: augment.hue(x, 0.5 * s),
     "rotation": lambda x, s: augment.affine(x, degrees=45 * s),
     "shift": lambda x, s: augment.affine(x, translate=0.5 * s),
     "scale": lambda x, s: augment.affine(x, scale=0.5 * s),
@@ -35,7 +36,7 @@ def main(path: Path) -> None:
     picture = torch.tensor(load_sample_image("flower.jpg")[:, 106:533]).permute(2, 0, 1) / 255
     picture = torch.nn.functional.interpolate(picture.unsqueeze(0), (96, 96), mode="area")
     strengths = torch.linspace(0, 1, 4)
-    figure = Figure(figsize=(10.5, 5), layout="constrained")
+    figure = Figure(figsize=(11.5, 5), layout="constrained")
     axes = figure.subplots(len(strengths), len(AUGMENTATIONS))
     for column, (name, apply) in enumerate(AUGMENTATIONS.items()):
         for row, strength in enumerate(strengths):

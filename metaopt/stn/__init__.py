@@ -12,19 +12,22 @@ __all__ = [
     "Tuned",
     "Tuner",
     "Values",
+    "VariationalDropout",
+    "activation_penalty",
     "along",
     "augment",
     "dense",
     "diagnose",
     "l2",
     "structures",
+    "temporal_activation_penalty",
     "train",
     "transform",
 ]
 
 from metaopt.stn import augment
 from metaopt.stn.diagnosis import Diagnosis, diagnose
-from metaopt.stn.penalties import l2
+from metaopt.stn.penalties import activation_penalty, l2, temporal_activation_penalty
 from metaopt.stn.perturbations import Values
 from metaopt.stn.responses import Responses
 from metaopt.stn.session import train
@@ -32,3 +35,4 @@ from metaopt.stn.structures import Structure, along, dense, structures
 from metaopt.stn.training import Tuner
 from metaopt.stn.transform import transform
 from metaopt.stn.tuned import Tuned
+from metaopt.stn.variational import VariationalDropout

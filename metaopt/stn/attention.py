@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from metaopt.stn.composites import inside, untouched, written_out
 from metaopt.stn.layouts import Layout
@@ -59,6 +60,16 @@ def _rows(p: Pass, parameter: Tensor | None, index: int, width: int) -> Any:
     return p.mark(part, active.rows(start, stop))
 
 
+def _one(p: Pass, vector: Tensor, batch: int) -> Tensor:
+    """A key or a value of no position, ``(1, B, E)``, which responds per example."""
+    active = p.mark_of(vector)
+    if active is None:
+        return vector.expand(1, batch, -1)
+    with torch._C.DisableTorchFunction():
+        spread = vector.expand(1, batch, -1).clone()
+    return p.join(spread, active.coefficients[0].reshape(spread.shape))
+
+
 @register(F.multi_head_attention_forward)
 def attention(
     p: Pass,
@@ -98,9 +109,8 @@ def attention(
         *(add_zero_attn, dropout_p, out_proj_weight, out_proj_bias, *settings, static_k, static_v),
         *(average_attn_weights, is_causal),
     )
-    added = any(x is not None for x in (bias_k, bias_v, static_k, static_v)) or add_zero_attn
-    if added or query.ndim != 3:
-        return untouched(p, func, arguments, "attention without a batch, or with added keys, has no rule")
+    if static_k is not None or static_v is not None or query.ndim != 3:
+        return untouched(p, func, arguments, "attention without a batch, or with static keys, has no rule")
     masked = bool(dropout_p) and training
     if not written_out(p, func, query, 1, weights, [key, value], dropout=masked):
         return func(*arguments)
@@ -108,8 +118,15 @@ def attention(
     head = width // num_heads
     with inside(p, 1):
         q, k, v = _projections(p, query, key, value, in_proj_weight, separate, in_proj_bias)
+        if bias_k is not None and bias_v is not None:
+            k, v = (torch.cat([x, _one(p, b, batch)]) for x, b in ((k, bias_k), (v, bias_v)))
         q, k, v = (x.reshape(x.shape[0], batch * num_heads, head).transpose(0, 1) for x in (q, k, v))
-        bias = _mask(attn_mask, key_padding_mask, q, batch, num_heads)
+        if add_zero_attn:
+            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))
+        # What is added is never masked.
+        more = (0, k.shape[1] - key.shape[0])
+        hidden, padded = (None if m is None else F.pad(m, more) for m in (attn_mask, key_padding_mask))
+        bias = _mask(hidden, padded, q, batch, num_heads)
         scores = torch.matmul(q * math.sqrt(1 / head), k.transpose(-2, -1))
         probabilities = torch.softmax(scores if bias is None else scores + bias, -1)
         if masked:
@@ -151,7 +168,8 @@ def scaled_dot_product_attention(
     """Attention called by the model itself; with tangents it is written out, since the fast kernels have none."""
     p.refuse_marked(func, (query, key, value), {})
     # A mask that a fast kernel draws can't be drawn again in another pass.
-    if all(p.tangent(x) is None for x in (query, key, value)) and (p.recording or not dropout_p):
+    moving = any(p.tangent(x) is not None or unpack_dual(x).tangent is not None for x in (query, key, value))
+    if not moving and (p.recording or not dropout_p):
         return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     with p:
         if enable_gqa:

@@ -12,6 +12,7 @@ __all__ = [
     "brightness",
     "contrast",
     "cutout",
+    "hue",
     "mixup",
     "noise",
     "saturation",
@@ -100,6 +101,44 @@ def saturation(images: Tensor, strength: Strength, *, bounds: tuple[float, float
     """
     factor = _factor(images, strength)
     return _clamped(factor * images + (1 - factor) * _grey(images), bounds)
+
+
+def hue(images: Tensor, strength: Strength, *, bounds: tuple[float, float] | None = (0.0, 1.0)) -> Tensor:
+    """Turn the hue by a share of the colour circle that is uniform in ``[-s, s]``; value and chroma stay.
+
+    Args:
+        images: ``(B, 1 or 3, height, width)``; grey images stay as they are.
+        strength: ``s`` in [0, 0.5], a number or ``(B,)``; at 0.5 every hue is as likely.
+        bounds: to which pixels are clamped.
+
+    Raises:
+        ResponseError: if there are neither one nor three channels.
+
+    References:
+        Smith, *Color Gamut Transform Pairs*, 1978 (the hexagonal model, HSV).
+    """
+    share = _column(strength, images, 4)
+    turn = share * (2 * torch.rand(len(images), 1, 1, 1, dtype=images.dtype, device=images.device) - 1)
+    if images.shape[1] not in (1, 3):
+        raise ResponseError(f"a hue is of red, green and blue, and these images have {images.shape[1]} channels.")
+    if images.shape[1] == 1:
+        return images
+    sector, value, chroma = _hexagon(images)
+    place = (torch.tensor([5, 3, 1]).to(images).reshape(1, 3, 1, 1) + sector + 6 * turn) % 6
+    turned = value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
+    # Where nothing is asked for, not even rounding may change a pixel.
+    return torch.where(share == 0, images, _clamped(turned, bounds))
+
+
+def _hexagon(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Hue as a number in [0, 6), value and chroma, each ``(B, 1, height, width)``."""
+    value = images.amax(1, keepdim=True)
+    chroma = value - images.amin(1, keepdim=True)
+    red, green, blue = images.split(1, 1)
+    width = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
+    after_red, after_green, after_blue = (green - blue) / width, (blue - red) / width + 2, (red - green) / width + 4
+    sector = torch.where(red == value, after_red, torch.where(green == value, after_green, after_blue))
+    return sector % 6, value, chroma
 
 
 def affine(

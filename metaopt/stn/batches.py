@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from metaopt.errors import ResponseError
@@ -17,8 +18,14 @@ def count(args: Any, kwargs: Any, dim: int) -> int:
     """The number of examples in a model's arguments: the size of the first tensor along an axis.
 
     Raises:
-        ResponseError: if no tensor has that axis.
+        ResponseError: if no tensor has that axis, or sequences are packed already.
     """
+    for value in pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, PackedSequence)):
+        if isinstance(value, PackedSequence):
+            raise ResponseError(
+                "the model is called with a packed sequence, which has no axis of examples; pass the padded sequences "
+                "and their lengths, and let the model pack them."
+            )
     for leaf in pytree.tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and leaf.ndim > dim:
             return leaf.shape[dim]
@@ -53,6 +60,8 @@ def size_of(batch: Any, dim: int = 0) -> int:
     """
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim > dim:
+            if not leaf.shape[dim]:
+                raise ResponseError("a batch has no examples; leave empty batches out.")
             return leaf.shape[dim]
     raise ResponseError(
         "a batch must hold a tensor with its examples along an axis, and this one holds none; pass what the loss "

@@ -60,7 +60,7 @@ def groups_of(tuned: Tuned, examples: int) -> int | None:
         )
     coupled = any(isinstance(m, _BatchNorm) and m.training for m in tuned.model.modules())
     if tuned.groups is None:
-        return 1 if coupled else min(GROUPS, examples)
+        return 1 if coupled or tuned.mixes else min(GROUPS, examples)
     if tuned.groups > examples:
         raise ResponseError(
             f"a batch of {examples} examples can't be split into {tuned.groups} groups of perturbations; use larger "
@@ -70,6 +70,11 @@ def groups_of(tuned: Tuned, examples: int) -> int | None:
         raise ResponseError(
             "BatchNorm takes its statistics from the whole batch, which groups of examples would change; set "
             "`groups=1` in `transform`, so that the batch has one perturbation."
+        )
+    if tuned.mixes and tuned.groups > 1:
+        raise ResponseError(
+            "the model's output for an example depends on the others of the batch, which groups of examples would "
+            "change; set `groups=1` in `transform`, so that the batch has one perturbation."
         )
     return tuned.groups
 

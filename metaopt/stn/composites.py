@@ -11,9 +11,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metaopt.errors import ResponseError
 from metaopt.stn.layouts import Layout, NeedsGroups
-from metaopt.stn.passes import Pass, Unsupported
+from metaopt.stn.linearised import LinearisedPass
+from metaopt.stn.passes import Pass
+from metaopt.stn.randomness import Rate
 from metaopt.stn.rules import register
 
 
@@ -63,19 +67,27 @@ def inside(p: Pass, axis: int) -> Iterator[None]:
 
 
 def untouched(p: Pass, func: Any, args: Sequence[Any], why: str) -> Any:
-    """Call a composite as it is, if nothing in it responds.
+    """Call a composite as it is, if nothing in it responds; with tangents, by forward-mode AD.
 
     Raises:
         NeedsGroups: if a weight responds.
-        Unsupported: if a value has a tangent.
+        Unsupported: if a value has a tangent, and the function no forward mode.
+        ResponseError: if a dropout within is bound: torch draws its mask at one rate.
     """
+    for value in args:
+        if isinstance(value, Rate) and value.hyper is not None and not p.recording:
+            raise ResponseError(
+                f"the dropout of {value.module!r} is bound to {value.hyper!r}, and can't have that rate here: {why}. "
+                "Bind a dropout module before or behind it."
+            )
     tensors = [t for value in args for t in (value if isinstance(value, (list, tuple)) else (value,))]
     for tensor in tensors if not p.recording else ():
         active = p.mark_of(tensor)
         if active is not None:
             raise NeedsGroups(active.entry.name, why)
-        if p.tangent(tensor) is not None:
-            raise Unsupported(f"`{func.__name__}`: {why}")
+    if isinstance(p, LinearisedPass) and any(p.tangent(t) is not None for t in tensors):
+        with sdpa_kernel(SDPBackend.MATH):
+            return p.by_forward_ad(func, tuple(args), {})
     return func(*args)
 
 
@@ -142,7 +154,8 @@ def _direction(
 def _sequence(p: Pass, func: Any, *args: Any) -> Any:
     """``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, written out over time."""
     if not isinstance(args[3], bool) or args[0].ndim != 3:
-        return untouched(p, func, args, "a sequence that is packed, or has no batch, has no axis of examples")
+        why = "a sequence that is packed, or has no batch, has no axis of examples; pass padded sequences"
+        return untouched(p, func, args, why)
     x, hx, weights, biases, layers, rate, training, bidirectional, batch_first = args
     states = tuple(hx) if isinstance(hx, (list, tuple)) else (hx,)
     masked = bool(rate) and training and layers > 1
@@ -177,6 +190,15 @@ def _sequence(p: Pass, func: Any, *args: Any) -> Any:
 
 for _name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
     register(getattr(torch, _name))(_sequence)
+
+
+@register(torch._pack_padded_sequence)
+def _pack(p: Pass, func: Any, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:  # noqa: A002
+    """Packing moves entries; torch's own has no forward mode."""
+    p.refuse_marked(func, (input,), {})
+    dx = p.tangent(input)
+    data, sizes = func(input, lengths, batch_first)
+    return p.join(data, None if dx is None else func(dx, lengths, batch_first)[0]), sizes
 
 
 def _cell(
@@ -224,12 +246,16 @@ def _bag(
     """A look-up and a sum: torch's own has no forward mode and no second derivative."""
     settings = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
     arguments = (input, weight, *settings, include_last_offset, padding_idx)
-    if offsets is not None or max_norm is not None or mode == "max" or padding_idx is not None or input.ndim != 2:
-        return untouched(p, func, arguments, "`embedding_bag` with offsets, padding or a maximum has no rule")
+    if offsets is not None or max_norm is not None or mode == "max" or input.ndim != 2:
+        return untouched(p, func, arguments, "`embedding_bag` with offsets or a maximum has no rule")
     if not written_out(p, func, input, 0, [weight], [per_sample_weights]):
         return func(*arguments)
     with inside(p, 0):
         words = F.embedding(input, weight)
         if per_sample_weights is not None:
             words = words * per_sample_weights.unsqueeze(-1)
-        return words.sum(1) if mode == "sum" else words.mean(1)
+        if padding_idx is None:
+            return words.sum(1) if mode == "sum" else words.mean(1)
+        kept = (input != padding_idx % len(weight)).to(words.dtype)
+        total = (words * kept.unsqueeze(-1)).sum(1)
+        return total if mode == "sum" else total / kept.sum(1, keepdim=True).clamp(min=1)

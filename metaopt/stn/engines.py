@@ -99,7 +99,8 @@ def forward(run: Runner, z: Tensor) -> Any:
                 output, _ = run(dual, Pass)
         except (NotImplementedError, RuntimeError) as error:
             text = str(error).lower()
-            if "forward" not in text and "jvp" not in text:
+            # Under autocast a dual weight's tangent keeps its precision, and its type is not "the same".
+            if "forward" not in text and "jvp" not in text and "same" not in text:
                 raise
             raise Unsupported(str(error).splitlines()[0]) from error
 
@@ -122,12 +123,18 @@ def double(run: Runner, z: Tensor) -> Any:
         tangents: dict[int, Tensor] = {}
         if live:
             adjoints = [torch.zeros_like(y).requires_grad_() for y in live]
-            (pulled,) = torch.autograd.grad(live, zero, adjoints, create_graph=True, allow_unused=True)
+            try:
+                (pulled,) = torch.autograd.grad(live, zero, adjoints, create_graph=True, allow_unused=True)
+                pushed: Any = ()
+                if pulled is not None:
+                    pushed = torch.autograd.grad(pulled, adjoints, z, create_graph=True, allow_unused=True)
+            except NotImplementedError as error:
+                raise Unsupported(str(error).splitlines()[0]) from error
             if pulled is not None:
-                pushed = torch.autograd.grad(pulled, adjoints, z, create_graph=True, allow_unused=True)
                 tangents = {id(y): t for y, t in zip(live, pushed, strict=True) if t is not None}
+        # The primal keeps its graph: a loss may differentiate it by the model's input.
         return pytree.tree_unflatten(
-            [combine(y.detach(), tangents.get(id(y))) if isinstance(y, Tensor) else y for y in leaves], spec
+            [combine(y, tangents.get(id(y))) if isinstance(y, Tensor) else y for y in leaves], spec
         )
 
 

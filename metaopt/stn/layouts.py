@@ -8,10 +8,10 @@ examples, and the axis is the one that grew.
 
 from __future__ import annotations
 
-__all__ = ["Layout", "NeedsGroups", "Site", "infer"]
+__all__ = ["Layout", "NeedsGroups", "Site", "infer", "reordered"]
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,21 @@ class Layout:
     axis: int = 0
     repeat: int = 1
     outer: bool = True
+
+    def fitted(self, value: Tensor, examples: int) -> Layout | str:
+        """The layout in a batch of its own size, or the reason why it is none: a model may select some examples.
+
+        Args:
+            value: what a site is given.
+            examples: how many there are in the batch.
+        """
+        size = value.shape[self.axis] if value.ndim > self.axis else 0
+        if size == examples * self.repeat:
+            return self
+        # Sequences may be of another length than when the axes were looked for.
+        if self.repeat > 1 and size and size % examples == 0:
+            return replace(self, repeat=size // examples)
+        return f"it is given {size} of the rows of a batch of {examples}, and which ones can't be told"
 
     def spread(self, values: Tensor, ndim: int, feature: int | None = None) -> Tensor:
         """Numbers of each example, in a shape that multiplies a tensor.
@@ -83,8 +98,48 @@ def infer(
         layout = _site(two.get(site, ()), three.get(site, ()))
         before = (known or {}).get(site)
         flat = isinstance(layout, str) and isinstance(before, Layout) and before.repeat > 1
-        found[site] = before if flat and before is not None else layout
+        moved = isinstance(layout, Layout) and isinstance(before, str)
+        found[site] = before if (flat or moved) and before is not None else layout
     return found
+
+
+def reordered(
+    found: Mapping[Site, Layout | str],
+    given: Mapping[Site, Sequence[Tensor]],
+    permuted: Mapping[Site, Sequence[Tensor]],
+    order: Tensor,
+) -> dict[Site, str]:
+    """The sites that see the examples in an order of the model's own, such as by length.
+
+    Args:
+        found: the layouts.
+        given: what each site was given in a run on some examples.
+        permuted: the same for these examples in another order; it should be in that order too.
+        order: the permutation.
+    """
+    why = "it sees the examples in another order than they are given in; let the model keep their order"
+    return {
+        site: why
+        for site, layout in found.items()
+        if isinstance(layout, Layout)
+        and any(_moved(layout, order, a, b) for a, b in zip(given.get(site, ()), permuted.get(site, ()), strict=False))
+    }
+
+
+def _moved(layout: Layout, order: Tensor, given: Tensor, permuted: Tensor) -> bool:
+    if given.shape != permuted.shape:
+        return False
+    # A number for each example: values that are random, or mixed by the model, differ in any order, and say nothing.
+    rows = []
+    for value in (given, permuted):
+        parts = value.movedim(layout.axis, 0)
+        size = len(parts) // layout.repeat
+        whole = parts.reshape(size, -1) if layout.outer else parts.unflatten(0, (-1, size)).movedim(1, 0)
+        flat = whole.reshape(size, -1).double()
+        rows.append((flat * torch.cos(torch.arange(flat.shape[1], device=flat.device))).sum(1))
+    if len(rows[0]) != len(order):
+        return False
+    return not _same(rows[0][order.to(rows[0].device)], rows[1]) and _same(rows[0].sort().values, rows[1].sort().values)
 
 
 def _site(two: Sequence[Tensor], three: Sequence[Tensor]) -> Layout | str:

@@ -62,7 +62,7 @@ class LinearisedPass(Pass):
 
     def join(self, value: Tensor, change: Tensor | None) -> Tensor:
         if change is not None and torch.is_grad_enabled():
-            carry(self, value, change)
+            carry(self, value, self.like(change, value))
         return value
 
     def overwrite(self, target: Tensor, value: Tensor, change: Tensor | None) -> Tensor:

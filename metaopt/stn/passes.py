@@ -11,6 +11,7 @@ __all__ = ["Pass", "Recorder", "Unsupported", "function_name"]
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -59,6 +60,7 @@ class Pass(TorchFunctionMode):
         self.noise = Noise()
         self.moves_statistics = False
         self.fixed: Layout | None = None
+        self.epsilon = 0.0
         self._kept: list[Tensor] = []
 
     def __torch_function__(
@@ -83,14 +85,23 @@ class Pass(TorchFunctionMode):
         self.marks[id(tensor)] = active
         return tensor
 
+    def times(self, alias: Tensor, mask: Tensor) -> Tensor:
+        """A weight with some entries dropped: it responds, or carries its tangent, as it did, with the same mask."""
+        product, active, tangent = alias * mask, self.mark_of(alias), self.tangent(alias)
+        if active is not None:
+            self.mark(product, active.masked(mask))
+        return product if tangent is None else self.join(product, tangent * mask)
+
     def layout(self, active: Active, func: Any, value: Tensor) -> Layout | None:
         """Where the examples are in what ``func`` is given; None where that is being found out."""
         self.used.add(active.entry.name)
-        return self.fixed or self.locate((active.entry.name, func.__name__), value)
+        return self.fixed or self.locate((active.entry.name, func.__name__), value, len(active.coefficients[0]))
 
-    def locate(self, site: Site, value: Tensor) -> Layout | None:
+    def locate(self, site: Site, value: Tensor, examples: int) -> Layout | None:
         """The layout of a site, with the number of examples checked."""
         found = self.layouts.get(site, "it was not used when the axes of examples were looked for")
+        if isinstance(found, Layout):
+            found = found.fitted(value, examples)
         if isinstance(found, str):
             raise NeedsGroups(site[0], found)
         return found
@@ -113,7 +124,12 @@ class Pass(TorchFunctionMode):
 
     def join(self, value: Tensor, change: Tensor | None) -> Tensor:
         """A function's result with the change by the responses: added, or as its tangent."""
-        return value if change is None else value + change
+        return value if change is None else value + self.like(change, value)
+
+    def like(self, change: Tensor, value: Tensor) -> Tensor:
+        """A change in the precision of what changes, which autocast may have lowered; the lowest is noted."""
+        self.epsilon = max(self.epsilon, torch.finfo(value.dtype).eps)
+        return change.to(value.dtype)
 
     def overwrite(self, target: Tensor, value: Tensor, change: Tensor | None) -> Tensor:
         """Write a function's result in place."""
@@ -129,14 +145,14 @@ class Recorder(Pass):
         super().__init__(*args, **kwargs)
         self.seen: dict[Site, list[Tensor]] = {}
 
-    def locate(self, site: Site, value: Tensor) -> Layout | None:
+    def locate(self, site: Site, value: Tensor, examples: int) -> Layout | None:
         self.seen.setdefault(site, []).append(value.detach())
         return None
 
     def layout(self, active: Active, func: Any, value: Tensor) -> Layout | None:
         self.used.add(active.entry.name)
         # In a composite rule the axis is known; what counts is that the composite's own input has it.
-        return None if self.fixed else self.locate((active.entry.name, func.__name__), value)
+        return None if self.fixed else self.locate((active.entry.name, func.__name__), value, 0)
 
     def refuse_marked(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         return

@@ -1,11 +1,12 @@
-"""Penalties of weights that respond: exact for every example, without weights per example."""
+"""Penalties of weights that respond, and of activations: exact for every example, without weights per example."""
 
 from __future__ import annotations
 
-__all__ = ["l2"]
+__all__ = ["activation_penalty", "l2", "temporal_activation_penalty"]
 
 from collections.abc import Collection
 
+import torch
 from torch import Tensor
 
 from metaopt.errors import ResponseError
@@ -46,19 +47,80 @@ def l2(model: Tuned, coefficient: Tensor, names: Collection[str] | None = None) 
     if at.z is None:
         return coefficient.mean() * sum(model.slots.parameter(name).square().sum() for name in chosen)
     total: Tensor | None = None
-    for active in model.responses.active(at.z, frozen=not at.response):
-        if active.entry.name in chosen:
-            parameter = model.slots.parameter(active.entry.name)
-            norm = _squared_norm(parameter if at.weights else parameter.detach(), active)
-            total = norm if total is None else total + norm
+    with torch.autocast(at.z.device.type, enabled=False):
+        for active in model.responses.active(at.z, frozen=not at.response):
+            if active.entry.name in chosen:
+                parameter = model.slots.parameter(active.entry.name)
+                norm = _squared_norm(parameter if at.weights else parameter.detach(), active)
+                total = norm if total is None else total + norm
     if total is None:
         raise ResponseError("l2 of no parameters; name at least one, or leave `names` out.")
     return (coefficient * total).mean()
 
 
+def activation_penalty(hidden: Tensor, coefficient: Tensor | float, *, batch_dim: int = 0) -> Tensor:
+    r"""The mean square of activations, with a coefficient for each example (AR).
+
+    .. math:: \frac{1}{B} \sum_b \alpha_b \, \mathrm{mean}(h_b^2)
+
+    Let the model return its hidden states, as dropped, beside its output; the response then acts on both.
+
+    Args:
+        hidden: the activations, ``(B, ...)``, or with the examples along ``batch_dim``.
+        coefficient: ``α``, a number or of shape ``(B,)``, such as ``values.activation``.
+        batch_dim: the axis of examples; 1 for ``(T, B, ...)``.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ResponseError: if there is not one coefficient for each example.
+
+    References:
+        Merity et al., *Revisiting Activation Regularization for Language RNNs*, 2017, Sec. 2.
+    """
+    squares = hidden.movedim(batch_dim, 0).flatten(1).square().mean(1)
+    weight = torch.as_tensor(coefficient, dtype=squares.dtype, device=squares.device)
+    if weight.ndim and weight.shape != squares.shape:
+        raise ResponseError(
+            f"there are coefficients of shape {tuple(weight.shape)} for activations of {len(squares)} examples along "
+            f"axis {batch_dim}; say where the examples are by `batch_dim`."
+        )
+    return (weight * squares).mean()
+
+
+def temporal_activation_penalty(
+    hidden: Tensor, coefficient: Tensor | float, *, batch_dim: int = 0, time_dim: int = 1
+) -> Tensor:
+    r"""The mean square of activations' changes over time, with a coefficient for each example (TAR).
+
+    .. math:: \frac{1}{B} \sum_b \beta_b \, \mathrm{mean}_t((h_{bt} - h_{b,t-1})^2)
+
+    Args:
+        hidden: the activations, ``(B, T, ...)``.
+        coefficient: ``β``, a number or of shape ``(B,)``.
+        batch_dim: the axis of examples.
+        time_dim: the axis of time; of ``(T, B, ...)`` the axes are ``batch_dim=1, time_dim=0``.
+
+    Returns:
+        A scalar; 0 for sequences of one step.
+
+    Raises:
+        ResponseError: if there is not one coefficient for each example.
+
+    References:
+        Merity et al. 2017, Sec. 2; after Krueger and Memisevic, *Regularizing RNNs by Stabilizing Activations*, 2016.
+    """
+    if hidden.shape[time_dim] < 2:
+        return 0 * activation_penalty(hidden, coefficient, batch_dim=batch_dim)
+    return activation_penalty(hidden.diff(dim=time_dim), coefficient, batch_dim=batch_dim)
+
+
 def _squared_norm(parameter: Tensor, active: Active) -> Tensor:
     """``‖P + ΔP_b‖²`` of each example, shape ``(B,)``."""
     structure = active.entry.structure
+    if active.mixers:
+        return _squared_norm_of_low_rank(parameter, active, structure.axis or 0)
     weight = parameter.reshape(structure.view)
     kept = [
         d for d, n in enumerate(structure.broadcast) if n == structure.view[d] and (n > 1 or structure.axis is None)
@@ -76,3 +138,12 @@ def _squared_norm(parameter: Tensor, active: Active) -> Tensor:
             products = (s * s2) if v is None or v2 is None else (s * s2) * rows(v * v2)
             total = total + (1 if s2 is s else 2) * products.sum(-1)
     return total
+
+
+def _squared_norm_of_low_rank(parameter: Tensor, active: Active, axis: int) -> Tensor:
+    """``‖P + A diag(s_b) C‖²``: with all banks side by side it takes two Gram matrices, of A and of C."""
+    s, a = torch.cat(active.coefficients, 1), torch.cat(active.mixers, 1)
+    c = torch.cat([base for base in active.bases if base is not None], axis).movedim(axis, 0).flatten(1)
+    inner = ((a.t() @ parameter.movedim(axis, 0).flatten(1)) * c).sum(1)
+    gram = (a.t() @ a) * (c @ c.t())
+    return parameter.square().sum() + 2 * (s @ inner) + ((s @ gram) * s).sum(-1)

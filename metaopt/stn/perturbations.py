@@ -119,6 +119,7 @@ class Coordinates:
             raise DomainError(
                 f"no hyperparameter {sorted(unknown)[0]!r} to draw per batch; there are: {', '.join(hyper)}."
             )
+        self.per_batch = frozenset(per_batch)
         self.shared = [i for name in per_batch for i in range(size)[self.slices[name]]]
 
     def leaf(self) -> Tensor:

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from metaopt.stn.passes import Pass
 from metaopt.stn.rules import register
+from metaopt.stn.variational import VariationalDropout
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+DROPOUTS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+    VariationalDropout,
+)
 
 # The value to which SELU saturates: -scale · alpha.
 SATURATION = -1.7580993408473766
@@ -38,6 +42,10 @@ class Rate(float):
         rate.module, rate.hyper = module, hyper
         return rate
 
+    def __getnewargs__(self) -> tuple[float, str, str | None]:  # type: ignore[override]
+        """What a copy is made from."""
+        return float(self), self.module, self.hyper
+
 
 def _rates(run: Pass, func: Any, x: Tensor, rate: float) -> Tensor | None:
     """The rate of each example in a shape that broadcasts with ``x``; one number where all are equal."""
@@ -51,7 +59,7 @@ def _rates(run: Pass, func: Any, x: Tensor, rate: float) -> Tensor | None:
     values = run.rates[rate.hyper].to(x.dtype)
     if values.ndim == 0:
         return values
-    layout = run.fixed or run.locate((f"dropout {rate.module}", func.__name__), x)
+    layout = run.fixed or run.locate((f"dropout {rate.module}", func.__name__), x, len(values))
     return values[0] if layout is None else layout.spread(values, x.ndim)
 
 
@@ -85,7 +93,9 @@ def dropout(
     inplace: bool = False,
 ) -> Tensor:
     """``y = x m / (1 - p_b)`` with ``m ~ Bernoulli(1 - p_b)``, for entries or whole channels."""
-    rates = _rates(run, func, input, p) if training else None
+    # In evaluation an order of examples can be read from the values; in training they are random.
+    rates = _rates(run, func, input, p) if training or run.recording else None
+    rates = rates if training else None
     if rates is None:
         if not training or run.tangent(input) is None:
             return func(input, p, training, inplace) if training else input

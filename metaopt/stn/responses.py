@@ -5,8 +5,8 @@ from __future__ import annotations
 __all__ = ["Active", "Entry", "Responses"]
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class Entry:
         structure: its rows.
         known: whether its layers have rules per example; else it responds through the fallback.
         start: its first row in ``U``.
+        banks: the terms of its response.
+        rank: the rank of each term; None where a term has a scalar for each row.
     """
 
     name: str
@@ -34,11 +36,17 @@ class Entry:
     known: bool
     start: int
     banks: int
+    rank: int | None = None
+
+    @property
+    def width(self) -> int:
+        """The number of scalars of each term."""
+        return self.structure.rows if self.rank is None else self.rank
 
     @property
     def stop(self) -> int:
         """The row of ``U`` after its last."""
-        return self.start + self.banks * self.structure.rows
+        return self.start + self.banks * self.width
 
 
 @dataclass(frozen=True)
@@ -48,26 +56,46 @@ class Active:
     Args:
         entry: whose it is.
         coefficients: a tensor ``(B, o)`` for each bank: ``s = ε Uᵀ``.
-        bases: ``V`` of each bank, or None where it is 1.
+        bases: ``V`` of each bank, or None where it is 1; ``C`` of a response of low rank.
+        mixers: ``A`` of each bank of a response of low rank, ``(o, r)``; else empty.
     """
 
     entry: Entry
     coefficients: tuple[Tensor, ...]
     bases: tuple[Tensor | None, ...]
+    mixers: tuple[Tensor, ...] = ()
+
+    def terms(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """Coefficients, base and mixer of each bank."""
+        mixers = self.mixers or (None,) * len(self.bases)
+        yield from zip(self.coefficients, self.bases, mixers, strict=True)
 
     def rows(self, start: int, stop: int) -> Active:
         """The response of ``P[start:stop]``, for rows along the first axis."""
+        if self.mixers:
+            return replace(self, mixers=tuple(mixer[start:stop] for mixer in self.mixers))
         return Active(
             self.entry,
             tuple(s[:, start:stop] for s in self.coefficients),
             tuple(None if base is None else base[start:stop] for base in self.bases),
         )
 
+    def masked(self, mask: Tensor) -> Active:
+        """The response of ``m ⊙ P``: the mask of the weights multiplies ``V`` too."""
+        return Active(
+            self.entry, self.coefficients, tuple(mask if base is None else mask * base for base in self.bases)
+        )
+
     def change(self, example: int = 0) -> Tensor:
         """``ΔP`` of one example, of the parameter's shape."""
-        structure = self.entry.structure
-        terms = [structure.scale(s[example], v) for s, v in zip(self.coefficients, self.bases, strict=True)]
+        terms = [self._term(s[example], base, mixer) for s, base, mixer in self.terms()]
         return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+
+    def _term(self, scalars: Tensor, base: Tensor | None, mixer: Tensor | None) -> Tensor:
+        axis = self.entry.structure.axis
+        if mixer is None or base is None or axis is None:
+            return self.entry.structure.scale(scalars, base)
+        return torch.tensordot(mixer * scalars, base, ([1], [axis])).movedim(0, axis)
 
 
 class Responses(nn.Module):
@@ -75,25 +103,38 @@ class Responses(nn.Module):
 
     .. math:: \Delta P_b = \sum_{k=1}^{K} \mathrm{diag}(U_k z_b)\, V_k
 
-    ``U`` starts at zero, so the response does too; ``V`` is drawn as a layer's weights are.
+    Of a rank ``r``, where one is given, ``diag(U_k z_b) V_k`` is replaced by ``A_k diag(U_k z_b) C_k``, with ``A`` of
+    r columns and ``C`` of r rows: ``r (o + i)`` numbers for a matrix, and not ``o i``. ``U`` starts at zero, so the
+    response does too; ``V`` is drawn as a layer's weights are.
 
     Args:
         model: the model; frozen parameters have no response.
         width: H, the number of entries of all hyperparameters.
         banks: K, the number of terms of each matrix. One bank is the papers' form, in which all H response directions
             share one ``V``; H banks impose nothing.
+        rank: the rank of each term of a matrix's or a kernel's response; None for the papers' form. Kernels of
+            grouped convolutions, whose rows see different inputs, keep that.
+        whole: names of parameters that keep it too: a mask of their entries would not leave a low rank.
 
     Shape:
-        ``U`` is (R, H), with a row for each row of each parameter and bank; a ``V`` has its parameter's shape.
+        ``U`` is (R, H), with a row for each scalar of each parameter and bank; a ``V`` has its parameter's shape.
 
     Raises:
         ResponseError: if no parameter is trained, or they are of several types or on several devices.
 
     References:
-        MacKay et al. 2019, Eq. 10-11; Bae and Grosse 2020, Sec. 3.3. Banks are ours.
+        MacKay et al. 2019, Eq. 10-11; Bae and Grosse 2020, Sec. 3.3. Banks and the low rank are ours.
     """
 
-    def __init__(self, model: nn.Module, width: int, banks: int = 1) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        width: int,
+        banks: int = 1,
+        *,
+        rank: int | None = None,
+        whole: Collection[str] = (),
+    ) -> None:
         super().__init__()
         found = _parameters(model)
         kinds = {(p.dtype, p.device) for p, _, _, _ in found}
@@ -104,17 +145,20 @@ class Responses(nn.Module):
                 "`model.to(...)`, or unfreeze the parameters that should respond."
             )
         self.entries: list[Entry] = []
-        self.bases = nn.ParameterList()
+        self.bases, self.mixers = nn.ParameterList(), nn.ParameterList()
         self._slots: list[tuple[int, ...]] = []
         rows = 0
         for parameter, names, structure, known in found:
             count = 1 if structure.axis is None else banks
-            entry = Entry(names[0], names, structure, known, rows, count)
+            low = structure.axis is not None and structure.mixable and names[0] not in whole
+            entry = Entry(names[0], names, structure, known, rows, count, rank if low else None)
             rows = entry.stop
             self.entries.append(entry)
             first = len(self.bases)
             if structure.axis is not None:
-                self.bases.extend(Parameter(_base(parameter, structure)) for _ in range(count))
+                self.bases.extend(Parameter(_base(parameter, entry)) for _ in range(count))
+            if entry.rank is not None:
+                self.mixers.extend(Parameter(_mixer(parameter, structure.rows, entry.rank)) for _ in range(count))
             self._slots.append(tuple(range(first, len(self.bases))))
         dtype, device = kinds.pop()
         self.weight = Parameter(torch.zeros(rows, width, dtype=dtype, device=device))
@@ -129,14 +173,18 @@ class Responses(nn.Module):
         """
         if weight is None:
             weight = self.weight.detach() if frozen else self.weight
-        spread = z.to(weight.dtype) @ weight.t()
-        pieces = iter(spread.split([e.structure.rows for e in self.entries for _ in range(e.banks)], 1))
+        # A step under autocast must not round the perturbations.
+        with torch.autocast(weight.device.type, enabled=False):
+            spread = z.to(weight.dtype) @ weight.t()
+        pieces = iter(spread.split([e.width for e in self.entries for _ in range(e.banks)], 1))
+        mixers = iter(self.mixers)
         for entry, slots in zip(self.entries, self._slots, strict=True):
             coefficients = tuple(next(pieces) for _ in range(entry.banks))
             bases: tuple[Tensor | None, ...] = tuple(
                 self.bases[slot].detach() if frozen else self.bases[slot] for slot in slots
             )
-            yield Active(entry, coefficients, bases or (None,))
+            mixing = tuple(next(mixers) for _ in range(entry.banks)) if entry.rank is not None else ()
+            yield Active(entry, coefficients, bases or (None,), tuple(m.detach() for m in mixing) if frozen else mixing)
 
     def changes(self, z: Tensor) -> dict[str, Tensor]:
         """``ΔP`` for one point ``z`` of shape ``(H,)``, by each parameter's first name."""
@@ -185,7 +233,14 @@ def _bare(parameter: Tensor) -> Structure:
     return along(parameter, 0) if parameter.ndim > 1 else dense(parameter)
 
 
-def _base(parameter: Tensor, structure: Structure) -> Tensor:
-    fan_in = parameter.numel() / max(structure.rows, 1)
-    bound = 1 / math.sqrt(max(fan_in, 1))
-    return torch.empty_like(parameter, requires_grad=False).uniform_(-bound, bound)
+def _base(parameter: Tensor, entry: Entry) -> Tensor:
+    structure, shape = entry.structure, list(parameter.shape)
+    if entry.rank is not None and structure.axis is not None:
+        shape[structure.axis] = entry.rank
+    bound = 1 / math.sqrt(max(parameter.numel() / max(structure.rows, 1), 1))
+    return parameter.new_empty(shape, requires_grad=False).uniform_(-bound, bound)
+
+
+def _mixer(parameter: Tensor, rows: int, rank: int) -> Tensor:
+    bound = 1 / math.sqrt(rank)
+    return parameter.new_empty(rows, rank, requires_grad=False).uniform_(-bound, bound)

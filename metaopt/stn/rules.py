@@ -99,16 +99,18 @@ def _weight(
     if layout is None:
         return []
     axis, found = active.entry.structure.axis, []
-    for coefficients, base in zip(active.coefficients, active.bases, strict=True):
+    for coefficients, base, mixer in active.terms():
         if base is None:
             # A vector: every entry is a row, and `op` with ones is the function of x alone.
             ones = coefficients.new_ones(active.entry.structure.view)
             found.append(layout.spread(coefficients, ndim, feature) * op(x, ones))
         elif axis == rows:
-            found.append(layout.spread(coefficients, ndim, feature) * op(x, base))
+            scaled = layout.spread(coefficients, ndim, feature) * op(x, base)
+            found.append(scaled if mixer is None else F.linear(scaled.movedim(feature, -1), mixer).movedim(-1, feature))
         elif rows == 0 and axis == 1 and base.ndim == 2:
             # Rows along the input axis: a decoder that is tied to a table of words.
-            found.append(op(x * layout.spread(coefficients, x.ndim, -1), base))
+            columns = x if mixer is None else x @ mixer
+            found.append(op(columns * layout.spread(coefficients, x.ndim, -1), base))
         else:
             raise NeedsGroups(active.entry.name, f"`{func.__name__}` has no rule for rows along its axis {axis}")
     return found

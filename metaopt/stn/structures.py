@@ -14,7 +14,7 @@ __all__ = ["Structure", "along", "dense", "structures"]
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -30,12 +30,15 @@ class Structure:
         view: the shape in which the parameter is seen.
         broadcast: the shape in which a row's scalars multiply that view.
         axis: the axis of the rows, or None where every entry is a row of its own (then ``V`` is 1 and drops out).
+        mixable: whether rows may be sums of other rows, as in a response of low rank; not where groups of rows see
+            different inputs.
     """
 
     rows: int
     view: tuple[int, ...]
     broadcast: tuple[int, ...]
     axis: int | None
+    mixable: bool = True
 
     def scale(self, coefficients: Tensor, base: Tensor | None) -> Tensor:
         """``diag(s) V``: a change of the parameter from the scalars of one example, shape ``(o,)``."""
@@ -81,9 +84,14 @@ def _of(module: nn.Module, axis: int, *names: str) -> dict[str, Structure]:
     return {name: along(p, axis) for name, p in parameters.items() if p is not None}
 
 
+@structures.register
+def _conv(module: _ConvNd) -> dict[str, Structure]:
+    found = _of(module, 0, "weight", "bias")
+    return {name: replace(structure, mixable=module.groups == 1) for name, structure in found.items()}
+
+
 @structures.register(nn.Linear)
 @structures.register(nn.Bilinear)
-@structures.register(_ConvNd)
 def _rows(module: nn.Module) -> dict[str, Structure]:
     return _of(module, 0, "weight", "bias")
 
@@ -96,7 +104,8 @@ def _conv_transpose(module: _ConvTransposeNd) -> dict[str, Structure]:
     weight, groups = module.weight, module.groups
     inner, outer, kernel = weight.shape[0] // groups, weight.shape[1], tuple(weight.shape[2:])
     view = (groups, inner, outer, *kernel)
-    found["weight"] = Structure(groups * outer, view, (groups, 1, outer, *(1 for _ in kernel)), 1)
+    broadcast = (groups, 1, outer, *(1 for _ in kernel))
+    found["weight"] = Structure(groups * outer, view, broadcast, 1, mixable=groups == 1)
     return found
 
 
@@ -125,4 +134,6 @@ def _recurrent(module: nn.Module) -> dict[str, Structure]:
 
 @structures.register
 def _attention(module: nn.MultiheadAttention) -> dict[str, Structure]:
-    return _of(module, 0, "in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    found = _of(module, 0, "in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    added = {name: module._parameters.get(name) for name in ("bias_k", "bias_v")}
+    return found | {name: dense(p) for name, p in added.items() if p is not None}

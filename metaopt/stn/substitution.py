@@ -4,12 +4,13 @@ from __future__ import annotations
 
 __all__ = ["Slots", "rate_attribute", "substituted"]
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from metaopt.stn.masks import Mask
 from metaopt.stn.randomness import DROPOUTS, Rate
 
 
@@ -19,12 +20,15 @@ class Slots:
     Args:
         model: the model.
         bound: the hyperparameter by the name of the module that it sets the dropout rate of.
+        masks: of weights.
     """
 
-    def __init__(self, model: nn.Module, bound: Mapping[str, str]) -> None:
+    def __init__(self, model: nn.Module, bound: Mapping[str, str], masks: Sequence[Mask] = ()) -> None:
+        self.masks = list(masks)
         self.parameters: dict[str, list[tuple[dict[str, Any], str]]] = {}
         self.buffers: list[tuple[dict[str, Any], str]] = []
-        self.rates: list[tuple[dict[str, Any], str, Rate]] = []
+        # Modules, and not their `__dict__`: a copy of the model has others.
+        self.rates: list[tuple[nn.Module, str, Rate]] = []
         self.recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
         first: dict[int, str] = {}
         for prefix, module in model.named_modules():
@@ -36,7 +40,7 @@ class Slots:
             attribute = rate_attribute(module)
             if attribute is not None:
                 rate = Rate(getattr(module, attribute), prefix, bound.get(prefix))
-                self.rates.append((module.__dict__, attribute, rate))
+                self.rates.append((module, attribute, rate))
 
     def parameter(self, name: str) -> Tensor:
         """The parameter of a name, as the model has it now."""
@@ -52,12 +56,20 @@ def rate_attribute(module: nn.Module) -> str | None:
 
 
 @contextmanager
-def substituted(slots: Slots, replaced: Mapping[str, Tensor], *, buffers: bool, rates: bool) -> Iterator[None]:
+def substituted(
+    slots: Slots,
+    replaced: Mapping[str, Tensor],
+    *,
+    buffers: bool,
+    rates: bool,
+    masked: Sequence[tuple[Mask, Tensor]] = (),
+) -> Iterator[None]:
     """Let tensors stand in for parameters, copies for buffers, and marked numbers for rates.
 
     Args:
         slots: where they are.
         replaced: the stand-ins by the parameters' first names.
+        masked: those of single uses, which have some entries dropped.
         buffers: whether to run on copies of the buffers, so that no statistic moves.
         rates: whether dropout rates are marked.
     """
@@ -69,18 +81,21 @@ def substituted(slots: Slots, replaced: Mapping[str, Tensor], *, buffers: bool, 
         store[key] = value
 
     try:
-        by_id = {}
+        before = [dict(module._parameters) for module in slots.recurrent]
         for name, tensor in replaced.items():
-            by_id[id(slots.parameter(name))] = tensor
             for store, key in slots.parameters[name]:
                 put(store, key, tensor)
-        for module in slots.recurrent if replaced else ():
+        for mask, tensor in masked:
+            put(mask.module._parameters, mask.key, tensor)
+        for module, kept in zip(slots.recurrent, before, strict=True):
             # These keep a second list of their parameters.
-            put(module.__dict__, "_flat_weights", [by_id.get(id(w), w) for w in module._flat_weights])
+            now = {id(p): module._parameters[key] for key, p in kept.items()}
+            if replaced or masked:
+                put(module.__dict__, "_flat_weights", [now.get(id(w), w) for w in module._flat_weights])
         for store, key in slots.buffers if buffers else ():
             put(store, key, store[key].clone())
-        for store, key, rate in slots.rates if rates else ():
-            put(store, key, Rate(store[key], rate.module, rate.hyper))
+        for holder, key, rate in slots.rates if rates else ():
+            put(holder.__dict__, key, Rate(holder.__dict__[key], rate.module, rate.hyper))
         yield
     finally:
         for back in reversed(undo):

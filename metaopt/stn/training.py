@@ -16,18 +16,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metaopt.errors import ResponseError, SkippedStepWarning
-from metaopt.hyperparameters.transformed import Integer, Interval
 from metaopt.stn.batches import size_of
+from metaopt.stn.bounds import keep_inside
 from metaopt.stn.checks import check_first, evaluation, groups_of, repeat, require_scalar
 from metaopt.stn.generators import random_state, set_random_state
+from metaopt.stn.guards import differentiate
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy, inverse_softplus
 from metaopt.stn.tuned import Tuned
 
 Factory = Callable[[Iterable[Tensor]], Optimizer]
-
-# An interval's leaf is kept where its sigmoid still has a slope: a thousandth of the width from the bounds.
-LEAF = 6.9
 
 
 class Tuner:
@@ -78,6 +76,7 @@ class Tuner:
         self.steps = 0
         self.skipped = 0
         self._noise: Noise | None = None
+        self._at_bounds: set[str] = set()
         self._accepts_values = len(inspect.signature(valid_loss).parameters) > 2
 
     # -- the algorithm
@@ -184,7 +183,7 @@ class Tuner:
         loss = self._loss(self.valid_loss, batch, at, values=self._accepts_values)
         objective = loss if self.scale_optimizer is None else loss - self.entropy_weight * entropy(sigma)
         wanted = [*self.leaves, tuned.rho]
-        gradients = torch.autograd.grad(objective, wanted, allow_unused=True)
+        gradients = differentiate(objective, wanted)
         if not _finite([objective, *gradients]):
             self._skip("hyperparameters")
             return loss.item()
@@ -192,7 +191,7 @@ class Tuner:
             leaf_.grad = gradient
         self._clip(self.leaves)
         self.hyper_optimizer.step()
-        self._keep_inside()
+        keep_inside(self.tuned.hyper, self._at_bounds)
         if self.scale_optimizer is not None:
             self._clip([tuned.rho])
             self.scale_optimizer.step()
@@ -244,7 +243,7 @@ class Tuner:
         self, loss: Tensor, parameters: list[Any], optimizer: Optimizer, more: tuple[list[Any], Optimizer] | None = None
     ) -> None:
         everything = [*parameters, *(more[0] if more else [])]
-        gradients = torch.autograd.grad(loss, everything, allow_unused=True)
+        gradients = differentiate(loss, everything)
         if not _finite([loss, *gradients]):
             self._skip("weights or the response")
             return
@@ -270,12 +269,6 @@ class Tuner:
         )
 
     @torch.no_grad()
-    def _keep_inside(self) -> None:
-        for name, domain in self.tuned.hyper.domains.items():
-            if isinstance(domain, (Interval, Integer)):
-                self.tuned.hyper.get_leaf(name).clamp_(-LEAF, LEAF)
-
-    @torch.no_grad()
     def _clamp_scales(self) -> None:
         tuned = self.tuned
         tuned.rho.copy_(inverse_softplus(tuned.scale.clamp(*self.scale_bounds)))
@@ -292,6 +285,7 @@ class Tuner:
         return {
             "tuned": self.tuned.state_dict(),
             "fallback": dict(self.tuned.fallback),
+            "mixes": self.tuned.mixes,
             "optimizers": [None if o is None else o.state_dict() for o in self._optimizers()],
             "generator": self.generator.get_state(),
             "random": random_state(self.tuned.device),
@@ -302,7 +296,7 @@ class Tuner:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` kept."""
         self.tuned.load_state_dict(state["tuned"])
-        self.tuned.fallback = dict(state["fallback"])
+        self.tuned.fallback, self.tuned.mixes = dict(state["fallback"]), state.get("mixes", False)
         for optimizer, kept in zip(self._optimizers(), state["optimizers"], strict=True):
             if optimizer is not None:
                 optimizer.load_state_dict(kept)

@@ -11,11 +11,9 @@ from torch import nn
 
 from metaopt.errors import ResponseError
 from metaopt.hyperparameters import Hyperparameters
-from metaopt.hyperparameters.transformed import Interval
 from metaopt.stn import attention, composites, norms, tangents  # noqa: F401 -- they register their rules
+from metaopt.stn.binding import bound
 from metaopt.stn.engines import ENGINES
-from metaopt.stn.randomness import DROPOUTS
-from metaopt.stn.substitution import rate_attribute
 from metaopt.stn.tuned import Tuned
 
 METHODS = ("stn", "centered", "delta")
@@ -29,6 +27,7 @@ def transform(
     bind: Mapping[str, str | Sequence[str]] | None = None,
     per_batch: Sequence[str] = (),
     banks: int = 1,
+    rank: int | None = None,
     standardize: bool = True,
     groups: int | None = None,
     batch_dim: int = 0,
@@ -47,11 +46,16 @@ def transform(
         hyper: the hyperparameters; their ``scale`` is the initial σ.
         method: ``"stn"``, the uncentred response; ``"centered"``; or ``"delta"``, centred, with the network's
             output linearised in the weights' change.
-        bind: for a hyperparameter, the name of the module or modules whose dropout rate it is: ``nn.Dropout`` of
-            any kind, or the dropout of ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and ``nn.MultiheadAttention``. One whose
-            name is that of such a module, with ``_`` for ``.``, is bound to it by itself.
-        per_batch: names of hyperparameters that have one perturbation for a minibatch.
+        bind: for a hyperparameter, the name or names of what it is the dropout rate of: an ``nn.Dropout`` of any
+            kind or a `VariationalDropout`; ``nn.LSTM``, ``nn.GRU``, ``nn.RNN`` and ``nn.MultiheadAttention``, for
+            the dropout within; an ``nn.Embedding``, whose words are then dropped; a weight such as
+            ``"lstm.weight_hh_l0"``, whose connections are. A hyperparameter whose name is that of a dropout module,
+            with ``_`` for ``.``, is bound to it by itself.
+        per_batch: names of hyperparameters that have one perturbation for a minibatch; those bound to words or
+            weights have, since one mask serves the whole batch.
         banks: the terms of each response matrix; 1 is the papers' form.
+        rank: the rank of each term, for a response of less memory: ``ΔP_b = A diag(U ε_b) C``. By default a term
+            has a scalar for each row, and a ``V`` as large as the weights.
         standardize: whether a centred response is fed ε/σ, so that it learns at any σ.
         groups: into how many groups a batch is split, each with one perturbation, where a parameter can't respond
             per example. By default 8, and 1 for models with BatchNorm.
@@ -78,15 +82,17 @@ def transform(
         raise ResponseError(f"no method {method!r}; choose one of {', '.join(METHODS)}.")
     if engine != "auto" and engine not in ENGINES:
         raise ResponseError(f"no engine {engine!r}; choose auto, or one of {', '.join(ENGINES)}.")
-    if banks < 1 or (groups is not None and groups < 1):
-        raise ResponseError(f"banks and groups are at least 1, got {banks} and {groups}.")
+    if banks < 1 or (groups is not None and groups < 1) or (rank is not None and rank < 1):
+        raise ResponseError(f"banks, groups and rank are at least 1, got {banks}, {groups} and {rank}.")
+    names = bound(model, hyper, bind or {})
     return Tuned(
         model,
         hyper,
         method,
-        bound=_bound(model, hyper, bind or {}),
-        per_batch=tuple(per_batch),
+        bound=names,
+        per_batch=tuple(dict.fromkeys([*per_batch, *names.masks.values()])),
         banks=banks,
+        rank=rank,
         standardize=standardize,
         groups=groups,
         batch_dim=batch_dim,
@@ -105,41 +111,3 @@ def _refuse(model: nn.Module) -> None:
             )
         if any(isinstance(p, nn.parameter.UninitializedParameter) for p in module._parameters.values()):
             raise ResponseError(f"{name or 'the model'!r} has parameters without a shape; call the model once, first.")
-
-
-def _bound(model: nn.Module, hyper: Hyperparameters, bind: Mapping[str, str | Sequence[str]]) -> dict[str, str]:
-    """The hyperparameter of each bound module, by the module's name."""
-    modules = dict(model.named_modules())
-    names = {name for name, module in modules.items() if rate_attribute(module) is not None}
-    bound: dict[str, str] = {}
-    for key, given in bind.items():
-        if key not in hyper:
-            raise ResponseError(
-                f"bind names {key!r}, and there is no such hyperparameter; there are: {', '.join(hyper)}."
-            )
-        for name in [given] if isinstance(given, str) else given:
-            if name not in names:
-                known = ", ".join(sorted(names)) or "none"
-                raise ResponseError(
-                    f"hyperparameter {key!r} can't be bound to {name!r}, which is no module with a dropout rate; there "
-                    f"are: {known}. A dropout that `forward` calls as a function has no name: make it a module, "
-                    "`self.drop = nn.Dropout()`, call `self.drop(x)`, and bind it by that name."
-                )
-            if bound.setdefault(name, key) != key:
-                raise ResponseError(
-                    f"{name!r} is bound to {bound[name]!r} and to {key!r}; one rate has one hyperparameter."
-                )
-    for name in sorted(names - set(bound)):
-        key = name.replace(".", "_")
-        if key in hyper and key not in bind and isinstance(modules[name], DROPOUTS):
-            bound[name] = key
-    for key in set(bound.values()):
-        if hyper[key].numel() != 1:
-            raise ResponseError(f"hyperparameter {key!r} is a dropout rate, and that is one number; use a scalar.")
-        domain = hyper.domains[key]
-        if not (isinstance(domain, Interval) and domain.low >= 0 and domain.high < 1):
-            raise ResponseError(
-                f"hyperparameter {key!r} is a dropout rate and lives in {domain}: at a rate of 1 the mask divides by "
-                "zero. Use `interval(rate, 0, 0.95)`."
-            )
-    return bound

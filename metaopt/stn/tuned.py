@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Tuned"]
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,9 +16,12 @@ from torch.utils import _pytree as pytree
 from metaopt.errors import ResponseError
 from metaopt.hyperparameters import Hyperparameters
 from metaopt.stn.batches import count, split
+from metaopt.stn.binding import Bound
 from metaopt.stn.engines import ENGINES
 from metaopt.stn.generators import random_state, set_random_state
+from metaopt.stn.guards import guarded
 from metaopt.stn.layouts import Layout, NeedsGroups, Site
+from metaopt.stn.masks import Mask, masks_of
 from metaopt.stn.passes import Pass, Unsupported
 from metaopt.stn.perturbations import Coordinates, Noise, Perturbation, inverse_softplus
 from metaopt.stn.preparation import Prepared
@@ -48,9 +51,10 @@ class Tuned(Prepared):
         hyper: Hyperparameters,
         method: str,
         *,
-        bound: Mapping[str, str],
+        bound: Bound,
         per_batch: tuple[str, ...],
         banks: int,
+        rank: int | None,
         standardize: bool,
         groups: int | None,
         batch_dim: int,
@@ -62,7 +66,9 @@ class Tuned(Prepared):
         self.hyper = hyper
         self.method = method
         self.coordinates = Coordinates(hyper, per_batch)
-        self.responses = Responses(model, self.coordinates.size, banks)
+        masks = masks_of(model, bound.masks)
+        whole = {mask.name for mask in masks}
+        self.responses = Responses(model, self.coordinates.size, banks, rank=rank, whole=whole)
         weight = self.responses.weight
         scales = self.coordinates.scales().to(weight)
         self.rho = Parameter(inverse_softplus(scales))
@@ -70,14 +76,16 @@ class Tuned(Prepared):
         # A centred response is fed ε / σ, so that its curvature does not shrink with σ²; nothing is centred in "stn".
         self.standardize = standardize and method != "stn"
         self.register_buffer("reference", scales.clone() if self.standardize else torch.ones_like(scales))
-        self.bound = dict(bound)
-        self.slots = Slots(model, self.bound)
+        self.bound = dict(bound.rates)
+        self.slots = Slots(model, self.bound, masks)
         self.groups, self.batch_dim, self.verify = groups, batch_dim, verify
         self.fallback: dict[str, str] = {
             e.name: f"`{type(model).__name__}` uses it in a way without a rule"
             for e in self.responses.entries
             if not e.known
         }
+        # Whether the model's output for some examples depends on others: then they are not split into groups.
+        self.mixes = False
         self._engines = {mode: list(ENGINES) if engine == "auto" else [engine] for mode in (True, False)}
         self._layouts: dict[bool, dict[Site, Layout | str]] = {}
         self._compared: set[bool] = set()
@@ -154,17 +162,34 @@ class Tuned(Prepared):
     ) -> Any:
         """The model at one set of weights for all examples, with the dropout rates of the present hyperparameters."""
         replaced = {name: self.slots.parameter(name) + change for name, change in changes.items()}
-        with substituted(self.slots, replaced, buffers=False, rates=self.model.training):
-            if not (self.slots.rates and self.model.training):
-                return self.model(*args, **kwargs)
-            # All examples have the same rates: one number each.
-            p = Pass({}, {}, {name: values[name].flatten()[0] for name in set(self.bound.values())})
-            p.noise = Noise() if at is None else at.noise
-            p.moves_statistics = True
-            with p:
-                output = self.model(*args, **kwargs)
+        # All examples have the same rates: one number each.
+        p = Pass({}, {}, {name: values[name].flatten()[0] for name in set(self.bound.values())})
+        p.noise = Noise() if at is None else at.noise
+        p.moves_statistics = True
+        masked = self._masked(p, replaced, values)
+        seen = p if self.slots.rates and self.model.training else nullcontext()
+        same = seen is not p and not masked and not replaced
+        with (
+            guarded(args, kwargs, recomputes=same),
+            substituted(self.slots, replaced, buffers=False, rates=self.model.training, masked=masked),
+            seen,
+        ):
+            output = self.model(*args, **kwargs)
         self._note(p, at)
         return output
+
+    def _masked(
+        self, p: Pass, replaced: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    ) -> list[tuple[Mask, Tensor]]:
+        """What stands in for weights of which connections or words are dropped; each responds as it does, masked."""
+        found = []
+        for mask in self.slots.masks:
+            if not mask.module.training:
+                continue
+            p.hyper_used.add(mask.hyper)
+            weight = replaced[mask.name] if mask.name in replaced else self.slots.parameter(mask.name)
+            found.append((mask, p.times(weight, mask.draw(weight, values, p.noise))))
+        return found
 
     def _note(self, p: Pass, at: Perturbation | None) -> None:
         if at is not None:
@@ -178,10 +203,11 @@ class Tuned(Prepared):
             raise ResponseError(
                 f"the model is called with {examples} examples in a step whose batch has {len(at.z)}: each example has "
                 "its own perturbation, so call it on the whole batch, with the examples along axis "
-                f"{self.batch_dim} (`transform(..., batch_dim=...)` says which)."
+                f"{self.batch_dim} (`transform(..., batch_dim=...)` says which), and let the first tensor of a "
+                "batch of data be one with its examples."
             )
         self._prepare(args, kwargs)
-        if self.fallback and at.groups is None and len(at.z) > 1:
+        if self.fallback and len(at.z) > 1 and (at.groups is None or (self.mixes and at.groups > 1)):
             raise NeedsGroups(*next(iter(self.fallback.items())))
         if not self.fallback or at.groups in (None, 1):
             return self._whole(at, at.z, at.values, args, kwargs)
@@ -200,6 +226,11 @@ class Tuned(Prepared):
                 "the model returns a tensor without an axis of examples, which can't be put together from groups of "
                 "examples; return one value for each example, or set `groups=1` in `transform`."
             )
+        if len({part.shape[: self.batch_dim] + part.shape[self.batch_dim + 1 :] for part in parts}) > 1:
+            raise ResponseError(
+                "the model returns tensors of several shapes for groups of examples, which can't be put together; pad "
+                "them to one length (`total_length=` of `pad_packed_sequence`), or set `groups=1` in `transform`."
+            )
         return torch.cat(parts, self.batch_dim)
 
     def _whole(self, at: Perturbation, z: Tensor, values: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
@@ -211,7 +242,7 @@ class Tuned(Prepared):
         if not at.linearised:
             return run(z, Pass)[0]
         engines = self._engines[self.model.training]
-        if self.verify and len(engines) > 1 and self.model.training not in self._compared:
+        if self.verify and self.model.training not in self._compared:
             self._compared.add(self.model.training)
             self._compare(z, values, args, kwargs, engines)
         while True:
@@ -265,12 +296,20 @@ class Tuned(Prepared):
             else:
                 marks[id(alias)] = active
             replaced[name] = alias
-        p = kind(marks, self._layouts.get(self.model.training, {}), {n: values[n] for n in set(self.bound.values())})
+        # A rate that has one draw for a minibatch is one number, wherever the examples are.
+        shared = self.coordinates.per_batch
+        rates = {n: values[n].flatten()[0] if n in shared else values[n] for n in set(self.bound.values())}
+        p = kind(marks, self._layouts.get(self.model.training, {}), rates)
         if at is not None:
             p.noise, p.moves_statistics = at.noise, at.weights
         for alias, change in held:
             p.join(alias, change)
-        with substituted(self.slots, replaced, buffers=not p.moves_statistics, rates=True), p:
+        masked = self._masked(p, replaced, values)
+        with (
+            guarded(args, kwargs),
+            substituted(self.slots, replaced, buffers=not p.moves_statistics, rates=True, masked=masked),
+            p,
+        ):
             output = self.model(*args, **kwargs)
         self._note(p, at)
         return output, p

@@ -1,0 +1,72 @@
+"""What a model must not do while its response is learnt: recompute its values later, or write on its input."""
+
+from __future__ import annotations
+
+__all__ = ["differentiate", "guarded"]
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.utils import _pytree as pytree
+
+from metaopt.errors import ResponseError
+
+RECOMPUTED = (
+    "the model uses `torch.utils.checkpoint`, which computes a part of it once more while gradients are taken, when "
+    "its weights no longer respond and its dropout is no longer bound: the gradient would be wrong. Call that part "
+    "itself, `block(x)` and not `checkpoint(block, x)`, while the response is learnt."
+)
+
+
+@contextmanager
+def guarded(*inputs: Any, recomputes: bool = False) -> Iterator[None]:
+    """Run a model once.
+
+    Args:
+        inputs: its arguments.
+        recomputes: whether it may be computed again later.
+
+    Raises:
+        ResponseError: if it writes on its input, or saves less than its gradient needs.
+    """
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_inference()]
+    versions = [t._version for t in tensors]
+    with ExitStack() as stack:
+        if not recomputes:
+            # Refused where the hooks of the user's own are open already, around all of it; those save all values.
+            with suppress(RuntimeError):
+                stack.enter_context(disable_saved_tensors_hooks(RECOMPUTED))
+        try:
+            yield
+        except RuntimeError as error:
+            if str(error).startswith(RECOMPUTED):
+                raise ResponseError(RECOMPUTED) from None
+            raise
+    if versions != [t._version for t in tensors]:
+        raise ResponseError(
+            "the model writes on its input in place. It is called several times on one batch, which would be another "
+            "one each time; let it compute new tensors, as `x = x - mean` and not `x -= mean`."
+        )
+
+
+def differentiate(loss: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of a loss, None where it does not depend on a tensor.
+
+    Raises:
+        ResponseError: if the model computes values a second time, or a parameter was frozen.
+    """
+    if not all(t.requires_grad for t in tensors):
+        raise ResponseError(
+            "a parameter was frozen after the response was attached to it; freeze what should not be trained first, "
+            "and call `transform` then."
+        )
+    try:
+        return torch.autograd.grad(loss, tensors, allow_unused=True)
+    except RuntimeError as error:
+        if "torch.utils.checkpoint" in str(error):
+            raise ResponseError(RECOMPUTED) from error
+        raise

@@ -1,0 +1,402 @@
+"""Models and loops as users have them: right hypergradients and resumed runs, or an error with the cure."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+import metaopt
+from metaopt.errors import FallbackWarning, ResponseError
+from metaopt.stn import Tuned, l2, train, transform
+from tests.stn_models import at, hyperparameters, output
+
+ENGINES = ("manual", "forward", "double")
+
+
+class Dict(nn.Module):
+    """Heads by name, keyword arguments, and a dictionary of outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.drop = nn.Linear(4, 6), nn.Dropout(0.2)
+        self.heads = nn.ModuleDict({"a": nn.Linear(6, 2), "b": nn.Linear(6, 3)})
+
+    def forward(self, *, inputs: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+        hidden = self.drop(torch.relu(self.body(inputs)))
+        return {name: scale * head(hidden) for name, head in self.heads.items()}
+
+
+class Variational(nn.Module):
+    """An autoencoder that samples in training, and returns three tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.mean, self.log = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+        self.drop, self.decoder = nn.Dropout(0.2), nn.Linear(2, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = self.drop(torch.relu(self.encoder(x)))
+        mean, log = self.mean(hidden), self.log(hidden)
+        z = mean + torch.exp(0.5 * log) * torch.randn_like(mean) if self.training else mean
+        return self.decoder(z), mean, log
+
+
+class UNet(nn.Module):
+    """Down, up, and a skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+        self.deep = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.LeakyReLU(0.1, inplace=True))
+        self.up, self.drop, self.out = nn.ConvTranspose2d(6, 4, 2, 2), nn.Dropout2d(0.2), nn.Conv2d(8, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        above = self.down(x.reshape(-1, 1, 4, 4))
+        below = self.up(self.drop(self.deep(F.max_pool2d(above, 2))))
+        y: Tensor = self.out(torch.cat([above, below], 1))
+        return y
+
+
+class Siamese(nn.Module):
+    """One network on two halves of the input, put together along the axis of examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.drop = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 3)), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = self.drop(self.net(torch.cat([x[:, :2], x[:, 2:]]))).chunk(2)
+        return (one - two).square().sum(1)
+
+
+class Classifier(nn.Module):
+    """A table of words before packed sequences."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.gru = nn.Embedding(9, 3), nn.GRU(3, 4, batch_first=True)
+        self.drop, self.out = nn.Dropout(0.2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = 1 + x[:, 0] % 4
+        packed = nn.utils.rnn.pack_padded_sequence(self.words(x), lengths.cpu(), batch_first=True, enforce_sorted=False)
+        y: Tensor = self.out(self.drop(self.gru(packed)[1][0]))
+        return y
+
+
+class Pairs(nn.Module):
+    """Every example against every other one of the batch, at a temperature that is learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.drop = nn.Linear(4, 3), nn.Linear(4, 3), nn.Dropout(0.2)
+        self.temperature = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.one(x)) @ self.two(x).t() * self.temperature.exp()
+
+
+USERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
+    "dict": (Dict, lambda: {"inputs": torch.randn(6, 4)}),
+    "variational": (Variational, lambda: torch.randn(6, 4)),
+    "unet": (UNet, lambda: torch.randn(6, 16)),
+    "siamese": (Siamese, lambda: torch.randn(6, 4)),
+    "classifier": (Classifier, lambda: torch.randint(9, (6, 4))),
+    "pairs": (Pairs, lambda: torch.randn(6, 4)),
+}
+
+
+def call(model: Any, batch: Any) -> Any:
+    return model(**batch, scale=2.0) if isinstance(batch, dict) else model(batch)
+
+
+def valid_loss(model: Any, batch: Any) -> Tensor:
+    return torch.stack([y.square().mean() for y in pytree.tree_leaves(call(model, batch))]).sum()
+
+
+def train_loss(model: Any, batch: Any, values: Any) -> Tensor:
+    return valid_loss(model, batch) + l2(model, values.decay)
+
+
+def problem(build: Callable[[], nn.Module], method: str = "delta", **options: Any) -> Tuned:
+    torch.manual_seed(1)
+    hyper = metaopt.Hyperparameters(drop=metaopt.interval(0.3, 0, 0.9), decay=metaopt.positive(0.1))
+    tuned = transform(build(), hyper, method, **options)
+    with torch.no_grad():
+        tuned.responses.weight.normal_(std=0.3)
+    return tuned
+
+
+def still(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+FIXED: dict[str, Any] = {"scale_optimizer": None, "hyper_optimizer": still, "seed": 3}
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning")
+@pytest.mark.parametrize("name", list(USERS))
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_hypergradients_are_those_of_changed_weights_and_runs_resume(name: str, method: str) -> None:
+    build, draw = USERS[name]
+    tuned = problem(build, method)
+    batch = draw()
+    with train(tuned, train_loss, valid_loss, **FIXED) as tuner:
+        tuner.train_step(batch)
+        kept = copy.deepcopy(tuner.state_dict())
+        found = [tuner.train_step(batch), tuner.valid_step(batch)]
+    gradient = torch.stack([leaf.grad for leaf in tuner.leaves if leaf.grad is not None])
+    plain, expected, h = copy.deepcopy(tuned.model).eval(), [], 1e-5
+    for unit in torch.eye(2):
+        losses = []
+        for sign in (1, -1):
+            point = sign * h * unit
+            z = tuned.coordinates.leaf() + point if method == "stn" else point / tuned.reference
+            changes = tuned.responses.changes(z)
+            weights = {n: p + changes.get(n, 0) for n, p in plain.named_parameters()}
+            losses.append(valid_loss(lambda *a, w=weights, **k: functional_call(plain, w, a, k), batch))
+        expected.append((losses[0] - losses[1]) / (2 * h))
+    torch.testing.assert_close(gradient, torch.stack(expected), rtol=1e-6, atol=1e-9)
+    with train(problem(build, method), train_loss, valid_loss, **{**FIXED, "seed": 9}) as tuner:
+        tuner.load_state_dict(kept)
+        assert [tuner.train_step(batch), tuner.valid_step(batch)] == found
+
+
+# -- examples that see each other
+
+
+def test_examples_that_see_each_other_are_not_split_into_groups() -> None:
+    seen: list[torch.Size] = []
+
+    def loss(model: Any, batch: Any, values: Any) -> Tensor:
+        y = model(batch)
+        seen.append(y.shape)
+        return y.square().mean() + l2(model, values.decay)
+
+    with train(problem(Pairs), loss, valid_loss) as tuner:
+        with pytest.warns(FallbackWarning, match="temperature"):
+            tuner.train_step(torch.randn(6, 4))
+        tuner.train_step(torch.randn(6, 4))
+    assert set(seen) == {(6, 6)}
+    grouped = train(problem(Pairs, groups=2), loss, valid_loss)
+    refused = pytest.raises(ResponseError, match="depends on the others of the batch")
+    with grouped as tuner, refused, pytest.warns(FallbackWarning):
+        tuner.train_step(torch.randn(6, 4))
+
+
+# -- lower precision
+
+
+class Mixed(nn.Module):
+    """A network of which some, or all, runs in half precision."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.inside, self.drop = inside, nn.Dropout(0.2)
+        self.conv, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.LayerNorm(128)
+        self.deep, self.out = nn.Linear(128, 64), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.inside or torch.is_autocast_enabled("cpu")):
+            hidden = self.norm(torch.relu(self.conv(x.reshape(-1, 1, 4, 4))).flatten(1))
+            y: Tensor = self.out(self.drop(F.gelu(self.deep(hidden))))
+        return y.float()
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "around"])
+@pytest.mark.parametrize("engine", ["auto", "double"])
+def test_autocast_changes_no_more_than_rounding(inside: bool, engine: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    found = []
+    for half in (False, True):
+        torch.manual_seed(1)
+        tuned = transform(Mixed(half and inside), hyperparameters(), engine=engine)
+        with torch.no_grad():
+            tuned.responses.weight.normal_(std=0.3)
+        x, z = torch.randn(16, 16), torch.randn(16, 3)
+        torch.manual_seed(2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half and not inside):
+            y = output(tuned, x, at(tuned, z, linearised=True, response=True))
+        gradient = torch.autograd.grad(y.square().sum(), tuned.responses.weight)[0]
+        found.append((y.detach(), gradient))
+    for exact, rounded in zip(*found, strict=True):
+        assert exact.dtype == rounded.dtype
+        assert 0 < float((exact - rounded).norm() / exact.norm()) < 0.05
+
+
+# -- losses that differentiate
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_penalty_of_the_outputs_gradient_by_the_input_is_right(engine: str) -> None:
+    build: Callable[[], nn.Module] = lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))  # noqa: E731
+    tuned = problem(build, engine=engine)
+    x, z = torch.randn(5, 3).requires_grad_(), torch.randn(5, 2)
+
+    def penalty() -> Tensor:
+        y = output(tuned, x, at(tuned, z, linearised=True, response=True))
+        return torch.autograd.grad(y.sum(), x, create_graph=True)[0].square().sum()
+
+    direction, h, values = torch.randn_like(tuned.responses.weight), 1e-5, []
+    gradient = torch.autograd.grad(penalty(), tuned.responses.weight)[0]
+    for sign in (1, -2, 1):
+        with torch.no_grad():
+            tuned.responses.weight.add_(sign * h * direction)
+        values.append(penalty().detach())
+    torch.testing.assert_close((gradient * direction).sum(), (values[0] - values[1]) / (2 * h), rtol=1e-6, atol=1e-8)
+    # The derivative by the input is that of the value.
+    with torch.no_grad():
+        shift = 1e-5 * torch.randn_like(x)
+    slope = torch.autograd.grad(output(tuned, x, at(tuned, z, linearised=True)).sum(), x)[0]
+    ends = [output(tuned, (x + s * shift).detach(), at(tuned, z, linearised=True)).sum() for s in (1, -1)]
+    torch.testing.assert_close(2 * (slope * shift).sum(), (ends[0] - ends[1]).detach(), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_attention_called_by_the_model_has_every_engine(engine: str) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            query, key, value = self.layer(x).chunk(3, -1)
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    tuned = problem(Attention, engine=engine)
+    x, z = torch.randn(5, 3, 4), torch.randn(5, 2)
+    y = output(tuned, x, at(tuned, z, linearised=True, response=True))
+    gradient = torch.autograd.grad(y.square().sum(), tuned.responses.weight)[0]
+    tuned._engines = {True: ["manual"], False: ["manual"]}
+    expected = output(tuned, x, at(tuned, z, linearised=True, response=True))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.square().sum(), tuned.responses.weight)[0])
+
+
+# -- what is refused
+
+
+class Recomputed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant, self.first, self.drop = reentrant, nn.Linear(4, 4), nn.Dropout(0.2)
+        self.block, self.out = nn.Sequential(nn.Linear(4, 4), nn.GELU(), self.drop), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(self.block, self.first(x), use_reentrant=self.reentrant)
+        y: Tensor = self.out(hidden)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_checkpointing_is_refused(reentrant: bool, method: str) -> None:
+    tuned = problem(lambda: Recomputed(reentrant), method)
+    with train(tuned, train_loss, valid_loss) as tuner, pytest.raises(ResponseError, match="Call that part itself"):
+        tuner.train_step(torch.randn(6, 4))
+
+
+def test_hooks_around_the_whole_step_are_not() -> None:
+    with train(problem(Siamese), train_loss, valid_loss) as tuner, torch.autograd.graph.save_on_cpu():
+        tuner.train_step(torch.randn(6, 4))
+
+
+def test_a_model_that_writes_on_its_input_is_refused() -> None:
+    class Normalised(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.sub_(x.mean()))
+
+    tuned = problem(lambda: Normalised(4, 1))
+    with train(tuned, train_loss, valid_loss) as tuner, pytest.raises(ResponseError, match="writes on its input"):
+        tuner.train_step(torch.randn(6, 4))
+
+
+def test_a_parameter_that_is_frozen_too_late_is_said() -> None:
+    tuned = problem(Siamese)
+    with train(tuned, train_loss, valid_loss) as tuner:
+        tuner.train_step(torch.randn(6, 4))
+        next(tuned.model.parameters()).requires_grad_(False)
+        with pytest.raises(ResponseError, match="frozen after the response"):
+            tuner.train_step(torch.randn(6, 4))
+
+
+def test_a_batch_begins_with_its_examples() -> None:
+    x, y = torch.arange(3), torch.randn(6, 4)
+    loss: Callable[..., Tensor] = lambda model, batch, values=None: model(batch[1]).mean()  # noqa: E731
+    with (
+        train(problem(Siamese), loss, loss) as tuner,
+        pytest.raises(ResponseError, match="first tensor of a batch of data"),
+    ):
+        tuner.train_step((x, y))
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda tuned: pickle.loads(pickle.dumps(tuned))], ids=["copy", "pickle"]
+)
+def test_a_copy_runs_as_the_original_does(way: Callable[[Tuned], Tuned]) -> None:
+    tuned = problem(Siamese, bind={"drop": ["drop", "net.0.weight"]})
+    twin, batch, found = way(tuned), torch.randn(6, 4), []
+    for one in (tuned, twin):
+        torch.manual_seed(2)
+        with train(one, train_loss, valid_loss, seed=3) as tuner:
+            found.append([tuner.train_step(batch), tuner.train_step(batch), tuner.valid_step(batch)])
+    assert found[0] == found[1]
+    assert twin.model.get_submodule("net.0") is not tuned.model.get_submodule("net.0")
+
+
+class Noisy(nn.Module):
+    """A bound dropout that sees the batch twice, one after the other, behind another one that is random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.drop, self.layer = nn.Dropout(0.5), nn.Dropout(0.2), nn.Linear(4, 2)
+        self.locked = metaopt.stn.VariationalDropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        twice = self.drop(self.first(torch.cat([x, x]))).unsqueeze(0)
+        y: Tensor = self.layer(self.locked(twice)).squeeze(0)
+        return y[: len(x)]
+
+
+def test_a_bound_dropout_behind_a_random_one_finds_its_examples_or_says_what_to_do() -> None:
+    batch = torch.randn(6, 4)
+    with train(problem(Noisy, bind={"drop": "drop"}), train_loss, valid_loss) as tuner:
+        tuner.train_step(batch)
+    # All that this one sees of the batch are ones.
+    unknown = train(problem(Noisy, bind={"drop": "locked"}), train_loss, valid_loss)
+    with unknown as tuner, pytest.raises(ResponseError, match="name its hyperparameter in `per_batch`"):
+        tuner.train_step(batch)
+    with train(problem(Noisy, bind={"drop": "locked"}, per_batch=["drop"]), train_loss, valid_loss) as tuner:
+        tuner.train_step(batch)
+
+
+def test_an_engine_that_was_asked_for_is_compared_too() -> None:
+    class Forces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.out = nn.Linear(3, 8), nn.Linear(8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                energy = self.out(torch.tanh(self.first(x))).sum()
+                return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+    x, z, found = torch.randn(4, 3), torch.randn(4, 2), []
+    with pytest.raises(ResponseError, match=r"differ from torch's own.*engine=\"auto\""):
+        output(problem(Forces, engine="manual"), x, at(problem(Forces), z, linearised=True))
+    for engine in ("forward", "double"):
+        tuned = problem(Forces, engine=engine)
+        found.append(output(tuned, x, at(tuned, z, linearised=True)))
+    torch.testing.assert_close(*found)
