@@ -54,8 +54,12 @@ class Noise:
         """Uniform numbers in [0, 1) of a shape."""
         before = random_state(like.device)
         kept, numbers, after = next(self._old, (before, None, before))
-        fits = numbers is not None and numbers.shape == shape and numbers.dtype == like.dtype
-        if fits and all(a is None or b is None or torch.equal(a, b) for a, b in zip(kept, before, strict=True)):
+        if (
+            numbers is not None
+            and numbers.shape == shape
+            and numbers.dtype == like.dtype
+            and all(a is None or b is None or torch.equal(a, b) for a, b in zip(kept, before, strict=True))
+        ):
             set_random_state(like.device, after)
             return numbers
         numbers = torch.rand(shape, dtype=like.dtype, device=like.device)
