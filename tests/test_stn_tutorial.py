@@ -71,3 +71,25 @@ def test_a7_each_run_ends_near_the_optimum() -> None:
         trail = tutorial.tune(task, kind, "delta", 0, settings)
         result = tutorial.Result(task, kind, "delta", trail, tutorial.optimum(task, kind))
         assert result.regret <= 0.005
+
+
+def test_a_joint_step_rests_further_from_the_optimum_than_separate_ones() -> None:
+    torch.set_default_dtype(torch.float64)
+    task = uci.load_task("diabetes")
+    for kind in tutorial.KINDS:
+        best = tutorial.optimum(task, kind)
+        # Where the perturbations are small, so is the bias.
+        for method in ("stn", "delta"):
+            assert abs(tutorial.resting_point(task, kind, method, 0.05) - best) <= 0.02
+        joint, separate = (abs(tutorial.resting_point(task, kind, m, 1.5) - best) for m in ("stn", "delta"))
+        assert joint > 0.02 + separate
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["stn", "delta"])
+def test_a_run_ends_at_its_resting_point(method: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    task, settings = uci.load_task("diabetes"), tutorial.Settings(scale=1.0, start=0.0)
+    trail = tutorial.tune(task, "l2", method, 0, settings)
+    result = tutorial.Result(task, "l2", method, trail, tutorial.resting_point(task, "l2", method, 1.0))
+    assert result.error <= 0.2

@@ -36,7 +36,7 @@ import metaopt
 
 METHODS = {"stn": "STN", "centered": "centered STN", "delta": "Δ-STN"}
 KINDS = {"l2": "log of the L2 coefficient", "dropout": "logit of the input dropout / 0.95"}
-START, LARGEST = 2.0, 0.95
+LARGEST = 0.95
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Settings:
         batch: examples in a batch.
         antithetic: whether perturbations come in pairs of opposite sign.
         scale: σ of the perturbations, which stays.
+        start: the unconstrained hyperparameter at first.
         seeds: runs of each kind.
     """
 
@@ -63,6 +64,7 @@ class Settings:
     batch: int = 64
     antithetic: bool = True
     scale: float = 0.5
+    start: float = 2.0
     seeds: int = 3
 
 
@@ -91,6 +93,41 @@ def optimum(task: Task, kind: str) -> float:
     return min(grid, key=lambda point: validation(task, kind, point))
 
 
+def resting_point(task: Task, kind: str, method: str, scale: float) -> float:
+    """Where the hyperparameter comes to rest if weights and response are always trained to the end.
+
+    The expected training loss is a quadratic in ``w0`` and ``Θ``, with the moments ``E[c(λ + ε) ε^k]`` of the penalty.
+    A joint step minimises it by both; the separate steps have ``w0`` of ridge regression, and ``Θ`` given that. λ rests
+    where ``Θᵀ ∇L_V(w0)`` changes sign: not where the optimum is, since neither ``w0`` nor ``Θ`` is what it is for ``σ → 0``.
+    """
+    x, y = (t.double() for t in task.train)
+    inputs, targets = (t.double() for t in task.valid)
+    gram, moment = x.T @ x / len(x), x.T @ y / len(x)
+    penalty = torch.eye(len(gram), dtype=x.dtype) if kind == "l2" else torch.diag(gram.diag())
+    noise = torch.linspace(-6, 6, 241, dtype=x.dtype)
+    density = torch.softmax(-noise.square() / 2, 0)
+
+    def coefficient(point: Tensor) -> Tensor:
+        rate = LARGEST * torch.sigmoid(point)
+        return point.exp() if kind == "l2" else rate / (1 - rate)
+
+    def slope(point: Tensor) -> Tensor:
+        c = density * coefficient(point + scale * noise)
+        zeroth, first, second = ((c * (scale * noise) ** k).sum() * penalty for k in range(3))
+        if method == "stn":
+            rows = [torch.cat([gram + zeroth, first], 1), torch.cat([first, scale**2 * gram + second], 1)]
+            weights, response = torch.linalg.solve(torch.cat(rows), torch.cat([moment, 0 * moment])).chunk(2)
+        else:
+            weights = torch.linalg.solve(gram + coefficient(point) * penalty, moment)
+            response = -torch.linalg.solve(scale**2 * gram + second, first @ weights)
+        return response @ (inputs.T @ (inputs @ weights - targets))
+
+    grid = torch.linspace(-7, 4, 1101, dtype=x.dtype)
+    slopes = torch.stack([slope(point) for point in grid])
+    (ends,) = torch.where((slopes[:-1] < 0) & (slopes[1:] >= 0))
+    return float(min((grid[int(i)] for i in ends), key=lambda point: abs(point - optimum(task, kind)), default=grid[0]))
+
+
 # 2. Training
 
 
@@ -102,10 +139,10 @@ def tune(task: Task, kind: str, method: str, seed: int, settings: Settings) -> l
     nn.init.zeros_(layer.weight)
     model: nn.Module = layer
     if kind == "l2":
-        hyper = metaopt.Hyperparameters(l2=metaopt.positive(math.exp(START), scale=settings.scale))
+        hyper = metaopt.Hyperparameters(l2=metaopt.positive(math.exp(settings.start), scale=settings.scale))
     else:
         model = nn.Sequential(nn.Dropout(), layer)
-        rate = LARGEST / (1 + math.exp(-START))
+        rate = LARGEST / (1 + math.exp(-settings.start))
         hyper = metaopt.Hyperparameters(dropout=metaopt.interval(rate, 0, LARGEST, scale=settings.scale))
     tuned = metaopt.stn.transform(model, hyper, method, bind={} if kind == "l2" else {"dropout": "0"})
 
