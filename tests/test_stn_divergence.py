@@ -22,6 +22,6 @@ def test_a_far_start_with_wide_perturbations_does_not_end_in_nan() -> None:
         task = importlib.import_module("uci").load_task("diabetes")
         assert math.isnan(literal(task, "dropout", 0, steps=1000))
         end = ours(task, "dropout", 0, steps=1000)
-        best = importlib.import_module("03_stn_linear_regression").optimum(task, "dropout")
+        best = importlib.import_module("stn_closed_form").optimum(task, "dropout")
     assert math.isfinite(end)
     assert abs(end - best) < 3.0 - best

@@ -3,9 +3,9 @@
 python -m tests.benchmarks.divergence
 
 Linear regression with an L2 penalty ``e^λ`` or with input dropout, from ``λ = 3`` with ``σ = 1``. The literal one has
-what the algorithm's formulas say and no more: a dropout rate ``sigmoid(λ)`` that comes near 1, perturbations that enter the
-response as they are, and gradients of any size. Ours has rates below 0.95, standardised perturbations, and gradients
-clipped at 1.
+what the algorithm's formulas say and no more: a dropout rate ``sigmoid(λ)`` that comes near 1, perturbations that
+enter the response as they are, and gradients of any size. Ours has rates below 0.95, standardised perturbations, and
+gradients clipped at 1.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ def ours(task: Any, kind: str, seed: int, steps: int = 3000) -> float:
 def main() -> None:
     """A line for each kind: how many of four tasks and three seeds diverge."""
     torch.set_num_threads(1)
-    tutorial, uci = importlib.import_module("03_stn_linear_regression"), importlib.import_module("uci")
+    closed_form, uci = importlib.import_module("stn_closed_form"), importlib.import_module("uci")
     print(f"{'tuned':10}{'literal: NaN':>14}{'ours: NaN':>12}{'ours: mean |λ - λ*|':>22}{'max':>8}")
     for kind in KINDS:
         first, second, errors = 0, 0, []
         for name in uci.TASKS:
             task = uci.load_task(name)
-            best = tutorial.optimum(task, kind)
+            best = closed_form.optimum(task, kind)
             for seed in range(3):
                 first += math.isnan(literal(task, kind, seed))
                 end = ours(task, kind, seed)
