@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import metaopt
 from metaopt.stn import l2, train, transform
 from tests.stn_models import at
+from tests.stored_data import stored_task
 
 points = pytest.mark.parametrize(("point", "scale"), [(lam, s) for lam in (-1.0, 0.0, 3.0) for s in (0.1, 0.5, 1.0)])
 
@@ -21,8 +22,8 @@ points = pytest.mark.parametrize(("point", "scale"), [(lam, s) for lam in (-1.0,
 class Ridge:
     """Linear regression with ``½ mean (x·w - y)² + ½ e^λ ‖w‖²``, and expectations over ε by Gauss and Hermite."""
 
-    def __init__(self, point: float, scale: float, method: str) -> None:
-        self.x, self.y = torch.randn(40, 8) @ torch.diag(torch.linspace(0.3, 2, 8)), torch.randn(40)
+    def __init__(self, point: float, scale: float, method: str, data: tuple[Tensor, Tensor] | None = None) -> None:
+        self.x, self.y = data or (torch.randn(40, 8) @ torch.diag(torch.linspace(0.3, 2, 8)), torch.randn(40))
         self.gram, self.moment = self.x.T @ self.x / 40, self.x.T @ self.y / 40
         self.c, self.s, self.point = math.exp(point), scale, point
         self.layer = nn.Linear(8, 1, bias=False)
@@ -74,21 +75,40 @@ def test_a1_the_linearised_response_of_ridge_is_the_closed_form(point: float, sc
     assert float(torch.autograd.grad(loss, ridge.layer.weight)[0].abs().max()) < 1e-10 * max(1.0, ridge.c)
 
 
-@points
-def test_a1_a_joint_step_has_the_biased_solution_of_its_system(point: float, scale: float) -> None:
-    ridge = Ridge(point, scale, "stn")
-    eye, c, s, kappa = torch.eye(8), ridge.c, scale, math.exp(scale**2 / 2)
+def joint_solution(ridge: Ridge) -> tuple[Tensor, ...]:
+    """The ``w0`` and ``Θ`` at which the gradients of a joint step vanish."""
+    eye, c, s, kappa = torch.eye(8), ridge.c, ridge.s, math.exp(ridge.s**2 / 2)
     g = ridge.gram
     top = torch.cat([g + c * kappa * eye, c * kappa * s**2 * eye], 1)
     bottom = torch.cat([c * kappa * s**2 * eye, s**2 * g + c * kappa * (s**2 + s**4) * eye], 1)
-    solution = torch.linalg.solve(torch.cat([top, bottom]), torch.cat([ridge.moment, torch.zeros(8)]))
-    w0, slope = solution[:8], solution[8:]
+    return torch.linalg.solve(torch.cat([top, bottom]), torch.cat([ridge.moment, torch.zeros(8)])).split(8)
+
+
+@points
+def test_a1_a_joint_step_has_the_biased_solution_of_its_system(point: float, scale: float) -> None:
+    ridge = Ridge(point, scale, "stn")
+    w0, slope = joint_solution(ridge)
     # The uncentred response is Φ λ + φ0: at the present λ it must be w0.
     ridge.set(w0 - slope * point, slope)
     gradients = ridge.gradients(weights=True, origin=point)
-    assert max(float(g.abs().max()) for g in gradients) < 1e-9 * max(1.0, c)
-    unbiased = torch.linalg.solve(g + c * eye, ridge.moment)
+    assert max(float(g.abs().max()) for g in gradients) < 1e-9 * max(1.0, ridge.c)
+    unbiased = torch.linalg.solve(ridge.gram + ridge.c * torch.eye(8), ridge.moment)
     assert float((w0 - unbiased).norm() / unbiased.norm()) > 1e-4 * scale**2
+
+
+@pytest.mark.parametrize(
+    ("point", "scale", "bias"), [(3.0, 1.0, 18.65), (3.0, 0.5, 9.01), (-1.0, 1.0, 4.91), (-1.0, 0.5, 1.65)]
+)
+def test_a1_the_bias_of_a_joint_step_on_the_concrete_data(point: float, scale: float, bias: float) -> None:
+    task = stored_task("concrete")
+    given = (task.train[0].to(torch.get_default_device()), task.train[1].to(torch.get_default_device()))
+    ridge = Ridge(point, scale, "stn", given)
+    w0, slope = joint_solution(ridge)
+    ridge.set(w0 - slope * point, slope)
+    gradients = ridge.gradients(weights=True, origin=point)
+    assert max(float(g.abs().max()) for g in gradients) < 1e-9 * max(1.0, ridge.c)
+    unbiased = torch.linalg.solve(ridge.gram + ridge.c * torch.eye(8), ridge.moment)
+    assert 100 * float((w0 - unbiased).norm() / unbiased.norm()) == pytest.approx(bias, abs=0.006)
 
 
 def test_a2_centring_conditions_the_joint_problem() -> None:

@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "tutorials"))
 data = importlib.import_module("data")
 uci = importlib.import_module("uci")
+closed_form = importlib.import_module("stn_closed_form")
 tutorial = importlib.import_module("03_stn_linear_regression")
 
 
@@ -28,7 +29,7 @@ def test_the_closed_form_is_where_training_ends(kind: str) -> None:
     task = uci.load_task("diabetes")
     x, y = task.train
     point = torch.tensor(0.3)
-    weights = tutorial.optimal_weights(task, kind, float(point)).requires_grad_()
+    weights = closed_form.optimal_weights(task, kind, float(point)).requires_grad_()
     loss = 0.5 * (x @ weights - y).square().mean()
     if kind == "l2":
         loss = loss + 0.5 * point.exp() * weights.square().sum()
@@ -69,5 +70,27 @@ def test_a7_each_run_ends_near_the_optimum() -> None:
     task, settings = uci.load_task("diabetes"), tutorial.Settings(seeds=1)
     for kind in tutorial.KINDS:
         trail = tutorial.tune(task, kind, "delta", 0, settings)
-        result = tutorial.Result(task, kind, "delta", trail, tutorial.optimum(task, kind))
+        result = tutorial.Result(task, kind, "delta", trail, closed_form.optimum(task, kind))
         assert result.regret <= 0.005
+
+
+def test_a_joint_step_rests_further_from_the_optimum_than_separate_ones() -> None:
+    torch.set_default_dtype(torch.float64)
+    task = uci.load_task("diabetes")
+    for kind in tutorial.KINDS:
+        best = closed_form.optimum(task, kind)
+        # Where the perturbations are small, so is the bias.
+        for method in ("stn", "delta"):
+            assert abs(closed_form.resting_point(task, kind, method, 0.05) - best) <= 0.02
+        joint, separate = (abs(closed_form.resting_point(task, kind, m, 1.5) - best) for m in ("stn", "delta"))
+        assert joint > 0.02 + separate
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["stn", "delta"])
+def test_a_run_ends_at_its_resting_point(method: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    task, settings = uci.load_task("diabetes"), tutorial.Settings(scale=1.0, start=0.0)
+    trail = tutorial.tune(task, "l2", method, 0, settings)
+    result = tutorial.Result(task, "l2", method, trail, closed_form.resting_point(task, "l2", method, 1.0))
+    assert result.error <= 0.2

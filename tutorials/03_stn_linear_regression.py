@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 from data import DataError
+from stn_closed_form import LARGEST, optimum, validation
 from torch import Tensor, nn
 from uci import TASKS, Task, load_task
 
@@ -36,7 +37,6 @@ import metaopt
 
 METHODS = {"stn": "STN", "centered": "centered STN", "delta": "Δ-STN"}
 KINDS = {"l2": "log of the L2 coefficient", "dropout": "logit of the input dropout / 0.95"}
-START, LARGEST = 2.0, 0.95
 
 
 @dataclass(frozen=True)
@@ -46,46 +46,29 @@ class Settings:
     Args:
         steps: training steps.
         warmup: the first of them, in which the hyperparameter stays.
-        lr: of the weights and the response, SGD with momentum 0.9; it falls to a fifth along the run.
+        lr: of the weights and the response, SGD with momentum 0.9.
+        last: the share of ``lr`` that is left at the end of the run.
         hyper_lr: of the hyperparameter, RMSprop; it falls to zero along the run.
         batch: examples in a batch.
+        antithetic: whether perturbations come in pairs of opposite sign.
+        scale: σ of the perturbations, which stays.
+        start: the unconstrained hyperparameter at first.
         seeds: runs of each kind.
     """
 
     steps: int = 3000
     warmup: int = 300
     lr: float = 0.02
+    last: float = 0.2
     hyper_lr: float = 0.05
     batch: int = 64
+    antithetic: bool = True
+    scale: float = 0.5
+    start: float = 2.0
     seeds: int = 3
 
 
-# 1. The closed form
-
-
-def optimal_weights(task: Task, kind: str, point: float) -> Tensor:
-    """Where training ends: ridge regression, with dropout as an L2 penalty of each input by its second moment."""
-    x, y = task.train
-    gram, moment = x.T @ x / len(x), x.T @ y / len(x)
-    if kind == "l2":
-        return torch.linalg.solve(gram + math.exp(point) * torch.eye(len(gram)), moment)
-    rate = LARGEST / (1 + math.exp(-point))
-    return torch.linalg.solve(gram + rate / (1 - rate) * torch.diag(gram.diag()), moment)
-
-
-def validation(task: Task, kind: str, point: float) -> float:
-    """The validation loss after training at a fixed hyperparameter."""
-    x, y = task.valid
-    return float(0.5 * (x @ optimal_weights(task, kind, point) - y).square().mean())
-
-
-def optimum(task: Task, kind: str) -> float:
-    """The unconstrained hyperparameter with the least validation loss, on a fine grid."""
-    grid = [i / 100 for i in range(-700, 401)]
-    return min(grid, key=lambda point: validation(task, kind, point))
-
-
-# 2. Training
+# 1. Training
 
 
 def tune(task: Task, kind: str, method: str, seed: int, settings: Settings) -> list[float]:
@@ -96,10 +79,11 @@ def tune(task: Task, kind: str, method: str, seed: int, settings: Settings) -> l
     nn.init.zeros_(layer.weight)
     model: nn.Module = layer
     if kind == "l2":
-        hyper = metaopt.Hyperparameters(l2=metaopt.positive(math.exp(START)))
+        hyper = metaopt.Hyperparameters(l2=metaopt.positive(math.exp(settings.start), scale=settings.scale))
     else:
         model = nn.Sequential(nn.Dropout(), layer)
-        hyper = metaopt.Hyperparameters(dropout=metaopt.interval(LARGEST / (1 + math.exp(-START)), 0, LARGEST))
+        rate = LARGEST / (1 + math.exp(-settings.start))
+        hyper = metaopt.Hyperparameters(dropout=metaopt.interval(rate, 0, LARGEST, scale=settings.scale))
     tuned = metaopt.stn.transform(model, hyper, method, bind={} if kind == "l2" else {"dropout": "0"})
 
     def train_loss(model: Any, batch: Any, values: Any) -> Tensor:
@@ -117,9 +101,9 @@ def tune(task: Task, kind: str, method: str, seed: int, settings: Settings) -> l
         valid_loss,
         optimizer=lambda p: torch.optim.SGD(p, lr=settings.lr, momentum=0.9),
         hyper_optimizer=lambda p: torch.optim.RMSprop(p, lr=settings.hyper_lr),
-        scale_optimizer=None,  # σ stays at 0.5
+        scale_optimizer=None,
         clip=1.0,
-        antithetic=True,
+        antithetic=settings.antithetic,
         seed=seed,
     ) as tuner:
         for step in range(settings.steps + settings.warmup):
@@ -129,13 +113,13 @@ def tune(task: Task, kind: str, method: str, seed: int, settings: Settings) -> l
                 left = 1 - (step - settings.warmup) / settings.steps
                 tuner.hyper_optimizer.param_groups[0]["lr"] = settings.hyper_lr * max(left, 0.02)
                 for optimizer in (tuner.optimizer, tuner.response_optimizer):
-                    optimizer.param_groups[0]["lr"] = settings.lr * max(left, 0.2)
+                    optimizer.param_groups[0]["lr"] = settings.lr * max(left, settings.last)
                 tuner.valid_step(task.valid)
             trail.append(tuned.coordinates.leaf().item())
     return trail
 
 
-# 3. The experiment
+# 2. The experiment
 
 
 @dataclass(frozen=True)
@@ -233,6 +217,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--folder", type=Path, help="where the UCI files are (default: uci in the tutorials' cache)")
     parser.add_argument("--seeds", type=int, default=Settings.seeds, help="runs of each kind (default: %(default)s)")
+    parser.add_argument(
+        "--simple", action="store_true", help="without pairs of perturbations, and at a constant rate of the weights"
+    )
+    parser.add_argument("--scale", type=float, default=Settings.scale, help="σ (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one short run of each kind, to see that everything works")
     parser.add_argument("--out", type=Path, default=Path("results"), help="the figure's folder (default: %(default)s)")
     parser.add_argument("--no-figure", dest="figure", action="store_false", help="print only")
@@ -244,7 +232,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tasks = [load_task(name, options.folder) for name in (TASKS if options.data == "all" else [options.data])]
     except DataError as error:
         sys.exit(str(error))
-    settings = Settings(seeds=options.seeds)
+    settings = Settings(seeds=options.seeds, scale=options.scale)
+    if options.simple:
+        settings = replace(settings, antithetic=False, last=1.0)
     if options.quick:
         settings = replace(settings, steps=300, warmup=100, seeds=1)
         print("A quick run, to see that everything works. Its numbers mean nothing.")

@@ -42,12 +42,13 @@ class Task:
     source: str
 
 
-def load_task(name: str, folder: Path | None = None) -> Task:
+def load_task(name: str, folder: Path | None = None, *, rows: int | None = None) -> Task:
     """Load one of `TASKS`, or ``"diabetes"``, which comes with scikit-learn.
 
     Args:
         name: the data set.
         folder: where the files are, ``NAME.txt``; by default ``uci`` in the tutorials' cache.
+        rows: the number of training examples, where it is not that of `TASKS`.
 
     Raises:
         MissingDataError: if it is not there and can't be fetched.
@@ -63,7 +64,8 @@ def load_task(name: str, folder: Path | None = None) -> Task:
         text, source = read_checked(path, MD5[name]), str(path)
     else:
         text, source = _fetch(name, path)
-    return _split(name, np.loadtxt(text.decode().splitlines()), *TASKS[name], source)
+    size, seed = TASKS[name]
+    return _split(name, np.loadtxt(text.decode().splitlines()), rows or size, seed, source)
 
 
 def _fetch(name: str, path: Path) -> tuple[bytes, str]:

@@ -44,6 +44,8 @@ def combine(primal: Any, tangent: Any) -> Any:
 def manual(run: Runner, z: Tensor) -> Any:
     """Hand-written tangents, with forward mode for single functions."""
     output, p = run(z, LinearisedPass)
+    if isinstance(output, Tensor):
+        return combine(output, p.tangent(output))
     return pytree.tree_map(lambda y: combine(y, p.tangent(y)), output)
 
 

@@ -108,6 +108,8 @@ class Pass(TorchFunctionMode):
 
     def refuse_marked(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Raise `NeedsGroups` if a responding weight is given to a function that has no rule for it."""
+        if not self.marks:
+            return
         for value in (*args, *kwargs.values()):
             for tensor in value if isinstance(value, (list, tuple)) else (value,):
                 active = self.marks.get(id(tensor))

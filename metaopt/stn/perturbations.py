@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metaopt.errors import DomainError
 from metaopt.hyperparameters import Hyperparameters
+from metaopt.hyperparameters.domains import Domain
 from metaopt.stn.generators import random_state, set_random_state
 
 
@@ -53,8 +54,12 @@ class Noise:
         """Uniform numbers in [0, 1) of a shape."""
         before = random_state(like.device)
         kept, numbers, after = next(self._old, (before, None, before))
-        same = all(a is None or b is None or torch.equal(a, b) for a, b in zip(kept, before, strict=True))
-        if numbers is not None and numbers.shape == shape and numbers.dtype == like.dtype and same:
+        if (
+            numbers is not None
+            and numbers.shape == shape
+            and numbers.dtype == like.dtype
+            and all(a is None or b is None or torch.equal(a, b) for a, b in zip(kept, before, strict=True))
+        ):
             set_random_state(like.device, after)
             return numbers
         numbers = torch.rand(shape, dtype=like.dtype, device=like.device)
@@ -121,6 +126,7 @@ class Coordinates:
             )
         self.per_batch = frozenset(per_batch)
         self.shared = [i for name in per_batch for i in range(size)[self.slices[name]]]
+        self._present: tuple[Tensor, Values] | None = None
 
     def leaf(self) -> Tensor:
         """``λ``, shape ``(H,)``, differentiable by the leaves."""
@@ -134,16 +140,28 @@ class Coordinates:
     @torch.no_grad()
     def values(self, points: Tensor) -> Values:
         """The constrained values at points of shape ``(B, H)``, each of shape ``(B, *shape)``."""
-        found = {}
+        found: dict[str, Tensor] = {}
+        together: dict[Domain, list[str]] = {}
         for name, where in self.slices.items():
-            shape = self.hyper.get_leaf(name).shape
-            found[name] = self.hyper.domains[name].to_value(points[:, where].reshape(-1, *shape)).detach()
-        return Values(found)
+            domain, shape = self.hyper.domains[name], self.hyper.get_leaf(name).shape
+            if not shape:
+                # Numbers of one domain are transformed as one: looking the transform up costs more than it does.
+                together.setdefault(domain, []).append(name)
+            else:
+                found[name] = domain.to_value(points[:, where].reshape(-1, *shape)).detach()
+        for domain, names in together.items():
+            columns = torch.stack([points[:, self.slices[name].start] for name in names])
+            found |= zip(names, domain.to_value(columns).detach().unbind(), strict=True)
+        return Values({name: found[name] for name in self.slices})
 
     def present(self, examples: int) -> Values:
         """The values at ``λ0``, the same for each example."""
-        values = self.values(self.leaf().detach().unsqueeze(0))
-        return Values({name: v.expand(examples, *v.shape[1:]) for name, v in values.items()})
+        leaf = self.leaf().detach()
+        if self._present is None or not torch.equal(self._present[0], leaf):
+            # Hyperparameters move once in many steps of the weights. Compared by value: a leaf may be set in any way.
+            self._present = leaf.clone(), self.values(leaf.unsqueeze(0))
+        # A copy: what a loss function writes into its values must not stay.
+        return Values({n: v.clone().expand(examples, *v.shape[1:]) for n, v in self._present[1].items()})
 
 
 def draw(

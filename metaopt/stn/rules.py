@@ -72,6 +72,8 @@ def affine(
         rows: the axis of the weight whose rows are output features; None where each entry is.
         dy: the tangent by ``x``, in a linearised pass.
     """
+    if not p.marks and not p.linearised:
+        return y
     terms = [dy]
     if weight is not None:
         tangent = p.tangent(weight)

@@ -124,7 +124,12 @@ def _elu(x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
     return torch.where(x > 0, torch.ones_like(y), y + alpha)
 
 
-_elementwise(lambda x, y: (y > 0).to(y), F.relu, torch.relu, _T.relu)
+def _positive(y: Tensor) -> Tensor:
+    # Written as numbers at once: booleans that become numbers take several times longer.
+    return torch.gt(y.detach(), 0, out=torch.empty_like(y))
+
+
+_elementwise(lambda x, y: _positive(y), F.relu, torch.relu, _T.relu)
 _elementwise(lambda x, y: 1 - y * y, torch.tanh, _T.tanh, F.tanh)
 _elementwise(lambda x, y: y * (1 - y), torch.sigmoid, _T.sigmoid, F.sigmoid)
 _elementwise(lambda x, y: y, torch.exp, _T.exp)
@@ -142,7 +147,7 @@ def _relu_(p: LinearisedPass, func: Any, x: Tensor) -> Tensor:
     dx = p.tangent(x)
     assert dx is not None
     y = func(x)
-    return p.write(y, dx * (y > 0))
+    return p.write(y, dx * _positive(y))
 
 
 # -- of two tensors ----------------------------------------------------------------------------------------------------

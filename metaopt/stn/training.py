@@ -236,8 +236,9 @@ class Tuner:
     def _perturb(self, examples: int) -> tuple[Tensor, Tensor, int | None]:
         """``ε``, ``λ0 + ε``, and the number of groups."""
         groups = groups_of(self.tuned, examples)
-        z = self.tuned.scale.detach() * self._normal(examples, groups)
-        return z, self.tuned.coordinates.leaf().detach() + z, groups
+        with torch.no_grad():
+            z = self.tuned.scale * self._normal(examples, groups)
+            return z, self.tuned.coordinates.leaf() + z, groups
 
     def _descend(
         self, loss: Tensor, parameters: list[Any], optimizer: Optimizer, more: tuple[list[Any], Optimizer] | None = None
@@ -310,4 +311,5 @@ class Tuner:
 
 def _finite(tensors: list[Tensor | None]) -> bool:
     # A sum is finite if its terms are, and one number is waited for, not one a tensor.
-    return math.isfinite(float(torch.stack([t.detach().sum() for t in tensors if t is not None]).sum()))
+    with torch.no_grad():
+        return math.isfinite(float(torch.stack([t.sum() for t in tensors if t is not None]).sum()))

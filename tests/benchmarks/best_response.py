@@ -5,9 +5,13 @@ python -m tests.benchmarks.best_response
 
 from __future__ import annotations
 
+import copy
+import statistics
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,21 +64,30 @@ def transformer() -> Model:
 
 
 WAYS = [("stn", "auto"), ("centered", "auto"), ("delta", "manual"), ("delta", "double"), ("delta", "forward")]
+BLOCK, ROUNDS = 8, 14
 
 
-def loss(model: Any, batch: Any) -> Tensor:
-    """Cross entropy."""
+def medians(steps: list[Callable[[], Any]]) -> list[float]:
+    """The median processor time of each step: blocks of each in turn, so that a slow minute is shared by all."""
+    times: list[list[float]] = [[] for _ in steps]
+    for _ in range(ROUNDS):
+        for step, found in zip(steps, times, strict=True):
+            # The first ones of a block find the caches full of another's numbers.
+            for i in range(BLOCK + 2):
+                begin = time.process_time()
+                step()
+                found += [time.process_time() - begin] if i >= 2 else []
+    return [statistics.median(found[BLOCK:]) for found in times]
+
+
+def train_loss(model: Any, batch: Any, _: Any) -> Tensor:
+    """Cross entropy, with nothing of the hyperparameters."""
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def seconds(step: Callable[[], Any], repeats: int = 40) -> float:
-    """The lower quartile of a step's processor time: what other programs do then matters least."""
-    times = []
-    for _ in range(repeats + 5):
-        begin = time.process_time()
-        step()
-        times.append(time.process_time() - begin)
-    return sorted(times[5:])[repeats // 4]
+def valid_loss(model: Any, batch: Any) -> Tensor:
+    """Cross entropy."""
+    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def compare(name: str, build: Callable[[], Model]) -> None:
@@ -88,29 +101,32 @@ def compare(name: str, build: Callable[[], Model]) -> None:
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
 
-    base, cells = seconds(plain), []
-    for method, engine in [
-        ("stn", "auto"),
-        ("centered", "auto"),
-        ("delta", "manual"),
-        ("delta", "double"),
-        ("delta", "forward"),
-    ]:
+    steps: list[Callable[[], Any]] = [plain]
+    stack = ExitStack()
+    for method, engine in WAYS:
         hyper = metaopt.Hyperparameters(**{key: metaopt.interval(0.05, 0, 0.95) for key in bind})
-        tuned = transform(model, hyper, method, bind=bind, engine=engine)
-        with train(
-            tuned, lambda m, b, _: F.cross_entropy(m(b[0]), b[1]), lambda m, b: F.cross_entropy(m(b[0]), b[1])
-        ) as t:
-            total = seconds(lambda t=t: t.train_step((x, y))) + seconds(lambda t=t: t.valid_step((x, y))) / 5  # type: ignore[misc]
-        cells.append(f"{total / base:8.1f}")
-    print(f"{name:12}{base * 1e3:10.2f} ms" + "".join(cells), flush=True)
+        tuned = transform(copy.deepcopy(model), hyper, method, bind=bind, engine=engine)
+        tuner = stack.enter_context(train(tuned, train_loss, valid_loss))
+        tuner.train_step((x, y))
+        tuner.train_step((x, y))
+        steps += [
+            partial(tuner.train_step, (x, y)),
+            partial(tuner.valid_step, (x, y)),
+            partial(tuner._response, (x, y)),
+        ]
+    base, *found = medians(steps)
+    stack.close()
+    cells = [f"{(found[i] + found[i + 1] / 5) / base:8.2f}" for i in range(0, len(found), 3)]
+    print(f"{name:12}{base * 1e3:10.2f} ms{''.join(cells)}{found[8] / found[5]:18.2f}", flush=True)
 
 
 def main() -> None:
     """The table, each iteration with a fifth of a validation step."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    print(f"{'model':12}{'SGD step':>13}{'STN':>8}{'centred':>8}{'Δ':>8}{'double':>8}{'forward':>8}")
+    print(
+        f"{'model':12}{'SGD step':>13}{'STN':>8}{'centred':>8}{'Δ':>8}{'double':>8}{'forward':>8}{'Θ: Δ / centred':>18}"
+    )
     for name, build in [("MLP", mlp), ("CNN", cnn), ("transformer", transformer)]:
         compare(name, build)
 
