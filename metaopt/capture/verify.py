@@ -41,20 +41,28 @@ class Verifier:
                 f"step {step} can't be replayed: {str(error).splitlines()[0]} A hyperparameter arrives where torch "
                 "takes Python numbers only, which have no derivative. Multiply with the tensor instead."
             ) from error
+        pairs = [(value, actual[key]) for key, value in zip(keys, outputs, strict=True)]
         loose = 5e-2 if segment.program.uses_autocast else 0.0
-        floors = _floors(tape, [actual[key] for key in keys])
-        wrong = [
-            (actual[key], difference)
-            for key, value in zip(keys, outputs, strict=True)
-            if (difference := _difference(value, actual[key], floors.get(_kind(tape, actual[key]), 0.0)))
-            > max(loose, _TOLERANCE.get(value.dtype, 5e-2))
-        ]
-        if wrong:
-            raise CaptureError(_report(wrong, tape, step, len(keys)))
+        if _wrong(pairs, tape, loose, {}):
+            wrong = _wrong(pairs, tape, loose, _floors(tape, [tensor for _, tensor in pairs]))
+            if wrong:
+                raise CaptureError(_report(wrong, tape, step, len(keys)))
         self._seen.add(program)
         if not program.derivative_checked:
             check_segment(segment, step)
             program.derivative_checked = True
+
+
+def _wrong(
+    pairs: list[tuple[Tensor, Tensor]], tape: Tape, loose: float, floors: dict[str, float]
+) -> list[tuple[Tensor, float]]:
+    """The tensors of the loop that the replay does not give, and by how much."""
+    found = []
+    for replayed, actual in pairs:
+        difference = _difference(replayed, actual, floors.get(_kind(tape, actual), 0.0) if floors else 0.0)
+        if difference > max(loose, _TOLERANCE.get(replayed.dtype, 5e-2)):
+            found.append((actual, difference))
+    return found
 
 
 def _kind(tape: Tape, tensor: Tensor) -> str:
@@ -80,22 +88,20 @@ def _difference(replayed: Tensor, actual: Tensor, floor: float = 0.0) -> float:
     if replayed.shape != actual.shape:
         return float("inf")
     with torch.no_grad():
-        if replayed.dtype == actual.dtype and float((replayed - actual).norm()) <= _rounding(actual) * float(
-            actual.norm()
-        ):
-            return 0.0  # what follows is slower, and told from this in what is not finite, or tiny
+        # Mere rounding, as nearly always; what follows is slower, and needed for what is not finite, or tiny.
+        if replayed.dtype == actual.dtype and actual.dtype.is_floating_point:
+            rounding = 16 * torch.finfo(actual.dtype).eps
+            if float((replayed - actual).norm()) <= rounding * float(actual.norm()):
+                return 0.0
     wide = torch.complex128 if actual.is_complex() else torch.float64
     a, b = replayed.detach().to(wide), actual.detach().to(wide)
     same = (a == b) | (~torch.isfinite(a) & ~torch.isfinite(b))
     if bool(same.all()):
         return 0.0
-    scale = max(float(a.norm()), float(b.norm()), floor)
+    finite = torch.isfinite(a) & torch.isfinite(b)
+    scale = max(float(torch.where(finite, a, 0.0).norm()), float(torch.where(finite, b, 0.0).norm()), floor)
     difference = float(torch.where(same, 0.0, a - b).norm()) / max(scale, 1e-12)
     return float("inf") if difference != difference else difference
-
-
-def _rounding(tensor: Tensor) -> float:
-    return 16 * torch.finfo(tensor.dtype).eps * float(tensor.norm()) if tensor.dtype.is_floating_point else -1.0
 
 
 def _report(wrong: list[tuple[Tensor, float]], tape: Tape, step: int, count: int) -> str:

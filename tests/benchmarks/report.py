@@ -194,7 +194,8 @@ def cost_text(results: Results, jobs: Sequence[tuple[str, int]], systems: Sequen
     mark = any(results.agreement.beyond(WRONG, workload, system) for workload, _ in jobs for system in systems)
     wrong = "\n\n† its hypergradient differs from the reference, see above." if mark else ""
     return (
-        "Time over plain training, of the second of two runs in a process, as hyper-iterations follow one another; and "
+        "Time over plain training, the median of five runs in a process after a first one (of one, where T > 200), as "
+        "hyper-iterations follow one another; and "
         f"peak memory above what the process held before the first.\n\n{titles}\n\n"
         f"{cost_table(results, jobs, systems)}{wrong}\n\n{machine(results)}"
     )
