@@ -298,8 +298,8 @@ MUTANTS = [
         "share-the-state",
         "a recorded state is a reference to the weights, which the next step overwrites",
         "capture/cells.py",
-        "self.tensor = copy(self.tensor)",
-        "self.tensor = self.tensor.detach()",
+        "self._held = copy(self.tensor)",
+        "self._held = self.tensor.detach()",
         (LAWS, "closed_form or unrolled"),
     ),
     Mutant(
@@ -539,6 +539,46 @@ MUTANTS = [
         "value = tensor.detach().clone() if tensor.requires_grad else tensor.detach()\n"
         "        self._saved[id(tensor)] = (weakref.ref(tensor), value)",
         (LAWS, "first_bit"),
+    ),
+    Mutant(
+        "overlapping-states",
+        "a copy of a state begins before the one before it has ended",
+        "checkpoints/stores.py",
+        "        self._used += -(-size // _ALIGNED) * _ALIGNED\n",
+        "        self._used += size // 2\n",
+        (LAWS, "unrolled"),
+    ),
+    Mutant(
+        "filled-with-ones",
+        "what the objective does not read has an adjoint of one at the last step",
+        "modes/compiled.py",
+        "torch.zeros_like(after[key]) for key in filled",
+        "torch.ones_like(after[key]) for key in filled",
+        ("tests/test_compile.py", "last_step"),
+    ),
+    Mutant(
+        "dropped-shape",
+        "a sum with zeros is left out where the zeros give it its shape",
+        "capture/simplify.py",
+        "if all(getattr(value, name) == getattr(whole, name) for name in _ALIKE):",
+        "if True:",
+        ("tests/test_simplify.py", "zeros"),
+    ),
+    Mutant(
+        "joined-by-rows",
+        "two products that are added are joined in another order left than right",
+        "capture/simplify.py",
+        "([b for _, b in factors], 0)",
+        "([b for _, b in factors[::-1]], 0)",
+        ("tests/test_simplify.py", "added"),
+    ),
+    Mutant(
+        "large-is-rounding",
+        "what counts as rounding grows with the square of a tensor's size",
+        "capture/verify.py",
+        "<= rounding * float(actual.norm()):",
+        "<= rounding * float(actual.norm()) ** 2:",
+        ("tests/test_verify.py", "relative"),
     ),
 ]
 
