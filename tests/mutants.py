@@ -273,7 +273,7 @@ MUTANTS = [
     Mutant(
         "gradients-leak",
         "the loop's own `backward` reaches the hyperparameters' .grad",
-        "capture/calls.py",
+        "capture/gradients.py",
         "torch.autograd.backward(losses, gradients, retain_graph, create_graph, inputs=into)",
         "torch.autograd.backward(losses, gradients, retain_graph, create_graph)",
         (LAWS, "puts_no_gradient"),
@@ -281,7 +281,7 @@ MUTANTS = [
     Mutant(
         "gradients-overwrite",
         "a second `backward` is replayed as overwriting the gradients, not as adding to them",
-        "capture/calls.py",
+        "capture/gradients.py",
         "if id(tensor) in old:",
         "if False:",
         (LAWS, "unrolled"),

@@ -5,7 +5,8 @@
 ``bindings``    what is known of each tensor object that is followed
 ``tape``        the tensors that are followed, and the iteration that is being written
 ``watcher``     the ``TorchFunctionMode`` that shows every torch call to the tape
-``calls``       the calls that need more than "call it again": gradients, writes, statistics, …
+``calls``       the calls that need more than "call it again"
+``gradients``   of these, the loop's own `backward` and `grad`
 ``writes``      calls that write their arguments in place
 ``primitives``  what replayed programs are made of besides torch: ``stop``, ``inner_gradient``, …
 ``derivatives`` is the derivative of a replay the derivative of the loop? compared with finite differences

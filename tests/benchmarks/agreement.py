@@ -50,9 +50,7 @@ class Agreement:
         for workload, system in self.errors:
             if constant := [name for name in WORKLOADS[workload].hyper if name in SYSTEMS[system].constant]:
                 names = " and ".join(constant)
-                lines.append(
-                    f"{system}, {names} ({workload}): plain numbers in its interface, so no hypergradient of them."
-                )
+                lines.append(f"{system}, {names} ({workload}): {SYSTEMS[system].why}.")
         return lines
 
 

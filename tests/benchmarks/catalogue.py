@@ -35,7 +35,8 @@ class System:
         title: what it is, for the tables.
         package: what has to be installed.
         hypergradient: whether it computes one.
-        constant: the hyperparameters that its interface has no place for; they stay numbers.
+        constant: the hyperparameters that it gives no hypergradient of; they stay numbers.
+        why: why it gives none of these.
         faults: what is known to be wrong with its hypergradient, by hyperparameter.
     """
 
@@ -43,6 +44,7 @@ class System:
     package: str | None = None
     hypergradient: bool = True
     constant: frozenset[str] = frozenset()
+    why: str = "plain numbers in its interface, so no hypergradient of them"
     faults: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -105,6 +107,12 @@ SYSTEMS = {
         package="hypergrad",  # from source: https://github.com/prolearner/hypertorch
     ),
     REFERENCE: System("autograd, unrolled by hand"),
+    "differences": System(
+        "finite differences, of the learning rate alone",
+        constant=frozenset({"momentum", "beta1", "beta2", "weights"}),
+        why="two trainings for each number, so the learning rate alone is measured",
+        faults={"lr": "the training crosses kinks of the activations, where it jumps; with smooth ones it agrees"},
+    ),
 }
 
 SCALING_WORKLOAD = "W2"

@@ -6,7 +6,9 @@ written as its own documentation would have it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -173,6 +175,22 @@ def _ADAM(
     return w - lr / (1 - beta1**step) * m / corrected, (m, v)
 
 
+def differences(problem: Problem, steps: int) -> Gradients:
+    """A central difference of the bare training, for the learning rate alone."""
+    lr = problem.hyper["lr"].detach()
+    h = lr * torch.finfo(lr.dtype).eps ** (1 / 3)
+
+    def trained(shift: Tensor) -> Tensor:
+        moved = replace(problem, model=copy.deepcopy(problem.model), hyper={**problem.hyper, "lr": lr + shift})
+        settings = _settings(moved.numbers())
+        moved.hyper = {name: value.detach() for name, value in moved.hyper.items()}
+        _train(moved, getattr(torch.optim, moved.optimizer)(moved.model.parameters(), **settings), steps)
+        with torch.no_grad():
+            return moved.outer(moved.model)
+
+    return {"lr": (trained(h) - trained(-h)) / (2 * h)}
+
+
 RUNS: dict[str, Run] = {
     "plain": plain,
     "watched": watched,
@@ -184,4 +202,5 @@ RUNS: dict[str, Run] = {
     "torchopt": torchopt,
     "hypertorch": hypertorch,
     "unrolled": unrolled,
+    "differences": differences,
 }
