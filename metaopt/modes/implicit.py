@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from metaopt.capture.segment import Segment
 from metaopt.errors import MetaoptWarning, SweepError
+from metaopt.modes.hypergradients import accumulate, collect
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.pullback import PullBack
 from metaopt.modes.run import Run
@@ -89,7 +90,7 @@ class Implicit(Run):
             SweepError: if the series does not converge.
         """
         with self._loop.paused():
-            self._solved(outer).accumulate()
+            accumulate(self._solved(outer))
 
     def hypergradient(self, outer: Objective, wrt: Tensor | Iterable[Tensor]) -> tuple[Tensor, ...]:
         """The hypergradient at the stationary point, as ``torch.autograd.grad`` would return it.
@@ -108,7 +109,7 @@ class Implicit(Run):
                 "`metaopt.record` for a training that ends before."
             )
         with self._loop.paused():
-            return self._solved(outer).collect(wanted)
+            return collect(self._solved(outer), wanted)
 
     def _solved(self, outer: Objective) -> Adjoint:
         adjoint = self._adjoint(outer)

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from metaopt.capture.bindings import leaves_of, nodes_of
 from metaopt.capture.segment import Segment
-from metaopt.errors import HeldConstantWarning, StaleError, SweepError, UnusedHyperparameterWarning
-from metaopt.hyperparameters import name_of, owner_of
+from metaopt.errors import HeldConstantWarning, StaleError, SweepError
 from metaopt.modes.pullback import PullBack
 from metaopt.modes.statistics import statistics_gradients
 from metaopt.step import Loop
@@ -280,113 +279,6 @@ class Adjoint:
         values = [*self.carried.values(), *self.external.values()]
         return all(bool(torch.isfinite(value).all()) for value in values)
 
-    # -- to the hyperparameters --------------------------------------------------------------------------------------
-
-    def gradients(self) -> list[tuple[Tensor, Tensor]]:
-        """The hypergradient of every leaf that took part, in the order in which they were found."""
-        totals: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def add(leaf: Tensor, grad: Tensor) -> None:
-            known = totals.get(id(leaf))
-            totals[id(leaf)] = (leaf, grad if known is None else known[1] + grad)
-
-        for external in self.loop.tape.externals.values():
-            grad = self.external.get(id(external.tensor))
-            if grad is None or self.loop.tape.find(external.tensor) is not None:
-                continue
-            if external.tensor.grad_fn is None:
-                add(external.tensor, grad)
-                continue
-            leaves = leaves_of(external.tensor)
-            parts = torch.autograd.grad(
-                external.tensor,
-                leaves,
-                grad,
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=self.batch is not None,
-            )
-            for leaf, part in zip(leaves, parts, strict=True):
-                if part is not None:
-                    add(leaf, part)
-        for leaf, grad in self.direct:
-            add(leaf, grad)
-        return list(totals.values())
-
-    def leaves(self) -> list[Tensor]:
-        """The leaves behind everything that the loop was found to depend on."""
-        found = [leaf for external in self.loop.tape.externals.values() for leaf in leaves_of(external.tensor)]
-        return list({id(leaf): leaf for leaf in found}.values())
-
-    def accumulate(self) -> None:
-        """Add the hypergradients to the leaves' ``.grad``."""
-        gradients = self.gradients()
-        if not gradients:
-            raise self._nothing()
-        self._warn_unused({id(leaf) for leaf, _ in gradients})
-        for leaf, grad in gradients:
-            grad = grad.detach().to(leaf.dtype)
-            leaf.grad = grad.clone() if leaf.grad is None else leaf.grad + grad
-
-    def collect(self, wanted: list[Tensor]) -> tuple[Tensor, ...]:
-        """The hypergradients with respect to these tensors."""
-        gradients = {id(leaf): grad for leaf, grad in self.gradients()}
-        if not self.loop.steps and not gradients and all(self.loop.tape.find(tensor) is None for tensor in wanted):
-            raise self._nothing()
-        results = []
-        for tensor in wanted:
-            binding = self.loop.tape.find(tensor)
-            if binding is not None:
-                grad = self.carried.get(binding.key)
-            elif tensor.grad_fn is None:
-                grad = gradients.get(id(tensor))
-                if grad is None:
-                    self._warn_one(tensor)
-            else:
-                grad = _of_value(tensor, gradients)
-            shape = tensor.shape if self.batch is None else (self.batch, *tensor.shape)
-            results.append(tensor.new_zeros(shape) if grad is None else grad.detach())
-        return tuple(results)
-
-    def _nothing(self) -> SweepError:
-        if not self.loop.steps:
-            return SweepError(
-                "the context saw no `optimizer.step()`, and the outer objective does not depend on a hyperparameter "
-                "directly, so there is no hypergradient. Put the training loop inside the `with` block, with the "
-                "optimizer that it was given."
-            )
-        return SweepError(
-            "nothing that requires grad, besides the trained weights, took part in the recorded steps or in the "
-            "outer objective, so there is no hypergradient. Give a drop-in optimizer (`metaopt.optim`) a tensor that "
-            "requires grad, or use one in the loss; a plain number, or the value of a tensor taken with `.item()`, "
-            "can't be followed."
-        )
-
-    def _warn_one(self, tensor: Tensor) -> None:
-        name = name_of(tensor) or f"a tensor of shape {tuple(tensor.shape)}"
-        warnings.warn(
-            f"the hyperparameter {name} took no part in the recorded steps nor in the outer objective; its "
-            "hypergradient is zero. Was it replaced by a copy, or turned into a Python number?",
-            UnusedHyperparameterWarning,
-            stacklevel=4,
-        )
-
-    def _warn_unused(self, used: set[int]) -> None:
-        owners = {id(o): o for leaf in self.leaves() if (o := owner_of(leaf)) is not None}
-        names = [
-            str(name_of(leaf))
-            for owner in owners.values()
-            for leaf in owner.parameters()
-            if leaf.requires_grad and id(leaf) not in used
-        ]
-        if names:
-            warnings.warn(
-                f"the hyperparameters {', '.join(names)} took no part in the recorded steps nor in the outer "
-                "objective, and get no hypergradient. Were they replaced by copies, or turned into Python numbers?",
-                UnusedHyperparameterWarning,
-                stacklevel=4,
-            )
-
 
 def _add(store: dict[int, Tensor], key: int, value: Tensor) -> None:
     store[key] = store[key] + value if key in store else value
@@ -422,33 +314,6 @@ def _holders(tensors: list[Tensor]) -> list[Tensor]:
         if type(holder) is dict and all(isinstance(v, (Tensor, type(None))) for v in holder.values()):
             held += [tensor for tensor in tensors if any(value is tensor for value in holder.values())]
     return held
-
-
-def _of_value(tensor: Tensor, gradients: dict[int, Tensor]) -> Tensor | None:
-    """The hypergradient with respect to a constrained value, from that of the leaf behind it.
-
-    The transform is elementwise, so ``dE/dvalue = dE/dleaf / (dvalue/dleaf)``.
-    """
-    leaves = leaves_of(tensor)
-    if len(leaves) != 1 or leaves[0].shape != tensor.shape or getattr(tensor, "_metaopt_source", None) is None:
-        raise SweepError(
-            "`wrt` contains a tensor that was computed from hyperparameters, and not a hyperparameter itself. Ask "
-            "for its leaves (`hyper.parameters()`), and use `torch.autograd.grad` from there."
-        )
-    grad = gradients.get(id(leaves[0]))
-    if grad is None:
-        return None
-    probe = torch.ones_like(tensor)
-    (slope,) = torch.autograd.grad(tensor, leaves[0], probe, retain_graph=True)
-    skewed = probe.clone().reshape(-1)
-    skewed[::2] *= 2
-    (other,) = torch.autograd.grad(tensor, leaves[0], skewed.view_as(probe), retain_graph=True)
-    if not torch.allclose(other, slope * skewed.view_as(probe)):
-        raise SweepError(
-            "`wrt` contains a constrained value whose entries depend on each other (a simplex, say), so it has no "
-            "derivative of its own. Ask for its leaf (`hyper.parameters()`)."
-        )
-    return grad / slope
 
 
 def _retold(error: RuntimeError, step: float) -> Exception:

@@ -19,6 +19,7 @@ from metaopt.capture.segment import Segment
 from metaopt.checkpoints import LEVELS, Keeping, Memory, bytes_of, store_of, walk
 from metaopt.errors import SweepError
 from metaopt.modes.compiled import CompiledPullBack
+from metaopt.modes.hypergradients import accumulate, collect
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.progress import progressing
 from metaopt.modes.pullback import PullBack
@@ -149,7 +150,7 @@ class Recording(Run):
         with self._loop.paused():
             adjoint = self._adjoint(outer)
             self._sweep(adjoint, None, retain)
-            adjoint.accumulate()
+            accumulate(adjoint)
 
     def hypergradient(
         self, outer: Objective, wrt: Tensor | Iterable[Tensor], *, retain: bool = True
@@ -169,7 +170,7 @@ class Recording(Run):
         with self._loop.paused():
             adjoint = self._adjoint(outer)
             self._sweep(adjoint, wanted, retain)
-            return adjoint.collect(wanted)
+            return collect(adjoint, wanted)
 
     def jacobian(
         self, outers: Sequence[Objective], wrt: Tensor | Iterable[Tensor], *, retain: bool = True
@@ -188,7 +189,7 @@ class Recording(Run):
         with self._loop.paused():
             adjoint = Adjoint.stack([self._adjoint(outer) for outer in outers])
             self._sweep(adjoint, wanted, retain)
-            return adjoint.collect(wanted)
+            return collect(adjoint, wanted)
 
     # -- REVERSE-HG --------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from metaopt.capture.program import Program
 from metaopt.capture.segment import Segment
 from metaopt.errors import SweepError
+from metaopt.modes.hypergradients import leaves_behind
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.start import Start
 from metaopt.step import Loop
@@ -91,7 +92,7 @@ class Run(ABC):
     @property
     def hyperparameters(self) -> list[Tensor]:
         """The leaves that the watched steps were found to depend on, besides the trained weights."""
-        return Adjoint(self._loop).leaves()
+        return leaves_behind(self._loop)
 
     def __repr__(self) -> str:
         state = "open" if self._open else "freed" if self._freed else "closed"

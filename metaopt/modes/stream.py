@@ -21,6 +21,7 @@ from metaopt.capture.segment import Segment
 from metaopt.errors import CaptureError, MetaoptWarning, SweepError
 from metaopt.modes.columns import Columns, Directions
 from metaopt.modes.compiled import CompiledPush
+from metaopt.modes.hypergradients import accumulate, collect
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.pullback import PullBack
 from metaopt.modes.run import Run
@@ -237,7 +238,7 @@ class Streaming(Run):
             SweepError: if ``E`` does not depend on the trained weights, or ``Z`` overflowed.
         """
         with self._loop.paused():
-            self._evaluate(outer).accumulate()
+            accumulate(self._evaluate(outer))
 
     def hypergradient(self, outer: Objective, wrt: Tensor | Iterable[Tensor]) -> tuple[Tensor, ...]:
         """The hypergradient of the outer objective as things stand, as ``torch.autograd.grad`` would return it.
@@ -256,7 +257,7 @@ class Streaming(Run):
                 "weights. Use `metaopt.record`."
             )
         with self._loop.paused():
-            return self._evaluate(outer).collect(wanted)
+            return collect(self._evaluate(outer), wanted)
 
     def _evaluate(self, outer: Objective) -> Adjoint:
         adjoint = self._adjoint(outer)
