@@ -116,6 +116,7 @@ class Program:
         self._passed: dict[tuple[int, ...], frozenset[int]] = {}
         self._between: dict[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]], Function] = {}
         self._prologues: dict[tuple[int, ...], Function | None] = {}
+        self._prologue_values: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def function(self, places: tuple[int, ...]) -> Function:
         """The program that computes the outputs at these places, and nothing else."""
@@ -151,6 +152,11 @@ class Program:
 
     def prologue_values(self, varying: tuple[int, ...]) -> tuple[int, ...]:
         """What `prologue` computes."""
+        if varying not in self._prologue_values:
+            self._prologue_values[varying] = tuple(self._cut_by(varying))
+        return self._prologue_values[varying]
+
+    def _cut_by(self, varying: tuple[int, ...]) -> list[int]:
         free = {*self.externals, *self.constants}
         found: list[int] = []
         for instruction in self.code:
@@ -161,7 +167,7 @@ class Program:
             whole = [n for n in numbers_in((instruction.args, instruction.kwargs)) if n.kind is int]
             if any(number.index in varying for number in whole):
                 found += instruction.defined()
-        return tuple(found)
+        return found
 
     def split(self, places: tuple[int, ...]) -> Split | None:
         """The program cut at the loop's gradients, if they are plain gradients of a loss."""

@@ -36,8 +36,9 @@ class _Known:
     seen: int = 0
     refused: bool = False
     places: tuple[int, ...] = ()
-    asked: Counter[Any] = field(default_factory=Counter)
-    versions: dict[Any, Compiled] = field(default_factory=dict)
+    keys: dict[Any, int] = field(default_factory=dict)
+    asked: Counter[int] = field(default_factory=Counter)
+    versions: dict[int, Compiled] = field(default_factory=dict)
 
 
 _known: weakref.WeakKeyDictionary[Program, _Known] = weakref.WeakKeyDictionary()
@@ -52,7 +53,7 @@ class Versions:
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        self._asked: Counter[Any] = Counter()
+        self._asked: Counter[tuple[Program, int]] = Counter()
         self._numbers: dict[Program, dict[tuple[float, ...], None]] = {}
         self._varying: dict[Program, Numbers] = {}
 
@@ -95,7 +96,8 @@ class Versions:
             places: the outputs that it is the derivative of, if others may be filled up to these.
         """
         known = _known[program]
-        key = (self.backend, key)
+        # The key is long; from here on a number stands for it.
+        key = known.keys.setdefault((self.backend, key), len(known.keys))
         known.asked[key] += 1
         self._asked[program, key] += 1
         often = self._asked[program, key] >= AGAIN or known.asked[key] >= ENOUGH_EVER
