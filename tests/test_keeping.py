@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import mmap
+import os
 import warnings
 import weakref
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 import metaopt
 from metaopt.capture.cells import Cell
 from metaopt.checkpoints import bytes_of, store_of
+from metaopt.checkpoints.stores import Place
 from metaopt.modes import versions
 from tests.cases import CASES, Case
 from tests.test_cases import recorded
@@ -191,6 +194,29 @@ def test_a_copy_is_the_value_and_stays_it(make: Any, where: str | None) -> None:
         assert torch.equal(kept.to_dense().resolve_neg(), tensor.to_dense().resolve_neg())
         if tensor.layout is torch.strided and tensor.numel():
             assert kept.data_ptr() != tensor.data_ptr()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_process_writes_its_states_into_memory_of_its_own() -> None:
+    """Two of a pool's workers wrote into the same idle chunk, and both hypergradients were wrong."""
+    store = store_of(None)
+    place = store.copy(torch.ones(3))
+    assert isinstance(place, Place)
+    child = os.fork()
+    if not child:
+        place.tensor().fill_(7)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert torch.equal(place.tensor(), torch.ones(3))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="a system without this advice")
+def test_the_system_may_take_the_memory_of_idle_chunks() -> None:
+    store = store_of(None)
+    place = store.copy(torch.ones(3))
+    assert isinstance(place, Place)
+    place.chunk.obj.madvise(mmap.MADV_FREE)  # type: ignore[attr-defined]  # of shared memory it is an error
 
 
 def test_amounts_are_read() -> None:

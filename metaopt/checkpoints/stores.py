@@ -26,7 +26,9 @@ from torch import Tensor
 _FIRST, _LARGEST = 2**22, 2**26  # bytes of a chunk
 _LARGE = 2**21  # bytes, from which torch's copy, by all threads, is worth its call
 _ALIGNED = 64
-
+# Python shares a mapping with the processes that are forked, which would write their states into each other's; and the
+# system takes no page back that is shared.
+_OWN = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 # Chunks that no copy lies in any more, for the next training: mapping new memory takes longer than to fill it. The
 # system may take their pages whenever it needs some.
@@ -107,8 +109,7 @@ class Store:
     def _map(self, size: int) -> memoryview:
         chunk = next((chunk for chunk in _idle if len(chunk) >= size), None)
         if chunk is None:
-            chunk = mmap.mmap(-1, size)
-            _advise(chunk, "MADV_HUGEPAGE")
+            chunk = mmap.mmap(-1, size, **_OWN)
         else:
             _idle.remove(chunk)
         view = memoryview(chunk)
