@@ -239,6 +239,14 @@ def test_options_that_contradict_each_other_are_refused() -> None:
             metaopt.record(optimizer, last=3, **options)
 
 
+@pytest.mark.parametrize("options", [{}, *WAYS.values()], ids=["states", *WAYS])
+def test_a_loop_without_a_step_is_told_whatever_is_kept(options: dict[str, Any]) -> None:
+    """Where checkpoints were to be kept, the error was one of Python's."""
+    training = Training(0, **options)
+    with pytest.raises(metaopt.SweepError, match="no `optimizer.step\\(\\)`"):
+        training.gradient()
+
+
 def test_checkpoints_without_their_library_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     training = Training(10, keep="checkpoints")
     monkeypatch.setitem(__import__("sys").modules, "checkpoint_schedules", None)
