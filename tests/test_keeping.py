@@ -243,7 +243,7 @@ def test_options_that_contradict_each_other_are_refused() -> None:
 def test_a_loop_without_a_step_is_told_whatever_is_kept(options: dict[str, Any]) -> None:
     """Where checkpoints were to be kept, the error was one of Python's."""
     training = Training(0, **options)
-    with pytest.raises(metaopt.SweepError, match="no `optimizer.step\\(\\)`"):
+    with pytest.raises(metaopt.SweepError, match=r"no `optimizer.step\(\)`"):
         training.gradient()
 
 

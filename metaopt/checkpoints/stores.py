@@ -15,6 +15,7 @@ import ctypes
 import mmap
 import os
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -33,6 +34,7 @@ _OWN = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PR
 # Chunks that no copy lies in any more, for the next training: mapping new memory takes longer than to fill it. The
 # system may take their pages whenever it needs some.
 _idle: list[mmap.mmap] = []
+_choosing = threading.Lock()  # trainings of several threads want one each
 
 
 def _retire(chunk: mmap.mmap) -> None:
@@ -107,11 +109,12 @@ class Store:
         return self._chunk
 
     def _map(self, size: int) -> memoryview:
-        chunk = next((chunk for chunk in _idle if len(chunk) >= size), None)
+        with _choosing:
+            chunk = next((chunk for chunk in _idle if len(chunk) >= size), None)
+            if chunk is not None:
+                _idle.remove(chunk)
         if chunk is None:
             chunk = mmap.mmap(-1, size, **_OWN)
-        else:
-            _idle.remove(chunk)
         view = memoryview(chunk)
         weakref.finalize(view, _retire, chunk).atexit = False  # when the last copy in it is gone
         return view
