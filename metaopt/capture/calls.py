@@ -19,7 +19,7 @@ from metaopt.capture.cells import version_of
 from metaopt.capture.derivatives import check_function
 from metaopt.capture.hooks import refuse_live_closure
 from metaopt.capture.primitives import Surrogate, flatten, hooked, inner_gradient, leaf, stop, total
-from metaopt.capture.replacements import hard_gumbel_softmax
+from metaopt.capture.replacements import hard_gumbel_softmax, padded_embedding
 from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Group, Instruction, Val
 from metaopt.errors import CaptureError
@@ -406,6 +406,11 @@ def _embedding(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: K
                 "an embedding with `sparse=True` gives sparse gradients, which have no second derivative. Use "
                 "`sparse=False`."
             )
+        if func is F.embedding and given.get("padding_idx") is not None:
+            result = func(*args, **kwargs)
+            spec = (given["input"], weight, given["padding_idx"], bool(given.get("scale_grad_by_freq")))
+            watcher.record(padded_embedding, spec, {}, result, phased=True)
+            return result
     return watcher.call(func, args, kwargs)
 
 
