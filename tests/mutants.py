@@ -298,8 +298,8 @@ MUTANTS = [
         "share-the-state",
         "a recorded state is a reference to the weights, which the next step overwrites",
         "capture/cells.py",
-        "self.tensor = copy(self.tensor)",
-        "self.tensor = self.tensor.detach()",
+        "self._held = copy(self.tensor)",
+        "self._held = self.tensor.detach()",
         (LAWS, "closed_form or unrolled"),
     ),
     Mutant(
