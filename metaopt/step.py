@@ -77,6 +77,8 @@ class Loop:
         self._thread = 0
         self._sums: list[Tensor] = []
         self._quiet: Any = None
+        # What the loop may have caught (`except RuntimeError: continue`), though a part of it is missing since.
+        self._error: CaptureError | None = None
 
     def weights(self) -> list[Tensor]:
         """Every weight of the optimizer, in its order."""
@@ -119,13 +121,14 @@ class Loop:
 
     def close(self, *, failed: bool = False) -> None:
         """Stop watching, whatever happened; the calls since the last step become a last iteration."""
-        broken = self._quiet is not None
+        if self._quiet is not None:
+            self._error = _failed_step()
         self._be_quiet(False)
         if self._exit is not None:
             self._exit.close()
             self._exit = None
-        if broken and not failed:
-            raise _failed_step()
+        if self._error is not None and not failed:
+            raise self._error
         if not failed:
             self._seal(check=False)
         self._sums = [weight.detach().sum() for weight in self.weights()]
@@ -241,7 +244,9 @@ class Loop:
     def _refuse_failed_step(self) -> None:
         if self._quiet is not None:
             self._be_quiet(False)
-            raise _failed_step()
+            self._error = _failed_step()
+        if self._error is not None:
+            raise self._error
 
     def _is_stepping(self) -> bool:
         return not self._in_closure and steps_on_stack(self.optimizer) > 0
@@ -293,8 +298,15 @@ class Loop:
             return
         with torch._C.DisableTorchFunction():  # what is called for the segment's sake need not pass by the watcher
             if check:
-                self.verifier.check(segment, self.tape, self.steps)
+                self._verify(segment)
             self.on_segment(segment, check)
+
+    def _verify(self, segment: Segment) -> None:
+        try:
+            self.verifier.check(segment, self.tape, self.steps)
+        except CaptureError as error:
+            self._error = error
+            raise
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:

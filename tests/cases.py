@@ -478,6 +478,23 @@ for _name, _module in {"transformer": Tied, "recurrent": Recurrent, "attention":
     )
 
 
+@case(lr=0.3, weight_decay=0.1, weights=weights(12))
+def padding(hyper: Hyper, context: Context) -> Trained:
+    torch.manual_seed(3)
+    words, out = nn.Embedding(9, 4, padding_idx=-9), nn.Linear(4, 3)
+    nn.init.constant_(words.weight[0], 0.5)  # no gradient moves it, and the decay does
+    model = nn.ModuleList([words, out])
+    x, y = torch.randint(0, 9, (12, 5)), torch.randint(0, 3, (12,))
+    optimizer = sgd(hyper, momentum=0.5)(model.parameters())
+    predict = lambda: out(words(x).tanh().mean(1))  # noqa: E731
+    with context(optimizer):
+        for _ in range(4):
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), predict(), y).backward()
+            optimizer.step()
+    return Trained(lambda: F.cross_entropy(predict(), y), model, optimizer)
+
+
 @case(lr=0.3, weights=weights(12))
 def frozen(hyper: Hyper, context: Context) -> Trained:
     model = mlp(5, 6, 6, 3)

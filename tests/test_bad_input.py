@@ -770,6 +770,29 @@ def test_data_written_with_an_operator_is_the_write_in_place(mode: Any) -> None:
     assert found[0] != 0
 
 
+@pytest.mark.parametrize("fails", ["step", "replay"])
+def test_a_loop_that_goes_on_after_any_error_is_told_in_the_end(fails: str) -> None:
+    """``except RuntimeError`` around a batch caught our errors too, and the hypergradient lacked what was not seen."""
+    model = nn.Linear(2, 1)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    behind, x = model.weight.detach().numpy(), torch.ones(1, 2)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError
+
+    said = {"step": "raised an exception", "replay": "replaying step 2"}[fails]
+    with pytest.raises(metaopt.CaptureError, match=said), metaopt.record(optimizer):
+        for step in range(4):
+            with contextlib.suppress(RuntimeError), pytest.MonkeyPatch.context() as patch:
+                optimizer.zero_grad()
+                (model(x).exp() if step == 1 else model(x).sin()).sum().backward()
+                if step == 1 and fails == "step":
+                    patch.setattr(sys.modules["torch.optim.sgd"], "sgd", fail)
+                elif step == 1:
+                    behind += 1
+                optimizer.step()
+
+
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_step_that_failed_and_was_caught_is_said(after: int) -> None:
     """The update runs out of sight, so that what follows a failure in it would not be seen."""

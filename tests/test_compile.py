@@ -174,6 +174,31 @@ def test_the_last_step_runs_by_the_others_code(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("bad", [2, 3])
+def test_an_infinite_derivative_of_what_the_objective_does_not_read_is_no_matter(bad: int) -> None:
+    """Zeros stood for the adjoint of a buffer that an earlier objective read, and times infinity gave no number."""
+
+    def gradients(bad: int, compile: bool | str = "aot_eager") -> list[Tensor]:  # noqa: A002 as torch's
+        torch.manual_seed(0)
+        model = nn.Linear(3, 1)
+        trace, weight = torch.zeros(1), torch.tensor(1.0, requires_grad=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with metaopt.record(optimizer, compile=compile) as run:
+            for step in range(4):
+                optimizer.zero_grad()
+                (weight * model(torch.ones(2, 3)).square()).mean().backward()
+                optimizer.step()
+                with torch.no_grad():
+                    spread = (model.weight - model.weight).square().sum() + float(step != bad)
+                    trace.mul_(0.5).add_(spread.sqrt() + model.bias)
+        outers = [lambda: model(torch.ones(1, 3)).sum(), lambda: (model(torch.ones(1, 3)) + trace).sum()]
+        return [run.hypergradient(outer, weight)[0] for outer in (outers if bad > 3 else outers[:1])]
+
+    gradients(bad=9)
+    torch.testing.assert_close(gradients(bad), gradients(bad, compile=False))
+
+
 def test_graphs_are_of_use_after_states(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a derivative that was given states reads does not decide which values are kept for one that may have all."""
     monkeypatch.setattr("metaopt.capture.program._known", type(program._known)())

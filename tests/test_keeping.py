@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import mmap
+import os
 import warnings
 import weakref
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 import metaopt
 from metaopt.capture.cells import Cell
 from metaopt.checkpoints import bytes_of, store_of
+from metaopt.checkpoints.stores import Place
 from metaopt.modes import versions
 from tests.cases import CASES, Case
 from tests.test_cases import recorded
@@ -193,6 +196,29 @@ def test_a_copy_is_the_value_and_stays_it(make: Any, where: str | None) -> None:
             assert kept.data_ptr() != tensor.data_ptr()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_process_writes_its_states_into_memory_of_its_own() -> None:
+    """Two of a pool's workers wrote into the same idle chunk, and both hypergradients were wrong."""
+    store = store_of(None)
+    place = store.copy(torch.ones(3))
+    assert isinstance(place, Place)
+    child = os.fork()
+    if not child:
+        place.tensor().fill_(7)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert torch.equal(place.tensor(), torch.ones(3))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="a system without this advice")
+def test_the_system_may_take_the_memory_of_idle_chunks() -> None:
+    store = store_of(None)
+    place = store.copy(torch.ones(3))
+    assert isinstance(place, Place)
+    place.chunk.obj.madvise(mmap.MADV_FREE)  # type: ignore[attr-defined]  # of shared memory it is an error
+
+
 def test_amounts_are_read() -> None:
     amounts: list[int | str] = [5, "5", "2GiB", "500 MB", "1.5k", "3 MiB"]
     assert [bytes_of(amount) for amount in amounts] == [5, 5, 2**31, 5 * 10**8, 1500, 3 * 2**20]
@@ -211,6 +237,14 @@ def test_options_that_contradict_each_other_are_refused() -> None:
     for options in ({"budget": 100}, {"keep": "checkpoints"}):
         with pytest.raises(ValueError, match="already bounds"):
             metaopt.record(optimizer, last=3, **options)
+
+
+@pytest.mark.parametrize("options", [{}, *WAYS.values()], ids=["states", *WAYS])
+def test_a_loop_without_a_step_is_told_whatever_is_kept(options: dict[str, Any]) -> None:
+    """Where checkpoints were to be kept, the error was one of Python's."""
+    training = Training(0, **options)
+    with pytest.raises(metaopt.SweepError, match=r"no `optimizer.step\(\)`"):
+        training.gradient()
 
 
 def test_checkpoints_without_their_library_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

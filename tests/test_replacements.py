@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from metaopt.capture import replacements
+from metaopt.capture.primitives import Phase
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -21,6 +22,20 @@ def test_cross_entropy(shape: tuple[int, ...], smoothing: float, weighted: bool,
     expected = F.cross_entropy(x, y, weight, reduction=reduction, label_smoothing=smoothing)
     found = replacements.cross_entropy(x, y, weight, reduction=reduction, label_smoothing=smoothing)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("padding", [0, 2, -1])
+@pytest.mark.parametrize("scale", [False, True])
+def test_embedding_with_padding(padding: int, scale: bool) -> None:
+    x, weight = torch.randint(0, 4, (3, 5)), torch.randn(4, 2, requires_grad=True)
+    cotangent = torch.randn(3, 5, 2)
+    expected = F.embedding(x, weight, padding, scale_grad_by_freq=scale)
+    phase = Phase()
+    with phase.loop():
+        found = replacements.padded_embedding(phase, x, weight, padding, scale)
+        gradients = [torch.autograd.grad(y, weight, cotangent)[0] for y in (found, expected)]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("dim", [0, 1])

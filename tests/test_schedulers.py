@@ -56,6 +56,7 @@ TABLE: dict[str, Callable[[Optimizer], Any]] = {
         [S.CosineAnnealingLR(o, 6, eta_min=0.05), S.ExponentialLR(o, 0.8)]
     ),
     "ReduceLROnPlateau": lambda o: S.ReduceLROnPlateau(o, factor=0.5, patience=0, threshold=0.5),
+    "ReduceLROnPlateau-patience": lambda o: S.ReduceLROnPlateau(o, factor=0.5, patience=1, threshold=0.5),
     "ReduceLROnPlateau-min_lr": lambda o: S.ReduceLROnPlateau(o, factor=0.5, patience=0, threshold=0.5, min_lr=0.12),
     "CyclicLR": lambda o: S.CyclicLR(o, rate(o), 3 * rate(o), 2, cycle_momentum=False),
     "CyclicLR-max_lr": lambda o: S.CyclicLR(o, rate(o), 0.9, 2, base_momentum=0.5 * momentum(o), max_momentum=0.9),

@@ -55,6 +55,17 @@ def test_a_product_added_to_itself_stays() -> None:
     assert rewritten(function, torch.randn(6, 2), torch.randn(2, 6))["aten.mm.default"] == 1
 
 
+@pytest.mark.parametrize("shape", [(1, 6), (6, 1)])
+def test_products_of_which_one_is_broadcast_are_not_joined(shape: tuple[int, int]) -> None:
+    a, b, c, d = torch.randn(6, 2), torch.randn(2, 6), torch.randn(shape[0], 2), torch.randn(2, shape[1])
+    assert rewritten(lambda a, b, c, d: a @ b + c @ d, a, b, c, d)["aten.mm.default"] == 2
+
+
+def test_products_of_different_precision_are_not_joined() -> None:
+    a, b = torch.randn(6, 2), torch.randn(2, 6)
+    assert rewritten(lambda a, b: a @ b + a.float() @ b.float(), a, b)["aten.mm.default"] == 2
+
+
 @pytest.mark.parametrize("left", [True, False])
 def test_zeros_are_not_added(left: bool) -> None:
     def function(x: Tensor) -> Tensor:
@@ -68,6 +79,25 @@ def test_zeros_are_not_added(left: bool) -> None:
 def test_zeros_that_change_shape_or_precision_are_added(other: Tensor) -> None:
     x = torch.ones(2, 3, dtype=torch.float64)
     assert rewritten(lambda x, y: y + torch.zeros_like(x), x, other)["aten.add.Tensor"] == 1
+
+
+@pytest.mark.parametrize("term", [lambda x: x.t(), lambda x: x.sum().expand(3, 4)], ids=["turned", "one"])
+def test_zeros_that_change_the_layout_are_added(term: Any) -> None:
+    """Without them, there was no such view, nor what a stride says."""
+    rewritten(lambda x: (torch.zeros(3, 4) + term(x)).view(-1), torch.randn(4, 3))
+    rewritten(lambda x: (torch.zeros(3, 4) + term(x)).as_strided((2,), (5,)), torch.randn(4, 3))
+
+
+@pytest.mark.parametrize(
+    "follow", [lambda y: y.view(100, -1), lambda y: y.as_strided((9,), (7,))], ids="view stride".split()
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_follows_a_turned_product_reads_it_as_it_was(
+    follow: Any, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_is_faster_turned", lambda *shape: True)
+    x, w, b = torch.randn(2000, 60), torch.randn(10, 60), torch.randn(10)
+    rewritten(lambda x, w, b: follow(torch.nn.functional.linear(x, w, b if bias else None)), x, w, b)
 
 
 @pytest.mark.parametrize("faster", [True, False])

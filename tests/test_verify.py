@@ -22,3 +22,18 @@ def test_what_is_not_finite_agrees_with_itself_alone() -> None:
     assert _difference(tensor.clone(), tensor) == 0.0
     assert _difference(torch.tensor([2.0, torch.inf, torch.nan]), tensor) == pytest.approx(0.5)  # an infinity hid it
     assert _difference(torch.ones(2), tensor) == float("inf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_an_infinity_that_the_replay_does_not_have_is_a_difference(dtype: torch.dtype) -> None:
+    """The norms of both were infinite, and so anything beside it passed."""
+    tensor = torch.tensor([torch.inf, 2.0], dtype=dtype)
+    assert _difference(torch.tensor([1.0, 2.0], dtype=dtype), tensor) == float("inf")
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(1e30, torch.float32), (3000.0, torch.float16), (1e-9, torch.float32)])
+def test_what_has_no_norm_in_its_own_precision_is_compared(size: float, dtype: torch.dtype) -> None:
+    """Its squares are infinite, or the difference's are zero."""
+    tensor = torch.full((1000,), size, dtype=dtype)
+    assert _difference(-tensor, tensor) > 1.0
+    assert _difference(tensor * (1 + 2 * torch.finfo(dtype).eps), tensor) < 1e-2

@@ -20,7 +20,7 @@ from metaopt.capture.derivatives import check_function
 from metaopt.capture.gradients import autograd_backward, autograd_grad, tensor_backward
 from metaopt.capture.hooks import refuse_live_closure
 from metaopt.capture.primitives import Surrogate, flatten, hooked, leaf, stop
-from metaopt.capture.replacements import hard_gumbel_softmax
+from metaopt.capture.replacements import hard_gumbel_softmax, padded_embedding
 from metaopt.capture.trace import Instruction, Val
 from metaopt.errors import CaptureError
 
@@ -246,6 +246,11 @@ def _embedding(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: K
                 "an embedding with `sparse=True` gives sparse gradients, which have no second derivative. Use "
                 "`sparse=False`."
             )
+        if func is F.embedding and given.get("padding_idx") is not None:
+            result = func(*args, **kwargs)
+            spec = (given["input"], weight, given["padding_idx"], bool(given.get("scale_grad_by_freq")))
+            watcher.record(padded_embedding, spec, {}, result, phased=True)
+            return result
     return watcher.call(func, args, kwargs)
 
 

@@ -10,6 +10,8 @@ the identity.
 
 ``F.cross_entropy`` and ``F.nll_loss`` with more than two dimensions: the kernel behind them refuses gradients that
 are not contiguous, which the transposed pass of forward mode has (torch 2.13: "grad_input must be contiguous").
+
+``F.embedding`` with a ``padding_idx``: its backward leaves that row out on purpose, though the forward reads it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ __all__ = [
     "foreach_copy_",
     "hard_gumbel_softmax",
     "nll_loss",
+    "padded_embedding",
     "unscale_",
     "weight_norm",
 ]
@@ -85,6 +88,19 @@ def hard_gumbel_softmax(phase: Phase, logits: Tensor, tau: float = 1, dim: int =
     index = soft.max(dim, keepdim=True)[1]
     hard = torch.zeros_like(logits, memory_format=torch.legacy_contiguous_format).scatter_(dim, index, 1.0)
     return hard - stop(phase, soft) + soft
+
+
+def padded_embedding(
+    phase: Phase,
+    input: Tensor,  # noqa: A002 (torch's name for it)
+    weight: Tensor,
+    padding_idx: int,
+    scale_grad_by_freq: bool = False,
+) -> Tensor:
+    """``F.embedding``, whose ``padding_idx`` keeps the loop's gradient from that row, and not the sweep's."""
+    row = padding_idx % len(weight)
+    words = F.embedding(input, weight, scale_grad_by_freq=scale_grad_by_freq)
+    return torch.where((input == row).unsqueeze(-1), stop(phase, weight[row]), words)
 
 
 def unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:

@@ -20,6 +20,8 @@ from torch import Tensor, fx
 _aten = torch.ops.aten
 _ZEROS = (_aten.zeros_like.default, _aten.zeros.default, _aten.new_zeros.default)
 _ALIKE = ("shape", "dtype", "device")
+_BY_LAYOUT = (_aten.as_strided.default, _aten.as_strided_scatter.default, _aten.view.dtype)
+_VIEWS = (_aten.view.default, _aten._unsafe_view.default)
 
 # A product is worth a look if its result is so much longer than wide, and it is so many multiplications.
 _LONG, _MUCH = 16, 2**20
@@ -35,9 +37,7 @@ def simplify(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is _aten.add.Tensor and not node.kwargs:
             _join_products(graph, node)
-    for node in list(graph.nodes):
-        if node.target in (_aten.mm.default, _aten.addmm.default) and not node.kwargs:
-            _turn_product(graph, node)
+    _turn_products(graph)
     graph.eliminate_dead_code()
 
 
@@ -53,7 +53,8 @@ def _drop_zeros(node: fx.Node) -> None:
         value = _value(term)
         if value is None or whole is None or getattr(other, "target", None) not in _ZEROS:
             continue
-        if all(getattr(value, name) == getattr(whole, name) for name in _ALIKE):
+        # Of another layout, it may be one that what follows can't view.
+        if all(getattr(value, name) == getattr(whole, name) for name in _ALIKE) and value.stride() == whole.stride():
             node.replace_all_uses_with(cast("fx.Node", term))
             return
 
@@ -64,11 +65,11 @@ def _join_products(graph: fx.Graph, node: fx.Node) -> None:
     if len(terms) != 2:
         return
     factors = [cast("list[fx.Node]", list(term.args)) for term in terms]
-    shapes = [[value.shape for x in pair if (value := _value(x)) is not None] for pair in factors]
-    if any(len(pair) != 2 for pair in shapes):
+    values = [[value for x in pair if (value := _value(x)) is not None] for pair in factors]
+    if any(len(pair) != 2 for pair in values):
         return
-    (m, _), (_, n) = shapes[0]
-    if sum(left[1] for left, _ in shapes) > min(m, n):
+    ((m, n), dtype), other = [((left.shape[0], right.shape[1]), left.dtype) for left, right in values]
+    if other != ((m, n), dtype) or sum(left.shape[1] for left, _ in values) > min(m, n):
         return
     with graph.inserting_before(node):
         left = graph.call_function(_aten.cat.default, ([a for a, _ in factors], 1))
@@ -76,6 +77,18 @@ def _join_products(graph: fx.Graph, node: fx.Node) -> None:
         joined = graph.call_function(_aten.mm.default, (left, right))
     joined.meta["val"] = node.meta.get("val")
     node.replace_all_uses_with(joined)
+
+
+def _turn_products(graph: fx.Graph) -> None:
+    """Turn what is worth it; what follows then has another layout, of which not every view is one."""
+    if any(node.target in _BY_LAYOUT for node in graph.nodes):
+        return
+    for node in list(graph.nodes):
+        if node.target in (_aten.mm.default, _aten.addmm.default) and not node.kwargs:
+            _turn_product(graph, node)
+    for node in graph.nodes:
+        if node.target in _VIEWS:
+            node.target = _aten.reshape.default
 
 
 def _turn_product(graph: fx.Graph, node: fx.Node) -> None:

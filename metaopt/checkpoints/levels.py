@@ -156,5 +156,5 @@ class Keeping:
 
 def intervals(marks: Sequence[int], count: int) -> list[tuple[int, int]]:
     """The stretches from one checkpoint to the next, the last one first."""
-    ends = [*marks[1:], count]
+    ends = [*marks[1:], count] if marks else []
     return list(zip(marks, ends, strict=True))[::-1]

@@ -15,6 +15,7 @@ import ctypes
 import mmap
 import os
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,11 +27,14 @@ from torch import Tensor
 _FIRST, _LARGEST = 2**22, 2**26  # bytes of a chunk
 _LARGE = 2**21  # bytes, from which torch's copy, by all threads, is worth its call
 _ALIGNED = 64
-
+# Python shares a mapping with the processes that are forked, which would write their states into each other's; and the
+# system takes no page back that is shared.
+_OWN = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 # Chunks that no copy lies in any more, for the next training: mapping new memory takes longer than to fill it. The
 # system may take their pages whenever it needs some.
 _idle: list[mmap.mmap] = []
+_choosing = threading.Lock()  # trainings of several threads want one each
 
 
 def _retire(chunk: mmap.mmap) -> None:
@@ -105,12 +109,12 @@ class Store:
         return self._chunk
 
     def _map(self, size: int) -> memoryview:
-        chunk = next((chunk for chunk in _idle if len(chunk) >= size), None)
+        with _choosing:
+            chunk = next((chunk for chunk in _idle if len(chunk) >= size), None)
+            if chunk is not None:
+                _idle.remove(chunk)
         if chunk is None:
-            chunk = mmap.mmap(-1, size)
-            _advise(chunk, "MADV_HUGEPAGE")
-        else:
-            _idle.remove(chunk)
+            chunk = mmap.mmap(-1, size, **_OWN)
         view = memoryview(chunk)
         weakref.finalize(view, _retire, chunk).atexit = False  # when the last copy in it is gone
         return view

@@ -258,6 +258,7 @@ class Adjoint:
         if self._finite():
             return
         self.carried, self.external = start, {}
+        pull = pull.by_autograd()
         for step, segment, after in self._with_ends(walk()):
             self.pull_back(pull, segment, step, after)
             if not self._finite():

@@ -71,6 +71,10 @@ class PullBack:
         variables = [*replay.inputs.values(), *hypers]
         return gradients(replay.outputs, variables, list(alpha.values()), batched=self._batched)
 
+    def by_autograd(self) -> PullBack:
+        """The same by autograd, for which what has no adjoint has none: zeros times infinity are not a number."""
+        return PullBack(wanted=self._wanted, batched=self._batched)
+
     def asks(self, hyper: Tensor) -> bool:
         """Whether the sweep is for this hyperparameter."""
         return self._wanted is None or id(hyper) in self._wanted

@@ -86,7 +86,10 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
         rule = rule_of(self)
         result = {}
         for name, link in self._links.get(place, {}).items():
-            number = follow(self, (place, name), link, rule.number(group, name))
+            plain = rule.number(group, name)
+            number = follow(self, (place, name), link, plain)
+            if number is not plain:  # what was found out of it holds until it is set again
+                assign(group, rule.settings[name], number)
             link.last = number
             result[name] = self._behind(number, link)
         for name in rule.settings:
