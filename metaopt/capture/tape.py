@@ -182,8 +182,8 @@ class Tape:
 
     def read(self, tensor: Tensor) -> Val:
         """The number of the tensor's present value, whatever kind it is."""
-        binding = self._bindings.get(id(tensor))
-        if binding is not None and binding.ref() is tensor:
+        binding = self.find(tensor)
+        if binding is not None:
             value = self.read_binding(binding, tensor)
             return Val(self.stopped(value) if binding.halted else value)
         alias = self.alias(tensor)
@@ -195,10 +195,8 @@ class Tape:
 
     def read_through(self, tensor: Tensor) -> Val:
         """`read`, of a gradient too as it was computed: the optimizer's step follows what ``backward`` leaves."""
-        binding = self._bindings.get(id(tensor))
-        if binding is not None and binding.ref() is tensor:
-            return Val(self.read_binding(binding, tensor))
-        return self.read(tensor)
+        binding = self.find(tensor)
+        return self.read(tensor) if binding is None else Val(self.read_binding(binding, tensor))
 
     def read_binding(self, binding: Binding, tensor: Tensor | None = None) -> int:
         """The number of a followed tensor's present value; a view is made anew where its base was written."""
@@ -346,13 +344,10 @@ class Tape:
 
     def define(self, tensor: Tensor, value: int, *, inner: int = 0, leaf: bool = False) -> Binding:
         """The tensor object now holds this value of the present iteration."""
-        binding = self._bindings.get(id(tensor))
-        if binding is None or binding.ref() is not tensor:
-            binding = self._bear(tensor)
-        else:
-            binding.cell = binding.base = binding.via = None
-            binding.halted = False
-            binding.version = version_of(tensor)
+        binding = self.find(tensor) or self._bear(tensor)
+        binding.cell = binding.base = binding.via = None
+        binding.halted = False
+        binding.version = version_of(tensor)
         binding.value, binding.epoch, binding.fresh = value, self.epoch, True
         binding.inner, binding.leaf = inner, leaf
         binding.leaves = [value] if leaf else []

@@ -22,14 +22,11 @@ class Val:
 
     def __new__(cls, index: int) -> Val:
         made = cls._made
-        try:
-            return made[index]
-        except IndexError:
-            while index >= len(made):
-                value = super().__new__(cls)
-                value.index = len(made)
-                made.append(value)
-            return made[index]
+        while index >= len(made):
+            value = super().__new__(cls)
+            value.index = len(made)
+            made.append(value)
+        return made[index]
 
     def __repr__(self) -> str:
         return f"Val({self.index})"

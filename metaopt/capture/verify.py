@@ -59,7 +59,7 @@ def _wrong(
     """The tensors of the loop that the replay does not give, and by how much."""
     found = []
     for replayed, actual in pairs:
-        difference = _difference(replayed, actual, floors.get(_kind(tape, actual), 0.0) if floors else 0.0)
+        difference = _difference(replayed, actual, floors.get(_kind(tape, actual), 0.0))
         if difference > max(loose, _TOLERANCE.get(replayed.dtype, 5e-2)):
             found.append((actual, difference))
     return found

@@ -53,9 +53,11 @@ _PASS = {
 }
 _PASS |= {Tensor.grad.__set__}  # type: ignore[union-attr]
 # The profiler's marks, of which every optimizer makes some; and what switches autograd.
-_PASS |= {torch._C._set_grad_enabled}
-_PASS |= {torch.ops.profiler._record_function_enter_new, torch.ops.profiler._record_function_exit._RecordFunction}
-_MAY_FOLLOW = {Followed, list, tuple}
+_PASS |= {
+    torch._C._set_grad_enabled,
+    torch.ops.profiler._record_function_enter_new,
+    torch.ops.profiler._record_function_exit._RecordFunction,
+}
 
 
 @lru_cache(4096)
@@ -88,9 +90,8 @@ class Watcher(TorchFunctionMode):
             return func(*args, **kwargs)
         self.paused = True
         try:
-            for argument in args if not kwargs else (*args, *kwargs.values()):
-                if type(argument) in _MAY_FOLLOW and _follows((argument,)):
-                    self._say_number_is_constant(func)
+            if _follows((*args, *kwargs.values())):
+                self._say_number_is_constant(func)
             if torch._C._are_functorch_transforms_active():
                 return self._inside_transform(func, args, kwargs)
             special = calls.SPECIAL.get(func)
@@ -138,10 +139,10 @@ class Watcher(TorchFunctionMode):
             return self._constant_call(func, args, kwargs, targets)
         if targets:
             return writes.call(self, func, args, kwargs, targets)
-        seed = self.generators(func, kwargs) if _traits(func)[0] else None
-        versions = _versions(tensors)
+        seed = self.generators(func, kwargs)
+        versions = [version_of(tensor) for tensor in tensors]
         result = func(*args, **kwargs)
-        if versions != _versions(tensors):
+        if versions != [version_of(tensor) for tensor in tensors]:
             raise CaptureError(
                 f"`{name_of(func)}` wrote one of its arguments in place, in a way that metaopt does not know and so "
                 "can't replay. Use the version of the operation that returns a new tensor."
@@ -310,13 +311,6 @@ class Watcher(TorchFunctionMode):
                 self._looked_for_compiler = 64
                 return
             frame = frame.f_back  # type: ignore[assignment]
-
-
-def _versions(tensors: list[Tensor]) -> list[int]:
-    try:
-        return [tensor._version for tensor in tensors]
-    except RuntimeError:  # made under `inference_mode`
-        return [version_of(tensor) for tensor in tensors]
 
 
 def user_frame() -> int:
