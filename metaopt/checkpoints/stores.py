@@ -115,6 +115,8 @@ class Store:
                 _idle.remove(chunk)
         if chunk is None:
             chunk = mmap.mmap(-1, size, **_OWN)
+            # In pages of 2 MiB where the system has them: the first touch of a page takes longer than to fill it.
+            _advise(chunk, "MADV_HUGEPAGE")
         view = memoryview(chunk)
         weakref.finalize(view, _retire, chunk).atexit = False  # when the last copy in it is gone
         return view
