@@ -303,7 +303,8 @@ class Loop:
 
     def _verify(self, segment: Segment) -> None:
         try:
-            self.verifier.check(segment, self.tape, self.steps)
+            begins = self.update is not None and self.update.begins
+            self.verifier.check(segment, self.tape, self.steps, last=not begins)
         except CaptureError as error:
             self._error = error
             raise

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from metaopt.capture.bindings import Binding
 from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Group, Instruction, Val
 from metaopt.errors import CaptureError, UnusedHyperparameterWarning
@@ -74,6 +75,8 @@ class RuledUpdate:
         self.tape = tape
         self._blind: set[int] = set()
         self._pending: list[_Pending] = []
+        # Whether the present step is the first one of some state, which is zero before it.
+        self.begins = False
         self._lent: list[tuple[dict[str, Any], str, Any, Any]] = []
         # Torch's own steps only read what the groups say of their settings.
         self._lends = rule.optimizer.__module__.startswith("torch.optim.")
@@ -81,6 +84,7 @@ class RuledUpdate:
     def before(self) -> None:
         """Note what the update reads, and save what it is about to overwrite."""
         self._pending = []
+        self.begins = False
         for group in self.optimizer.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             if weights:
@@ -122,16 +126,20 @@ class RuledUpdate:
                 raise sparse(weight)
             grads.append(read(grad))
         update = Update(rule, tuple([(flag, group.get(flag, False)) for flag in rule.flags]))
+        settings, zeros = self._settings(group)
+        self.begins |= bool(zeros) and any(entries.get(name) is None for entries in held for name in zeros)
+        begun: list[dict[str, Binding]] = [{} for _ in weights]
+        states = [self._read_state(*each, zeros) for each in zip(weights, held, begun, strict=True)]
         arguments = {
             "weights": Group(list, tuple([read(weight) for weight in weights])),
             "grads": Group(list, tuple(grads)),
-            "states": Group(list, tuple([self._read_state(entries) for entries in held])),
+            "states": Group(list, tuple(states)),
             "steps": Group(list, tuple([number(int(entries.get("step", 0)) + 1) for entries in held])),
-            "settings": self._settings(group),
+            "settings": settings,
         }
         if rule.blind:
             self._warn_blind(arguments)
-        return _Pending(weights, held, update, arguments)
+        return _Pending(weights, held, begun, update, arguments)
 
     def _warn_blind(self, arguments: dict[str, Any]) -> None:
         # A hypergradient of exactly 0 through a sign is right, and of no use to anybody who does not know why.
@@ -151,10 +159,16 @@ class RuledUpdate:
                 stacklevel=2,
             )
 
-    def _read_state(self, entries: dict[str, Any]) -> tuple[Val | None, ...]:
+    def _read_state(
+        self, weight: Tensor, entries: dict[str, Any], begun: dict[str, Binding], zeros: tuple[str, ...]
+    ) -> tuple[Val | None, ...]:
         values: list[Val | None] = []
         for name in self.rule.state:
             tensor = entries.get(name)
+            if tensor is None and name in zeros:
+                begun[name] = self.tape.begin_with(torch.zeros_like(weight, memory_format=torch.preserve_format))
+                values.append(Val(begun[name].value))
+                continue
             if tensor is None:
                 values.append(None)
                 continue
@@ -163,8 +177,8 @@ class RuledUpdate:
             values.append(self.tape.read_through(tensor))
         return tuple(values)
 
-    def _settings(self, group: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-        """Every continuous setting: a number, or its hyperparameter times the scheduler's factor."""
+    def _settings(self, group: dict[str, Any]) -> tuple[tuple[tuple[str, Any], ...], tuple[str, ...]]:
+        """Every continuous setting (a number, or its hyperparameter times the scheduler's factor); what begins as 0."""
         tape, rule = self.tape, self.rule
         linked = getattr(self.optimizer, "linked_settings", None)
         links: dict[str, tuple[Tensor, float, float]] = linked(group) if linked is not None else {}
@@ -190,7 +204,7 @@ class RuledUpdate:
             else:
                 spec = tape.trace.number(plain[name])
             settings.append((name, spec))
-        return tuple(settings)
+        return tuple(settings), rule.zeros({**group, **plain}, differentiable)
 
     def _scheduled(self, value: Tensor, slope: float, rest: float, number: float) -> Any:
         """``slope · λ + rest``, what a scheduler made of a hyperparameter."""
@@ -209,12 +223,14 @@ class RuledUpdate:
         tape, state = self.tape, self.optimizer.state
         for pending in self._pending:
             places: list[tuple[Tensor, int, bool]] = []
-            for weight in pending.weights:
+            for weight, begun in zip(pending.weights, pending.begun, strict=True):
                 places.append((weight, tape.trace.new(), True))
                 entries = state.get(weight, {})
                 for name in self.rule.state:
                     tensor = entries.get(name)
                     if tensor is not None:
+                        if name in begun:
+                            tape.succeed(begun[name], tensor)
                         places.append((tensor, tape.trace.new(), False))
             given = pending.arguments
             args = (given["weights"], given["grads"], given["states"], given["steps"])
@@ -231,6 +247,7 @@ class _Pending:
 
     weights: list[Tensor]
     held: list[dict[str, Any]]
+    begun: list[dict[str, Binding]]
     update: Update
     arguments: dict[str, Any]
 

@@ -122,6 +122,24 @@ MUTANTS = [
         "total[key] = total[key] if key in total else value",
         ("tests/test_implicit.py", "ridge"),
     ),
+    # -- rules
+    Mutant(
+        "dampened-first-step",
+        "a first step of SGD with dampening is taken for a step from a buffer of zeros",
+        "rules/sgd.py",
+        "    return () if damped or settings",
+        "    return () if settings",
+        ("tests/test_every_rule.py", "step_from_zeros and SGD"),
+    ),
+    Mutant(
+        "verify-from-zeros-only",
+        "a program whose first step began with zeros is not looked at again",
+        "capture/verify.py",
+        "        if last:\n            self._seen.add(program)",
+        "        self._seen.add(program)",
+        ("tests/test_bad_input.py", "second_step"),
+        unverified=False,
+    ),
     # -- the reverse sweep
     Mutant(
         "forget-B1",

@@ -581,6 +581,26 @@ def test_hidden_state_is_found_out() -> None:
     assert_torch_is_as_it_was(optimizer)
 
 
+class Forgetful(torch.optim.SGD):
+    """A user's class that is not the step whose rule it inherits: from its second step on."""
+
+    def _init_group(self, *args):  # type: ignore[no-untyped-def, override]
+        for state in self.state.values():
+            state["momentum_buffer"].mul_(0.5)
+        return super()._init_group(*args)
+
+
+def test_a_step_that_differs_from_its_rule_is_found_out_at_the_second_step() -> None:
+    model = mlp(5, 6, 3)
+    optimizer = Forgetful(model.parameters(), lr=0.1, momentum=0.9)
+    with pytest.raises(metaopt.CaptureError, match="replaying step 2"), metaopt.record(optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+    assert_torch_is_as_it_was(optimizer)
+
+
 def test_verification_can_be_switched_off_and_is_checked() -> None:
     trained(verify="never")
     with pytest.raises(ValueError, match="verify must be"):

@@ -34,6 +34,7 @@ DRAWN: Mapping[str, SearchStrategy[float]] = {
     "beta1": FRACTIONS,
     "beta2": numbers(0.999, 0.0, 0.5, low=0.0, high=1.0),
     "momentum": FRACTIONS,
+    "dampening": numbers(0.0, 0.5, low=0.0, high=1.0),
     "alpha": numbers(0.99, 0.75, low=0.3, high=1.0),  # with centered, a smaller one cancels in torch's own step
     "rho": numbers(0.9, 0.0, 1.0, low=0.0, high=1.0),
     "eps": numbers(1e-8, 1e-3, 1.0, low=0.0, high=0.5),
@@ -311,3 +312,36 @@ def test_small_tensors_updated_as_one_are_updated_as_each(row: Row) -> None:
         if a is not None and b is not None:
             assert a.shape == b.shape
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: row.name)
+@given(data=st.data())
+def test_a_first_step_is_a_step_from_zeros(row: Row, data: st.DataObject) -> None:
+    """Where the rule says so: value, derivative, and that the optimizer makes a tensor of the weight's shape."""
+
+    def look(point: Point, made: Any, weight: Tensor, chosen: dict[str, float], flags: dict[str, Any]) -> None:
+        names = row.rule.zeros({**flags, **chosen}, frozenset())
+        if not names or point.state[names[0]] is not None:
+            return
+        assert all(made.state[weight][name].shape == weight.shape for name in names)
+        assert all(made.state[weight][name].dtype == weight.dtype for name in names)
+        zeros = Point(point.w, point.g, point.state | {n: torch.zeros_like(point.w) for n in names}, 1)
+        found, expected = (_derivative(row.rule, at, chosen, flags) for at in (zeros, point))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14, equal_nan=True)
+
+    walk(row, data, look)
+
+
+def _derivative(rule: Rule, point: Point, chosen: dict[str, float], flags: dict[str, Any]) -> list[Tensor]:
+    """What the rule gives, and its derivatives by weight, gradient and settings."""
+    w, g = (x.detach().clone().requires_grad_() for x in (point.w, point.g))
+    hyper = {name: torch.tensor(value, dtype=torch.float64, requires_grad=True) for name, value in chosen.items()}
+    if rule.refuse is not None:
+        hyper = {name: value.detach() for name, value in hyper.items()}
+    after = apply(rule, Point(w, g, point.state, point.step), hyper, flags)
+    values = [value for value in after.values() if value is not None]
+    moving = [value for value in values if value.requires_grad]
+    leaves = [x for x in (w, g, *hyper.values()) if x.requires_grad]
+    grads = torch.autograd.grad([v.sum() for v in moving], leaves, allow_unused=True, materialize_grads=True)
+    return [*(value.detach() for value in values), *grads]

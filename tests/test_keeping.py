@@ -124,7 +124,7 @@ def test_a_budget_below_two_states_is_said_once() -> None:
 def test_memory_is_told_and_forecast() -> None:
     training = Training(10)
     memory = training.run.memory()
-    assert memory.states == 9 * training.size + training.size // 2  # the first step has no momentum yet
+    assert memory.states == 10 * training.size
     assert memory.inputs == 10 * 6 * 4 * 8
     assert memory.forecast(100) == 10 * memory.total
     assert "10 steps, keep='states'" in str(memory)

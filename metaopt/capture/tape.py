@@ -68,6 +68,20 @@ class Tape:
         self._bindings[id(tensor)] = binding
         return binding
 
+    def begin_with(self, value: Tensor) -> Binding:
+        """A state that the optimizer has not made yet enters the iteration with this value."""
+        binding = Binding(next(self._keys), value)
+        binding.value, binding.epoch, binding.cell = self.trace.new(), self.epoch, Cell(value, owned=True)
+        self.trace.inputs.append(binding.value)
+        self._inputs.append(binding)
+        self._input_cells.append(binding.cell)
+        return binding
+
+    def succeed(self, binding: Binding, tensor: Tensor) -> None:
+        """The optimizer has made the tensor of a state that it began with."""
+        if self.find(tensor) is None:
+            self._bindings[id(tensor)] = Binding(binding.key, tensor)
+
     def _bear(self, tensor: Tensor) -> Binding:
         """Follow a tensor object that an iteration makes: it has no value from before, and a negative key says so."""
         binding = Binding(-1 - next(self._keys), tensor)

@@ -96,9 +96,10 @@ class Run(ABC):
 
     def __repr__(self) -> str:
         state = "open" if self._open else "freed" if self._freed else "closed"
+        count = len(self.programs)
         return (
             f"{type(self).__name__}({type(self._loop.optimizer).__name__}, {state}: {self.steps} steps, "
-            f"{len(self.programs)} programs, {len(self.hyperparameters)} hyperparameters)"
+            f"{count} program{'s' if count != 1 else ''}, {len(self.hyperparameters)} hyperparameters)"
         )
 
     # -- the outer objective -----------------------------------------------------------------------------------------

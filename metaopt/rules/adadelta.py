@@ -13,7 +13,7 @@ __all__ = ["Adadelta"]
 import torch
 from torch import Tensor
 
-from metaopt.rules.rule import NONNEGATIVE, Rule, Setting, State, add_scaled, decayed, double, safe_sqrt
+from metaopt.rules.rule import NONNEGATIVE, Rule, Setting, State, add_scaled, always, decayed, double, safe_sqrt
 
 
 def update(
@@ -46,6 +46,7 @@ Adadelta = Rule(
     settings={name: name for name in ("lr", "rho", "eps", "weight_decay")},
     flags=("maximize",),
     state=("square_avg", "acc_delta"),
+    zeros=always("square_avg", "acc_delta"),
     elementwise=True,
     domain=dict.fromkeys(("lr", "eps", "weight_decay"), NONNEGATIVE)
     | {"rho": (lambda x: 0 <= x <= 1, "between 0 and 1")},

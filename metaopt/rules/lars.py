@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metaopt.published.lars import LARS as Optimizer
-from metaopt.rules.rule import NONNEGATIVE, Rule, Setting, State, add_scaled, double, norm
+from metaopt.rules.rule import NONNEGATIVE, Rule, Setting, State, add_scaled, always, double, norm
 
 
 def update(
@@ -49,5 +49,6 @@ LARS = Rule(
     settings={name: name for name in _SETTINGS},
     flags=("maximize",),
     state=("momentum_buffer",),
+    zeros=always("momentum_buffer"),
     domain=dict.fromkeys(_SETTINGS, NONNEGATIVE),
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metaopt.published.lion import Lion as Optimizer
-from metaopt.rules.rule import FRACTION, NONNEGATIVE, Rule, Setting, State, add_scaled, double, lerp
+from metaopt.rules.rule import FRACTION, NONNEGATIVE, Rule, Setting, State, add_scaled, always, double, lerp
 
 
 def update(
@@ -46,6 +46,7 @@ Lion = Rule(
     settings={"lr": "lr", "beta1": ("betas", 0), "beta2": ("betas", 1), "weight_decay": "weight_decay"},
     flags=("maximize",),
     state=("exp_avg",),
+    zeros=always("exp_avg"),
     elementwise=True,
     domain={"lr": NONNEGATIVE, "beta1": FRACTION, "beta2": FRACTION, "weight_decay": NONNEGATIVE},
     flat={"beta1": _FLAT, "beta2": _FLAT},

@@ -16,7 +16,7 @@ __all__ = ["Muon"]
 import torch
 from torch import Tensor
 
-from metaopt.rules.rule import NONNEGATIVE, Rule, Setting, State, double, lerp, norm
+from metaopt.rules.rule import NONNEGATIVE, Rule, Setting, State, always, double, lerp, norm
 
 LOOP_PRECISION = torch.bfloat16
 
@@ -95,6 +95,7 @@ Muon = Rule(
     },
     flags=("nesterov", "ns_steps", "adjust_lr_fn"),
     state=("momentum_buffer",),
+    zeros=always("momentum_buffer"),
     domain=dict.fromkeys(("lr", "weight_decay", "momentum", "eps"), NONNEGATIVE),
     surrogate=True,
 )

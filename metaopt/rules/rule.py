@@ -10,6 +10,7 @@ __all__ = [
     "Setting",
     "State",
     "add_scaled",
+    "always",
     "decayed",
     "double",
     "is_on",
@@ -37,6 +38,11 @@ ABOVE_ZERO = (lambda x: x > 0, "above 0")
 FRACTION = (lambda x: 0 <= x < 1, "at least 0 and below 1")
 
 
+def always(*names: str) -> Callable[[Mapping[str, Any], frozenset[str]], tuple[str, ...]]:
+    """The same names whatever the settings are."""
+    return lambda settings, differentiable: names
+
+
 @dataclass(frozen=True)
 class Rule:
     """One optimizer's update as a function that autograd can follow.
@@ -50,6 +56,9 @@ class Rule:
         flags: the settings that choose a formula (``nesterov``, ``amsgrad``, ``ns_steps``, …), as the group has them.
         state: the names of the tensors in ``optimizer.state[w]`` that are part of the dynamics.
         scalars: those of them that are numbers, whatever the weight's shape is.
+        zeros: looks at a param group's settings, and at which of them are hyperparameters, and names the tensors of the
+            state that the optimizer has not made before its first step and that are zero then, by the same formula as
+            ever: a first step is a step like others, and shares their program.
         domain: for each setting the test that it must pass, and the words for it.
         refuse: looks at a param group's settings and flags and raises if the update has no derivative there.
         flat: settings in which the trained weights have derivative 0 wherever they have one, each with the reason; a
@@ -65,6 +74,7 @@ class Rule:
     flags: tuple[str, ...] = ()
     state: tuple[str, ...] = ()
     scalars: tuple[str, ...] = ()
+    zeros: Callable[[Mapping[str, Any], frozenset[str]], tuple[str, ...]] = field(default_factory=always)
     domain: Mapping[str, tuple[Callable[[float], bool], str]] = field(default_factory=dict)
     refuse: Callable[[Mapping[str, Any], frozenset[str]], None] | None = None
     flat: Mapping[str, str] = field(default_factory=dict)

@@ -54,12 +54,19 @@ def refuse(settings: Mapping[str, Any], differentiable: frozenset[str]) -> None:
         )
 
 
+def zeros(settings: Mapping[str, Any], differentiable: frozenset[str]) -> tuple[str, ...]:
+    """The buffer, unless the first step is another one than the rest: dampening leaves it out."""
+    damped = settings["dampening"] != 0 or "dampening" in differentiable
+    return () if damped or settings["momentum"] == 0 else ("momentum_buffer",)
+
+
 SGD = Rule(
     torch.optim.SGD,
     update,
     settings={name: name for name in ("lr", "momentum", "dampening", "weight_decay")},
     flags=("nesterov", "maximize"),
     state=("momentum_buffer",),
+    zeros=zeros,
     elementwise=True,
     domain={
         "lr": (lambda x: x >= 0, "at least 0"),
