@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["RuledUpdate", "WatchedWeights", "sparse"]
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +23,18 @@ from metaopt.wrapping import refuse_filled
 
 
 class WatchedWeights:
-    """The weights that an optimizer had when the context began, of which none may be exchanged."""
+    """The weights that the optimizers had when the context began, of which none may be exchanged."""
 
-    def __init__(self, optimizer: Optimizer, tape: Tape) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizers: Sequence[Optimizer], tape: Tape) -> None:
+        self.optimizers = optimizers
         self.tape = tape
         self._known = 0
         self._received: set[int] = set()
 
     def weights(self) -> list[Tensor]:
-        """Every weight of the optimizer, in its order."""
-        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        """Every weight of the optimizers, in their order."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return [weight for group in groups for weight in group["params"]]
 
     def check(self) -> None:
         """Raise `CaptureError` if the optimizer has other weights now, or the model has."""
@@ -77,6 +79,32 @@ class RuledUpdate:
         self._lent: list[tuple[dict[str, Any], str, Any, Any]] = []
         # Torch's own steps only read what the groups say of their settings.
         self._lends = rule.optimizer.__module__.startswith("torch.optim.")
+        self._quiet: Any = None
+
+    # -- while it runs ------------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """Whether the optimizer's step has begun, and not ended."""
+        return self._quiet is not None
+
+    def begin(self) -> None:
+        """The step is about to run: note what it reads, and be quiet until it ends."""
+        with torch._C.DisableTorchFunction():  # while a mode is open, each look at a tensor's attribute costs a call
+            self.before()
+        # The rule says what the update does: while it runs, not even the watcher's glance at each call is paid for.
+        self.lend_numbers()
+        self._quiet = torch._C.DisableTorchFunction()
+        self._quiet.__enter__()
+
+    def stop(self) -> None:
+        """The step is over, or has failed."""
+        if self._quiet is not None:
+            self._quiet.__exit__(None, None, None)
+            self._quiet = None
+            self.take_numbers_back()
+
+    # -- what is recorded ---------------------------------------------------------------------------------------------
 
     def before(self) -> None:
         """Note what the update reads, and save what it is about to overwrite."""

@@ -274,8 +274,8 @@ MUTANTS = [
         "gradients-leak",
         "the loop's own `backward` reaches the hyperparameters' .grad",
         "capture/gradients.py",
-        "torch.autograd.backward(losses, gradients, retain_graph, create_graph, inputs=into)",
-        "torch.autograd.backward(losses, gradients, retain_graph, create_graph)",
+        "retain_graph, create_graph, inputs=into if trains else inputs)",
+        "retain_graph, create_graph)",
         (LAWS, "puts_no_gradient"),
     ),
     Mutant(

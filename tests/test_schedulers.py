@@ -192,6 +192,34 @@ def test_a_rate_set_by_hand() -> None:
     assert hypergradcheck(trainer(by_factor, {"lr": lr}), outer, lr)
 
 
+@pytest.mark.parametrize("kind", ["pre", "post", "pre_and_clips"])
+def test_a_hook_that_the_loop_registers(kind: str) -> None:
+    """It sees the numbers that carry their derivative, wherever it was registered, and its calls are followed."""
+    lr = leaf(0.3)
+
+    def train(watch: Watch) -> nn.Module:
+        model = mlp(5, 6, 3)
+        x, y, _, _ = data()
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr, momentum=0.5)
+
+        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            optimizer.param_groups[0]["lr"] *= 0.8
+            if kind == "pre_and_clips":
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+        with watch(optimizer):
+            register = optimizer.register_step_post_hook if kind == "post" else optimizer.register_step_pre_hook
+            handle = register(hook)
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            handle.remove()
+        return model
+
+    assert hypergradcheck(train, outer, lr)
+
+
 def test_a_setting_computed_from_two_hyperparameters_is_refused() -> None:
     weight = nn.Parameter(torch.ones(2))
     optimizer = metaopt.optim.SGD([weight], lr=leaf(0.1), momentum=leaf(0.5))

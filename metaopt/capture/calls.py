@@ -93,12 +93,15 @@ def _gumbel_softmax(watcher: Watcher, func: Callable[..., Any], args: Args, kwar
 def _get_grad(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     grad = func(*args, **kwargs)
     tensor = args[0]
-    known = watcher.tape.externals.get(id(tensor)) if grad is None else None
-    if known is not None and known.tensor is tensor and tensor.is_leaf and id(tensor) in watcher.withheld:
+    known = watcher.tape.externals.get(id(tensor)) if id(tensor) in watcher.withheld else None
+    if known is not None and known.tensor is tensor and tensor.is_leaf:
         frame = sys._getframe(2)
         while frame is not None and frame.f_globals.get("__name__", "").startswith("metaopt.capture"):
             frame = frame.f_back  # type: ignore[assignment]
-        if frame is None or frame.f_code.co_name not in ("zero_grad", "record", "accumulate"):
+        reader = "" if frame is None else frame.f_code.co_name
+        if reader == "zero_grad":
+            watcher.withheld.discard(id(tensor))  # what it lacked would be gone too
+        elif grad is None and reader not in ("record", "accumulate"):
             raise CaptureError(
                 f"the `.grad` of a tensor of shape {tuple(tensor.shape)} was read inside the context, and is not "
                 "there: the tensor requires grad and the watched optimizer does not train it, so it is taken for a "

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Tape"]
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -47,6 +48,7 @@ class Tape:
         self.keeps_values = False
         self._known: dict[int, Cell] = {}
         self.protected: Callable[[Tensor], bool] = lambda tensor: False
+        self._led: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self.before_first_write: Callable[[Tensor], None] | None = None
         for tensor in trained:
             self.train(tensor)
@@ -138,6 +140,16 @@ class Tape:
         binding.leaf = tensor.requires_grad
         binding.inner, binding.buffer = int(binding.leaf), 1
         self.own_memory(tensor)
+
+    def lead(self, leaf: Tensor) -> None:
+        """A leaf that is not followed is about to be moved, out of sight, along a gradient that may be followed."""
+        if self.find(leaf) is None and leaf.grad is not None and self.find(leaf.grad) is not None:
+            self._led[id(leaf)] = leaf
+            del self._bindings[id(leaf.grad)]
+
+    def is_led(self, leaf: Tensor) -> bool:
+        """Whether a leaf was moved along a gradient that depends on the weights, which is not followed."""
+        return id(leaf) in self._led
 
     def note_behind(self, leaf: Tensor) -> None:
         """Somebody took ``.data`` of a leaf that is a hyperparameter so far."""
@@ -271,7 +283,9 @@ class Tape:
         moved = external is not None and external.version != version_of(tensor)
         if external is None or moved:
             self._refuse_weights(tensor)
-            external = self.externals[id(tensor)] = External(tensor, self.cells.keep(tensor), moving=self.moving)
+            external = self.externals[id(tensor)] = External(
+                tensor, self.cells.keep(tensor), moving=self.moving, led=self.is_led(tensor)
+            )
         if external.epoch != self.epoch:
             external.value, external.epoch = self.trace.new(), self.epoch
             self.trace.externals.append(external.value)

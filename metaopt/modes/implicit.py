@@ -14,21 +14,20 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from metaopt.capture.segment import Segment
 from metaopt.errors import MetaoptWarning, SweepError
 from metaopt.modes.hypergradients import accumulate, collect
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.pullback import PullBack
-from metaopt.modes.run import Run
+from metaopt.modes.run import Run, Watchable
 
 _FAR = 1e-2
 _SETTLED = 3
 
 
 def implicit(
-    optimizer: Optimizer, *, iterations: int = 1000, tolerance: float | None = 1e-6, verify: str = "first"
+    optimizer: Watchable, *, iterations: int = 1000, tolerance: float | None = 1e-6, verify: str = "first"
 ) -> Implicit:
     """Watch the training loop inside the ``with`` block, and differentiate the point that it converges to.
 
@@ -59,7 +58,7 @@ def implicit(
 class Implicit(Run):
     """What `implicit` watches, and the hypergradients at the point that it led to."""
 
-    def __init__(self, optimizer: Optimizer, *, iterations: int, tolerance: float | None, verify: str) -> None:
+    def __init__(self, optimizer: Watchable, *, iterations: int, tolerance: float | None, verify: str) -> None:
         if iterations < 1:
             raise ValueError(f"iterations must be at least 1, not {iterations}.")
         if tolerance is not None and not tolerance > 0:

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
@@ -24,7 +23,7 @@ from metaopt.modes.compiled import CompiledPush
 from metaopt.modes.hypergradients import accumulate, collect
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.pullback import PullBack
-from metaopt.modes.run import Run
+from metaopt.modes.run import Run, Watchable
 from metaopt.modes.tangents import push_forward
 
 _MANY = 1000
@@ -32,7 +31,7 @@ _CHECK_EVERY = 10
 
 
 def stream(
-    optimizer: Optimizer,
+    optimizer: Watchable,
     *,
     chunk: int | None = None,
     discount: float = 1.0,
@@ -89,7 +88,7 @@ class Streaming(Run):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Watchable,
         *,
         chunk: int | None,
         discount: float,
@@ -161,10 +160,7 @@ class Streaming(Run):
     def _state_keys(self) -> set[int]:
         tape = self._loop.tape
         states = {
-            id(tensor)
-            for state in self._loop.optimizer.state.values()
-            for tensor in state.values()
-            if isinstance(tensor, Tensor)
+            id(tensor) for state in self._loop.states() for tensor in state.values() if isinstance(tensor, Tensor)
         }
         return {
             binding.key
