@@ -16,8 +16,9 @@ from torch.optim.optimizer import Optimizer
 from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Group, Instruction, Val
 from metaopt.errors import CaptureError, UnusedHyperparameterWarning
-from metaopt.followed import plainly, slopes_of
+from metaopt.followed import Followed, plainly, slopes_of
 from metaopt.hyperparameters import name_of
+from metaopt.links import mixed, owner_of
 from metaopt.rules import Rule, Update
 from metaopt.wrapping import refuse_filled
 
@@ -201,6 +202,9 @@ class RuledUpdate:
         plain = {n: float(v.detach() if isinstance(v, Tensor) else v) for n, v in numbers.items()}
         for name, number in plain.items():
             rule.check(name, number)
+            found = numbers[name]
+            if name not in links and isinstance(found, Followed) and found.slope:
+                raise mixed(name, found, owner_of(self.optimizer) or self.rule.optimizer.__name__)
         differentiable = frozenset(links) | {
             name for name, number in numbers.items() if isinstance(number, Tensor) and self.tape.is_live(number)
         }

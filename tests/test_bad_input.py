@@ -211,6 +211,25 @@ def test_setting_outside_its_domain(make: Callable[..., torch.optim.Optimizer]) 
         make(mlp(5, 3).parameters(), lambda v: torch.tensor(v, requires_grad=True))
 
 
+def test_a_setting_that_is_no_value_yet() -> None:
+    model = mlp(5, 3)
+    hyper = metaopt.Hyperparameters(lr=metaopt.positive(0.1))
+    for wrong in (metaopt.positive(0.1), hyper):
+        with pytest.raises(metaopt.RuleError, match=r"pass its value, `hyper\.name`"):
+            metaopt.optim.SGD(model.parameters(), lr=wrong)  # type: ignore[arg-type]
+        with pytest.raises(metaopt.RuleError, match="betas of Adam is"):
+            metaopt.optim.Adam(model.parameters(), betas=(0.9, wrong))  # type: ignore[arg-type]
+
+
+def test_a_drop_in_whose_step_is_replaced_is_told_the_way_out() -> None:
+    class Centred(metaopt.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    with pytest.raises(metaopt.RuleError, match=r"Derive it from torch\.optim\.SGD, and follow(.|\n)*metaopt\.wrap"):
+        Centred(mlp(5, 3).parameters(), lr=torch.tensor(0.1, requires_grad=True))
+
+
 def test_setting_that_left_its_domain() -> None:
     lr = torch.tensor(0.1, requires_grad=True)
     model = mlp(5, 6, 3)

@@ -7,7 +7,7 @@ __all__ = ["Run", "Watchable"]
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -96,6 +96,13 @@ class Run(ABC):
     def hyperparameters(self) -> list[Tensor]:
         """The leaves that the watched steps were found to depend on, besides the trained weights."""
         return leaves_behind(self._loop)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a run can't be copied or saved: what it recorded belongs to these tensors. Save the `state_dict` of the "
+            "model, optimizer, scheduler and hyperparameters; a new context goes on from there, without the past's "
+            "derivative."
+        )
 
     def __repr__(self) -> str:
         state = "open" if self._open else "freed" if self._freed else "closed"

@@ -97,12 +97,11 @@ class Streaming(Run):
         verify: str,
         backend: str | None,
     ) -> None:
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk must be at least 1, not {chunk}.")
+        for name, number in (("chunk", chunk), ("directions", directions)):
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise ValueError(f"{name} must be a whole number, at least 1, not {number}.")
         if not 0 <= discount <= 1:
             raise ValueError(f"discount must lie between 0 and 1, not {discount:g}.")
-        if directions is not None and directions < 1:
-            raise ValueError(f"directions must be at least 1, not {directions}.")
         super().__init__(optimizer, verify=verify, moving=True)
         self._chunk = chunk
         self._compiled = None if backend is None else CompiledPush(backend)
