@@ -41,7 +41,7 @@ class Loop:
     """A training loop under watch: each ``optimizer.step()`` ends an iteration, which goes to ``on_segment``.
 
     Args:
-        optimizers: the optimizers that train the weights; the first one's steps end the iterations.
+        optimizers: the optimizers that train the weights; the last one's steps end the iterations.
         on_segment: receives every finished iteration, and whether a step ended it.
         verify: ``"first"`` replays the first iteration of each structure and compares, ``"all"`` every one, ``"never"``
             none.
@@ -57,7 +57,7 @@ class Loop:
         moving: bool = False,
     ) -> None:
         self.optimizers = listed(optimizers)
-        self.optimizer = self.optimizers[0]
+        self.optimizer = self.optimizers[-1]
         self.on_segment = _weakly(on_segment)
         self.steps = 0
         self.tape = Tape(self.weights(), moving=moving)

@@ -46,7 +46,8 @@ def record(
     Args:
         optimizer: the optimizer that trains the weights: one of `metaopt.optim`, whose settings may be hyperparameters,
             or a plain one of ``torch.optim``, whose numbers are constants. A list, if several train (two networks, Muon
-            for matrices and AdamW for the rest): the first one's steps end the iterations.
+            for matrices and AdamW for the rest), in the order in which they step: the last one's steps end the
+            iterations.
         last: differentiate through the last so many steps only (truncated back-propagation; the rest is forgotten as
             training goes on).
         verify: ``"first"`` replays the first iteration of each structure and compares it with the loop; ``"all"``
