@@ -90,6 +90,7 @@ _OPERATIONS: dict[str, Derivative] = {
     "sub": lambda x, y, value: (1.0, -1.0),
     "mul": lambda x, y, value: (y, x),
     "truediv": lambda x, y, value: (1 / y, -value / y),
+    "mod": lambda x, y, value: (1.0, -(x // y)),
     "pow": _power,
 }
 for _name, _derivative in _OPERATIONS.items():

@@ -276,7 +276,7 @@ class Loop:
         try:
             with torch._C.DisableTorchFunction():
                 if update is not None:
-                    update.after()
+                    update.after(last=optimizer is self.optimizer)
                 if optimizer is self.optimizer:
                     self.steps += 1
                     self._seal(check=True)

@@ -236,8 +236,12 @@ class RuledUpdate:
             spec = Val(tape.trace.emit(torch.add, spec, tape.trace.number(rest))[0])
         return spec
 
-    def after(self) -> None:
-        """Record the update, now that the optimizer has made its state."""
+    def after(self, *, last: bool = True) -> None:
+        """Record the update, now that the optimizer has made its state.
+
+        Args:
+            last: whether the iteration ends here; if not, what follows may take gradients at the new weights.
+        """
         tape, state = self.tape, self.optimizer.state
         for pending in self._pending:
             places: list[tuple[Tensor, int, bool]] = []
@@ -253,7 +257,11 @@ class RuledUpdate:
             outs = tuple([value for _, value, _ in places])
             tape.trace.code.append(Instruction(pending.update, args, given["settings"], outs, many=True))
             for tensor, value, is_weight in places:
-                tape.define(tensor, value, inner=int(is_weight), leaf=is_weight)
+                binding = tape.find(tensor)
+                if is_weight and not last and tensor.requires_grad and binding is not None:
+                    tape.rebind_leaf(binding, tape.stopped(value), tensor)
+                else:
+                    tape.define(tensor, value, inner=int(is_weight), leaf=is_weight).halted = not last
         self._pending = []
 
 

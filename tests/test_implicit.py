@@ -84,7 +84,7 @@ def test_a_tensor_that_is_handed_on(how: str) -> None:
 def test_two_optimizers(order: int) -> None:
     x, y, x_val, y_val = ridge()
     decay = torch.tensor(0.2, requires_grad=True)
-    parts = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    parts: list[Tensor] = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
     optimizers: list[torch.optim.Optimizer]
     optimizers = [metaopt.optim.SGD([parts[0]], lr=0.1, momentum=0.5), torch.optim.SGD([parts[1]], lr=0.1)]
     with metaopt.implicit(optimizers[::order], tolerance=1e-12, iterations=20_000) as run:

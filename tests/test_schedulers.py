@@ -354,7 +354,9 @@ def test_followed_numbers_are_floats() -> None:
     assert copy.deepcopy(x) is x
 
     def f(v: Any) -> Any:
-        return 0.1 + (v - 0.1) * 0.7 + 2 / v - v**2 + (3 - v) * v - abs(-v) / 4 + 2**v
+        return (
+            0.1 + (v - 0.1) * 0.7 + 2 / v - v**2 + (3 - v) * v - abs(-v) / 4 + 2**v + v % 0.3 * 2 + 1.3 % v + v // 0.3
+        )
 
     h = 1e-5
     assert f(x).slope == pytest.approx((f(0.5 + h) - f(0.5 - h)) / (2 * h), rel=1e-8)

@@ -83,9 +83,31 @@ def adversarial(watch: Watch, hyper: dict[str, Tensor], second: str, order: int)
     return nn.Sequential(model)
 
 
+def closures(watch: Watch, hyper: dict[str, Tensor], second: str, order: int) -> nn.Module:
+    """Each takes gradients of its own, at weights that the other has just moved."""
+    x, y, _, _ = data()
+    body, optimizer = first(hyper)
+    head = mlp(3, 4, 3)
+    other = SECOND[second](head.parameters(), hyper)
+    both = [optimizer, other]
+
+    def closure() -> Any:
+        for each in both:
+            each.zero_grad()
+        loss = F.cross_entropy(head(body(x)), y)
+        loss.backward()
+        return loss
+
+    with watch(both):
+        for _ in range(3):
+            for each in both[::order]:
+                each.step(closure)
+    return nn.Sequential(body, head)
+
+
 @pytest.mark.parametrize("order", [1, -1], ids=["first", "last"])
 @pytest.mark.parametrize("second", SECOND)
-@pytest.mark.parametrize("loop", [joint, adversarial])
+@pytest.mark.parametrize("loop", [joint, adversarial, closures])
 def test_the_hypergradient_is_the_bare_loops(loop: Any, second: str, order: int) -> None:
     hyper = {"lr": leaf(0.1)} | ({"other": leaf(0.05)} if second == "linked" else {})
     assert hypergradcheck(lambda watch: loop(watch, hyper, second, order), outer, hyper)
