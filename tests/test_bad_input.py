@@ -540,12 +540,48 @@ def test_numbers_that_leave_the_tensor_world_are_said_once() -> None:
     assert caught[0].filename == __file__
 
 
-def test_data_written_by_hand_is_followed_and_replaced_data_is_refused() -> None:
-    def replace(t: int, model: nn.Module) -> None:
-        model[0].weight.data = model[0].weight.data * 0.5  # type: ignore[index, operator]
+def halved(model: nn.Module) -> list[Tensor]:
+    return [p.data * 0.5 for p in model.parameters()]
 
-    with pytest.raises(metaopt.CaptureError, match=r"`\.data` of a tensor"):
-        trained(inside=replace)
+
+def in_memory_of_another(t: int, model: nn.Module, kept: list[Tensor]) -> None:
+    first, *_ = model.parameters()
+    other = torch.zeros_like(first)
+    first.data, other.data = other, first.data
+
+
+def read_after_the_step(t: int, model: nn.Module, kept: list[Tensor]) -> None:
+    if kept:
+        torch.stack([k.sum() for k in kept])
+    kept[:] = halved(model)
+    for p, k in zip(model.parameters(), kept, strict=True):
+        p.data = k
+
+
+def written_behind(t: int, model: nn.Module, kept: list[Tensor]) -> None:
+    for p, k in zip(model.parameters(), halved(model), strict=True):
+        p.data = k
+        k.mul_(0.9)
+
+
+def old_memory(t: int, model: nn.Module, kept: list[Tensor]) -> None:
+    kept[:] = [p.data for p in model.parameters()]
+    for p, k in zip(model.parameters(), halved(model), strict=True):
+        p.data = k
+
+
+def of_another_shape(t: int, model: nn.Module, kept: list[Tensor]) -> None:
+    first, *_ = model.parameters()
+    first.data = first.data.T
+
+
+@pytest.mark.parametrize(
+    "inside", [in_memory_of_another, read_after_the_step, written_behind, old_memory, of_another_shape]
+)
+def test_data_that_is_replaced_and_then_shared_is_refused(inside: Callable[..., None]) -> None:
+    kept: list[Tensor] = []
+    with pytest.raises(metaopt.CaptureError, match=r"`with torch\.no_grad"):
+        trained(inside=lambda t, model: inside(t, model, kept))
 
 
 def test_memory_shared_with_numpy_is_copied() -> None:

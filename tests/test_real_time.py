@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import metaopt
 from metaopt.capture.program import Program
+from metaopt.check import hypergradcheck
 from metaopt.modes.columns import Directions
 from metaopt.rules import _RULES
 from tests.cases import data, mlp
@@ -86,6 +87,27 @@ def test_bookkeeping_inside_a_context_raises_no_alarm() -> None:
             hyper.project_()
     with pytest.raises(TypeError, match="can't be copied"):
         copy.deepcopy(run)
+
+
+def test_weights_that_the_loop_sets_to_numbers() -> None:
+    """They have no tangent before the step, and gradients are taken at them."""
+    lr = torch.tensor(0.1, requires_grad=True)
+    x, y, x_val, y_val = data()
+
+    def train(watch: Callable[[torch.optim.Optimizer], Any]) -> nn.Module:
+        model = mlp(5, 6, 3)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+        with watch(optimizer):
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                with torch.no_grad():
+                    for p in model[0].parameters():
+                        p.fill_(0.1)
+        return model
+
+    assert hypergradcheck(train, lambda model: F.cross_entropy(model(x_val), y_val), lr)
 
 
 @pytest.mark.parametrize("name", ["chunk", "directions"])

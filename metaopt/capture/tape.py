@@ -42,6 +42,9 @@ class Tape:
         self._constant_cells: list[Cell] = []
         self._memory: dict[int, tuple[StorageWeakRef, Binding, Geometry]] = {}
         self._stopped: dict[int, int] = {}
+        # Memory that a tensor's `.data` was given, and did not get.
+        self.parted: dict[int, tuple[StorageWeakRef, list[tuple[weakref.ref[Tensor], int]]]] = {}
+        self._left: dict[int, StorageWeakRef] = {}
         self._compact_at = _COMPACT_EVERY
         self._behind: dict[int, Tensor] = {}
         # What the loop computes on the way, by number, if that is to be kept.
@@ -107,6 +110,8 @@ class Tape:
         owner = base.ref()
         if owner is tensor:
             return None
+        if tensor.untyped_storage()._cdata in self._left:
+            raise _parted(tensor)
         if owner is None and base.epoch != self.epoch:
             return self._inherit(tensor, base, geometry)
         if not tensor.requires_grad:
@@ -164,6 +169,28 @@ class Tape:
             self.adopt(owner)
             self._bindings.pop(id(tensor), None)
             self.alias(tensor)
+
+    def has_views(self, tensor: Tensor) -> bool:
+        """Whether another living tensor is followed as a view of this one."""
+        base = self.find(tensor)
+        return any(binding.base is not None and binding.root is base for binding in self.bindings())
+
+    def part(self, source: Tensor, target: Tensor) -> None:
+        """In the bare loop ``target`` has left its memory for that of ``source``; here it has not."""
+        new, old = source.untyped_storage(), target.untyped_storage()
+        self._left[old._cdata] = StorageWeakRef(old)
+        _, targets = self.parted.setdefault(new._cdata, (StorageWeakRef(new), []))
+        targets.append((weakref.ref(target), version_of(target)))
+
+    def refuse_parted(self, tensors: Iterable[Tensor], written: Sequence[Tensor]) -> None:
+        """Raise if a tensor in memory that the bare loop would share is written, or is read after the other was."""
+        for tensor in tensors:
+            known = self.parted.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
+            if known is None:
+                continue
+            moved = any((target := ref()) is not None and version_of(target) != version for ref, version in known[1])
+            if moved or any(target is tensor for target in written):
+                raise _parted(tensor)
 
     def bind_view(self, tensor: Tensor, base: Binding, geometry: Geometry) -> Binding:
         """Follow a tensor as a view, by its strides, of another one."""
@@ -416,6 +443,8 @@ class Tape:
             }
         self._bindings = {key: b for key, b in self._bindings.items() if b.ref() is not None}
         self._memory = {key: known for key, known in self._memory.items() if not known[0].expired()}
+        self.parted = {key: known for key, known in self.parted.items() if not known[0].expired()}
+        self._left = {key: known for key, known in self._left.items() if not known.expired()}
 
     def end(self, seal: Callable[..., Segment]) -> Segment:
         """Finish the iteration: what it left behind in living tensors is what it computed."""
@@ -475,6 +504,14 @@ class Tape:
         self.trace.constants = [number for number, _ in pairs]
         self._constant_cells = [cell for _, cell in pairs]
         self._constants = {key: known for key, known in self._constants.items() if known[2] in used}
+
+
+def _parted(tensor: Tensor) -> CaptureError:
+    return CaptureError(
+        f"a tensor of shape {tuple(tensor.shape)} was used whose memory `x.data = …` has given to `x`, or taken from "
+        "it: a write to the one may change the other. Use copies (`x.data = y.clone()`, `old = x.detach().clone()`), "
+        "or write `with torch.no_grad(): x.copy_(y)`."
+    )
 
 
 def _shared_memory(tensor: Tensor, shape: Sequence[int]) -> CaptureError:
