@@ -89,6 +89,27 @@ def test_bookkeeping_inside_a_context_raises_no_alarm() -> None:
         copy.deepcopy(run)
 
 
+def test_weights_that_rest_before_they_depend_on_anything() -> None:
+    """A part of the model that is trained now and then, first when no hyperparameter has acted yet."""
+    decay = torch.tensor(0.1, requires_grad=True)
+    x, y, x_val, y_val = data()
+
+    def train(watch: Callable[[torch.optim.Optimizer], Any]) -> nn.Module:
+        model = mlp(5, 6, 3)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+        with watch(optimizer):
+            for t in range(6):
+                optimizer.zero_grad()
+                model[0].requires_grad_(t % 4 == 0)
+                scores = model(x)
+                loss = F.cross_entropy(scores, y)
+                (loss + decay * scores.square().mean() if t > 0 else loss).backward()
+                optimizer.step()
+        return model.requires_grad_(True)
+
+    assert hypergradcheck(train, lambda model: F.cross_entropy(model(x_val), y_val), decay)
+
+
 def test_weights_that_the_loop_sets_to_numbers() -> None:
     """They have no tangent before the step, and gradients are taken at them."""
     lr = torch.tensor(0.1, requires_grad=True)

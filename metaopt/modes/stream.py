@@ -113,6 +113,8 @@ class Streaming(Run):
         # weight nor state gets its tangent only if a later iteration reads it.
         self._recent: deque[tuple[Segment, dict[int, Tensor], bool]] = deque()
         self._lost: set[int] = set()
+        # What was pushed and has no tangent: it depends on no hyperparameter yet, however long ago it was written.
+        self._still: set[int] = set()
         self._warned = False
 
     def reset_tangents(self) -> None:
@@ -134,11 +136,13 @@ class Streaming(Run):
             before = {key: self._discount * tangent for key, tangent in before.items()}
         state = self._state_keys()
         present = {} if self._compiled is None else self._loop.tape.present()
-        pushed = self._push(segment, [key for key in segment.outputs if key in state], before, present)
+        keys = [key for key in segment.outputs if key in state]
+        pushed = self._push(segment, keys, before, present)
         alive = {binding.key for binding in self._loop.tape.bindings()}
         after = {key: z for key, z in before.items() if key in alive and key not in segment.outputs}
         self._tangents = {**after, **pushed}
         self._lost = (self._lost - set(segment.outputs)) & alive
+        self._still = ((self._still - set(segment.outputs)) | (set(keys) - set(pushed))) & alive
         self._recent.append((segment, before, is_step))
         while sum(step for _, _, step in self._recent) > 2:
             self._drop(self._recent.popleft()[0], alive)
@@ -170,7 +174,7 @@ class Streaming(Run):
     def _resolve(self, segment: Segment) -> None:
         """Get the tangents of what this iteration reads of the last ones besides the state."""
         for key, _ in segment.inputs:
-            if key in self._tangents:
+            if key in self._tangents or key in self._still:
                 continue
             if key in self._lost:
                 raise CaptureError(
@@ -184,7 +188,8 @@ class Streaming(Run):
 
     def _drop(self, segment: Segment, alive: set[int]) -> None:
         recent = {key for later, _, _ in self._recent for key in later.outputs}
-        self._lost |= {key for key in segment.outputs if key in alive and key not in self._tangents} - recent
+        self._lost |= {key for key in segment.outputs if key in alive and key not in self._tangents}
+        self._lost -= recent | self._still
         self._lost -= {b.key for b in self._loop.tape.bindings() if self._is_gradient(b.ref())}
 
     def _is_gradient(self, tensor: Tensor | None) -> bool:
