@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -447,6 +448,29 @@ class OneVector(torch.optim.Optimizer):
 def test_data_that_is_replaced(make: Make) -> None:
     hyper = {"weights": weights(), "lr": leaf(0.1)}
     assert hypergradcheck(trainer(make, hyper), outer, hyper, entries=1)
+
+
+def test_data_of_a_teacher_that_is_replaced() -> None:
+    """Also where the teacher was a constant so far."""
+    lr = leaf(0.1)
+    x, y, _, _ = data()
+
+    def train(watch: Watch) -> nn.Module:
+        model = mlp(5, 6, 3)
+        teacher = copy.deepcopy(model).requires_grad_(False)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+        with watch(optimizer):
+            for _ in range(3):
+                optimizer.zero_grad()
+                (F.cross_entropy(model(x), y) + F.mse_loss(model(x), teacher(x))).backward()
+                optimizer.step()
+                for slow, fast in zip(teacher.parameters(), model.parameters(), strict=True):
+                    slow.data = 0.8 * slow.data + 0.2 * fast.data
+        return model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", metaopt.HeldConstantWarning)  # the teacher, which the objective does not read
+        assert hypergradcheck(train, outer, lr)
 
 
 def test_sparse_gradients() -> None:

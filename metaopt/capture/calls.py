@@ -124,7 +124,8 @@ def _set_data(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kw
     given = tape.find(source)
     owner = None if given is None else given.root.ref()
     shared = owner is not None and owner.requires_grad and owner.is_leaf
-    if binding is None or binding.base is not None or not _alike(target, source) or shared or tape.has_views(target):
+    viewed = binding is not None and (binding.base is not None or tape.has_views(target))
+    if viewed or shared or not _alike(target, source):
         raise CaptureError(
             f"`.data` of a tensor of shape {tuple(target.shape)} was replaced inside the context; afterwards two "
             "tensors share memory and neither knows. Write `with torch.no_grad(): x.copy_(new)` instead."
