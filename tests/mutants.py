@@ -503,7 +503,7 @@ MUTANTS = [
         "stale-bases",
         "a scheduler in closed form goes on from the rate that its hyperparameter had when it was made",
         "links.py",
-        "state[key][:] = shifted(state[key], origin, change)",
+        "state[key][:] = shifted(state[key], origin, change, owner)",
         "pass",
         (RULES, "schedulers_factor"),
     ),
