@@ -25,19 +25,25 @@ class Followed(float):
     Attributes:
         slope: the derivative; not a number where two hyperparameters were mixed.
         origin: which setting of which group, as (group, name).
+        owner: the optimizer whose group that is, by a name of its own; None if it was saved and loaded.
     """
 
-    __slots__ = ("origin", "slope")
+    __slots__ = ("origin", "owner", "slope")
     slope: float
     origin: tuple[int, str]
+    owner: str | None
 
-    def __new__(cls, number: float, slope: float, origin: tuple[int, str]) -> Followed:
+    def __new__(cls, number: float, slope: float, origin: tuple[int, str], owner: str | None = None) -> Followed:
         made = super().__new__(cls, number)
-        made.slope, made.origin = slope, origin
+        made.slope, made.origin, made.owner = slope, origin, owner
         return made
 
+    def belongs(self, owner: str | None) -> bool:
+        """Whether the number may come from an optimizer's groups."""
+        return self.owner is None or owner is None or self.owner == owner
+
     def __neg__(self) -> Followed:
-        return Followed(-float(self), -self.slope, self.origin)
+        return Followed(-float(self), -self.slope, self.origin, self.owner)
 
     def __pos__(self) -> Followed:
         return self
@@ -65,10 +71,11 @@ def _binary(name: str, derivative: Derivative, *, reflected: bool) -> Callable[[
         x, y = (float(other), float(self)) if reflected else (float(self), float(other))
         by_x, by_y = derivative(x, y, value)
         own, others = (by_y, by_x) if reflected else (by_x, by_y)
-        slope = own * self.slope
+        slope, owner = own * self.slope, self.owner
         if isinstance(other, Followed):
-            slope = slope + others * other.slope if other.origin == self.origin else math.nan
-        return Followed(value, slope, self.origin)
+            same = other.origin == self.origin and other.belongs(owner)
+            slope, owner = slope + others * other.slope if same else math.nan, owner or other.owner
+        return Followed(value, slope, self.origin, owner)
 
     operate.__name__ = name
     return operate
@@ -83,6 +90,7 @@ _OPERATIONS: dict[str, Derivative] = {
     "sub": lambda x, y, value: (1.0, -1.0),
     "mul": lambda x, y, value: (y, x),
     "truediv": lambda x, y, value: (1 / y, -value / y),
+    "mod": lambda x, y, value: (1.0, -(x // y)),
     "pow": _power,
 }
 for _name, _derivative in _OPERATIONS.items():
@@ -93,13 +101,13 @@ for _name, _derivative in _OPERATIONS.items():
 torch.serialization.add_safe_globals([Followed])
 
 
-def shifted(value: Any, origin: tuple[int, str], change: float) -> Any:
+def shifted(value: Any, origin: tuple[int, str], change: float, owner: str | None = None) -> Any:
     """What a number, or a list or tuple of them, becomes when its hyperparameter moves by so much."""
     if isinstance(value, tuple | list):
-        return type(value)(shifted(entry, origin, change) for entry in value)
-    if not isinstance(value, Followed) or value.origin != origin:
+        return type(value)(shifted(entry, origin, change, owner) for entry in value)
+    if not isinstance(value, Followed) or value.origin != origin or not value.belongs(owner):
         return value
-    return Followed(float(value) + value.slope * change, value.slope, origin)
+    return Followed(float(value) + value.slope * change, value.slope, origin, owner)
 
 
 def plainly(value: Any) -> Any:

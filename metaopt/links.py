@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Given", "Link", "assign", "follow", "shift", "unlink"]
+__all__ = ["Given", "Link", "assign", "follow", "mixed", "owner_of", "shift", "unlink"]
 
 import functools
 import gc
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metaopt.errors import DomainError, HeldConstantWarning, RuleError
 from metaopt.followed import Followed, shifted
+from metaopt.hyperparameters import Constrained, Hyperparameters
 from metaopt.rules import Rule
 
 
@@ -60,6 +61,16 @@ class Link:
             )
         return value[step]
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self.source is None and self.fixed.grad_fn is not None:
+            raise TypeError(
+                "an optimizer with a setting that was computed from a hyperparameter can't be pickled: the setting "
+                "would come back as a hyperparameter of its own. Save `optimizer.state_dict()`, and make the optimizer "
+                "anew."
+            )
+        # What was computed from the hyperparameter is computed again, from the one that is pickled along.
+        return {**self.__dict__, "_current": None, "_stamp": None}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Link:
         # A copied optimizer follows the same hyperparameters, unless they are copied along with it.
         copied = Link(memo.get(id(self.fixed), self.fixed))
@@ -81,10 +92,10 @@ class Given:
 
 def shift(optimizer: torch.optim.Optimizer, origin: tuple[int, str], change: float, *, search: bool = False) -> None:
     """Move what schedulers keep of a setting, in the group and in themselves, when its hyperparameter has moved."""
-    place, name = origin
+    (place, name), owner = origin, owner_of(optimizer)
     for group in optimizer.param_groups:
         for key in [key for key in group if key != "params"]:
-            group[key] = shifted(group[key], origin, change)
+            group[key] = shifted(group[key], origin, change, owner)
     group = optimizer.param_groups[place]
     if name != "lr" or not (search or "initial_lr" in group):
         return
@@ -92,7 +103,7 @@ def shift(optimizer: torch.optim.Optimizer, origin: tuple[int, str], change: flo
     for state in _schedulers(optimizer):
         for key in ("base_lrs", "max_lrs"):
             if isinstance(state.get(key), list):
-                state[key][:] = shifted(state[key], origin, change)
+                state[key][:] = shifted(state[key], origin, change, owner)
 
 
 def _schedulers(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -102,20 +113,18 @@ def _schedulers(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def follow(optimizer: torch.optim.Optimizer, origin: tuple[int, str], link: Link, number: float) -> Followed:
-    """The group's number for a linked setting, with its derivative by the hyperparameter.
+    """The group's number for a linked setting, with its derivative by the hyperparameter that it comes from.
 
     Raises:
-        DomainError: if the number was computed from another setting's.
+        DomainError: if it was computed from two of them, or from another optimizer's.
     """
+    owner = owner_of(optimizer)
     if isinstance(number, Followed):
-        if number.origin == origin and number.slope == number.slope:
-            return number
-        raise DomainError(
-            f"{origin[1]} was computed from the numbers of two linked settings; its derivative by both can't be "
-            "followed. Compute each from its own, or in tensors."
-        )
+        if number.slope and (number.slope != number.slope or not number.belongs(owner)):
+            raise mixed(origin[1], number, owner)
+        return number
     if link.base is None:
-        return Followed(number, 1.0, origin)
+        return Followed(number, 1.0, origin, owner)
     found = _plateau(optimizer, origin, link, number)
     if found is not None:
         return found
@@ -129,7 +138,28 @@ def follow(optimizer: torch.optim.Optimizer, origin: tuple[int, str], link: Link
             HeldConstantWarning,
             stacklevel=6,
         )
-    return Followed(number, 0.0, origin)
+    return Followed(number, 0.0, origin, owner)
+
+
+def owner_of(optimizer: torch.optim.Optimizer) -> str | None:
+    """The name under which numbers know an optimizer."""
+    found: str | None = getattr(optimizer, "_owner", None)
+    return found
+
+
+def mixed(name: str, number: Followed, owner: str | None) -> DomainError:
+    """The error for a number whose derivative has no place here."""
+    if not number.belongs(owner):
+        return DomainError(
+            f"{name} was computed from a number in the groups of another optimizer, which comes from a hyperparameter "
+            "there; its derivative can't be followed here. Give both optimizers the hyperparameter (a drop-in of "
+            "`metaopt.optim` each), and compute each number from the optimizer's own; or take a plain one, `float(x)`, "
+            "to hold it constant."
+        )
+    return DomainError(
+        f"{name} was computed from the numbers of two linked settings; its derivative by both can't be followed. "
+        "Compute each from its own, or in tensors."
+    )
 
 
 def _plateau(optimizer: torch.optim.Optimizer, origin: tuple[int, str], link: Link, number: float) -> Followed | None:
@@ -155,6 +185,12 @@ def unlink(key: str, given: Any, links: dict[str, Link], rule: Rule) -> Any:
         RuleError: if a hyperparameter is where the rule has no continuous setting.
         DomainError: if the weights have no derivative in that setting, or 0 everywhere.
     """
+    for entry in given if isinstance(given, tuple | list) else [given]:
+        if isinstance(entry, Constrained | Hyperparameters):
+            raise RuleError(
+                f"{key} of {rule.optimizer.__name__} is {type(entry).__name__}, which is no number and no tensor. Name "
+                "it in a `metaopt.Hyperparameters(name=...)`, and pass its value, `hyper.name`."
+            )
     if _differentiable(given):
         links[_linkable(rule, key, None)] = Link(given)
         return _first(given)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["Loop"]
+__all__ = ["Loop", "listed"]
 
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from metaopt.bystanders import Bystanders
 from metaopt.capture.bindings import leaves_of
 from metaopt.capture.cells import version_of
 from metaopt.capture.functions import see_functions
@@ -27,7 +28,7 @@ from metaopt.capture.segment import Segment
 from metaopt.capture.tape import Tape
 from metaopt.capture.verify import Verifier
 from metaopt.capture.watcher import Watcher
-from metaopt.errors import CaptureError
+from metaopt.errors import CaptureError, RuleError
 from metaopt.hyperparameters import owner_of
 from metaopt.rules import rule_of
 from metaopt.update import RuledUpdate, WatchedWeights, sparse
@@ -40,7 +41,7 @@ class Loop:
     """A training loop under watch: each ``optimizer.step()`` ends an iteration, which goes to ``on_segment``.
 
     Args:
-        optimizer: the optimizer that trains the weights.
+        optimizers: the optimizers that train the weights; the last one's steps end the iterations.
         on_segment: receives every finished iteration, and whether a step ended it.
         verify: ``"first"`` replays the first iteration of each structure and compares, ``"all"`` every one, ``"never"``
             none.
@@ -49,70 +50,95 @@ class Loop:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizers: Optimizer | Sequence[Optimizer],
         on_segment: Callable[[Segment, bool], None],
         *,
         verify: str = "first",
         moving: bool = False,
     ) -> None:
-        self.optimizer = optimizer
-        self.wrapped = wrapped(optimizer)
+        self.optimizers = listed(optimizers)
+        self.optimizer = self.optimizers[-1]
         self.on_segment = _weakly(on_segment)
         self.steps = 0
         self.tape = Tape(self.weights(), moving=moving)
-        self.guard = WatchedWeights(optimizer, self.tape)
+        self.guard = WatchedWeights(self.optimizers, self.tape)
         # A wrapped optimizer's step is recorded call by call, and needs no rule.
-        self.update = RuledUpdate(optimizer, rule_of(optimizer), self.tape) if self.wrapped is None else None
+        wraps = [found for optimizer in self.optimizers if (found := wrapped(optimizer)) is not None]
+        self.updates = {
+            id(optimizer): RuledUpdate(optimizer, rule_of(optimizer), self.tape)
+            for optimizer in self.optimizers
+            if wrapped(optimizer) is None
+        }
         self.tape.protected = _weakly(self._is_hyperparameter)
         self.library = Library()
         self.watcher = Watcher(self.tape)
         self.verifier = Verifier(verify)
         self.watcher.check_functions = verify != "never"
-        if self.wrapped is not None:
+        if wraps:
             self.watcher.stepping = _weakly(self._is_stepping)
-            self.watcher.numbers_held = self.wrapped.hold_numbers
+            self.watcher.numbers_held = all(wrap.hold_numbers for wrap in wraps)
         self._in_closure = False
         self.trainable: set[int] = set()
         self._exit: ExitStack | None = None
         self._thread = 0
         self._sums: list[Tensor] = []
-        self._quiet: Any = None
+        self._first: dict[int, int] = {}
+        self._bystanders = Bystanders(self.watcher, _weakly(self._is_inside), self.tape.protected)
         # What the loop may have caught (`except RuntimeError: continue`), though a part of it is missing since.
         self._error: CaptureError | None = None
 
     def weights(self) -> list[Tensor]:
-        """Every weight of the optimizer, in its order."""
-        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        """Every weight of the optimizers, in their order."""
+        return [w for optimizer in self.optimizers for group in optimizer.param_groups for w in group["params"]]
+
+    def states(self) -> list[dict[str, Any]]:
+        """What the optimizers hold of each weight."""
+        return [state for optimizer in self.optimizers for state in optimizer.state.values()]
 
     def _is_hyperparameter(self, leaf: Tensor) -> bool:
-        links = getattr(self.optimizer, "_links", {}).values()
+        links = [named for optimizer in self.optimizers for named in getattr(optimizer, "_links", {}).values()]
         behind = [found for named in links for link in named.values() for found in leaves_of(link.fixed)]
         return owner_of(leaf) is not None or any(leaf is found for found in behind)
+
+    def give(self, leaves: Iterable[Tensor]) -> None:
+        """These are given a hypergradient, and are therefore no weights of somebody else."""
+        self._bystanders.given.update(map(id, leaves))
 
     # -- opening and closing ----------------------------------------------------------------------------------------
 
     def open(self) -> None:
         """Begin to watch."""
-        if self.optimizer in _open:
+        if any(optimizer in _open for optimizer in self.optimizers):
             raise CaptureError(
                 "this optimizer is watched already: contexts on one optimizer can't be nested. Close the outer one "
                 "first, or use its run."
+            )
+        if any(isinstance(mode, Watcher) for mode in torch.overrides._get_current_function_mode_stack()):
+            raise CaptureError(
+                "another context of metaopt is open in this thread; the one would see what the other does. If the two "
+                "optimizers train together, watch both in one context, `metaopt.record([first, second])`; if not, open "
+                "the contexts one after the other."
             )
         self._check_weights()
         self.trainable = {id(weight) for weight in self.weights() if weight.requires_grad}
         self._thread = threading.get_ident()
         self.tape.begin()
         with ExitStack() as stack:
-            _open.add(self.optimizer)
-            stack.callback(_open.discard, self.optimizer)
             stack.enter_context(_eager())
-            after = self.optimizer.register_step_post_hook(self._post_step)
-            _put_first(cast("OrderedDict[int, Any]", self.optimizer._optimizer_step_post_hooks), after.id)
+            for optimizer in self.optimizers:
+                _open.add(optimizer)
+                stack.callback(_open.discard, optimizer)
+                before, after = (
+                    optimizer.register_step_pre_hook(self._pre_step),
+                    optimizer.register_step_post_hook(self._post_step),
+                )
+                _put_first(cast("OrderedDict[int, Any]", optimizer._optimizer_step_post_hooks), after.id)
+                self._first[id(optimizer)] = before.id
+                stack.callback(before.remove)
+                stack.callback(after.remove)
             for handle in (
-                self.optimizer.register_step_pre_hook(self._pre_step),
-                after,
-                register_optimizer_step_pre_hook(self._pre_foreign_step),
-                register_optimizer_step_post_hook(self._post_foreign_step),
+                register_optimizer_step_pre_hook(self._pre_any_step),
+                register_optimizer_step_post_hook(self._bystanders.after),
             ):
                 stack.callback(handle.remove)
             stack.enter_context(see_functions(self.watcher))
@@ -121,9 +147,7 @@ class Loop:
 
     def close(self, *, failed: bool = False) -> None:
         """Stop watching, whatever happened; the calls since the last step become a last iteration."""
-        if self._quiet is not None:
-            self._error = _failed_step()
-        self._be_quiet(False)
+        self._note_failed_step()
         if self._exit is not None:
             self._exit.close()
             self._exit = None
@@ -181,13 +205,13 @@ class Loop:
 
     def _pre_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if self.wrapped is not None:
-            return self._pre_wrapped_step(closure, args, kwargs)
+        update = self.updates.get(id(optimizer))
+        if update is None:
+            return self._pre_wrapped_step(optimizer, closure, args, kwargs)
         self._refuse_failed_step()
         self.watcher.paused = True
         if closure is None:
-            self._before_update()
-            self._be_quiet(True)
+            self._begin(update)
             return None
 
         def watched() -> Any:
@@ -195,15 +219,14 @@ class Loop:
             with torch.enable_grad():
                 value = closure()
             self.watcher.paused = True
-            self._before_update()
-            self._be_quiet(True)
+            self._begin(update)
             return value
 
         return _with_closure(watched, args, kwargs)
 
-    def _pre_wrapped_step(self, closure: Any, args: Any, kwargs: Any) -> Any:
+    def _pre_wrapped_step(self, optimizer: Optimizer, closure: Any, args: Any, kwargs: Any) -> Any:
         """What the update calls is recorded as it runs; all there is to do is to look for what can't be."""
-        if steps_on_stack(self.optimizer) > 1:
+        if steps_on_stack(optimizer) > 1:
             return None  # a class that calls the step of its base
         with self.paused():
             self.guard.check()
@@ -222,70 +245,56 @@ class Loop:
 
         return _with_closure(watched, args, kwargs)
 
-    def _before_update(self) -> None:
-        assert self.update is not None
-        with torch._C.DisableTorchFunction():  # while a mode is open, each look at a tensor's attribute costs a call
+    def _begin(self, update: RuledUpdate) -> None:
+        with torch._C.DisableTorchFunction():
             self.guard.check()
-            self.update.before()
+        update.begin()
 
-    def _be_quiet(self, quiet: bool) -> None:
-        # The rule says what the update does: while it runs, not even the watcher's glance at each call is paid for.
-        if quiet and self._quiet is None:
-            assert self.update is not None
-            self.update.lend_numbers()
-            self._quiet = torch._C.DisableTorchFunction()
-            self._quiet.__enter__()
-        elif not quiet and self._quiet is not None:
-            self._quiet.__exit__(None, None, None)
-            self._quiet = None
-            assert self.update is not None
-            self.update.take_numbers_back()
+    def _note_failed_step(self) -> None:
+        for update in self.updates.values():
+            if update.running:
+                update.stop()
+                self._error = _failed_step()
 
     def _refuse_failed_step(self) -> None:
-        if self._quiet is not None:
-            self._be_quiet(False)
-            self._error = _failed_step()
+        self._note_failed_step()
         if self._error is not None:
             raise self._error
 
     def _is_stepping(self) -> bool:
-        return not self._in_closure and steps_on_stack(self.optimizer) > 0
+        return not self._in_closure and any(
+            id(optimizer) not in self.updates and steps_on_stack(optimizer) for optimizer in self.optimizers
+        )
 
     def _post_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.wrapped is not None and steps_on_stack(self.optimizer) > 1:
+        update = self.updates.get(id(optimizer))
+        if update is None and steps_on_stack(optimizer) > 1:
             return
-        self._be_quiet(False)
+        if update is not None:
+            update.stop()
         self.watcher.paused = True
         try:
             with torch._C.DisableTorchFunction():
-                if self.update is not None:
-                    self.update.after()
-                self.steps += 1
-                self._seal(check=True)
+                if update is not None:
+                    update.after(last=optimizer is self.optimizer)
+                if optimizer is self.optimizer:
+                    self.steps += 1
+                    self._seal(check=True)
         finally:
             self.watcher.paused = False
 
-    def _post_foreign_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        inside = self.wrapped is not None and steps_on_stack(self.optimizer) > 0
-        if optimizer is not self.optimizer and threading.get_ident() == self._thread and not inside:
-            self.watcher.paused = False
+    def _pre_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if id(optimizer) in self._first and threading.get_ident() == self._thread:
+            # `_pre_step` follows, after all of the optimizer's own hooks: what they do is a part of the loop.
+            hooks = cast("OrderedDict[int, Any]", optimizer._optimizer_step_pre_hooks)
+            hooks.move_to_end(self._first[id(optimizer)])
+        else:
+            self._bystanders.before(optimizer)
 
-    def _pre_foreign_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if optimizer is self.optimizer or threading.get_ident() != self._thread:
-            return  # `_pre_step` follows, after the optimizer's own hooks
-        if self.wrapped is not None and steps_on_stack(self.optimizer):
-            return  # an optimizer inside the wrapped one, as Lookahead has it
-        self.watcher.paused = True
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                if id(weight) in self.tape.trained:
-                    self.watcher.paused = False
-                    raise CaptureError(
-                        f"{type(optimizer).__name__}, which is not watched, steps weights of the watched optimizer "
-                        "inside the context. Let one optimizer train them."
-                    )
-                # A hyperparameter, or the weight of another model: whoever needs its old value has it.
-                self.tape.before_write(weight)
+    def _is_inside(self, optimizer: Optimizer) -> bool:
+        """Whether a step belongs to the watched loop: another optimizer's may run within a wrapped one's."""
+        within = any(id(own) not in self.updates and steps_on_stack(own) for own in self.optimizers)
+        return within or optimizer in self.optimizers or threading.get_ident() != self._thread
 
     # -- iterations -------------------------------------------------------------------------------------------------
 
@@ -303,11 +312,31 @@ class Loop:
 
     def _verify(self, segment: Segment) -> None:
         try:
-            begins = self.update is not None and self.update.begins
+            begins = any(update.begins for update in self.updates.values())
+            for update in self.updates.values():
+                update.begins = False
             self.verifier.check(segment, self.tape, self.steps, last=not begins)
         except CaptureError as error:
             self._error = error
             raise
+
+
+def listed(optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    """The optimizers to watch, as a list."""
+    found: list[Any] = list(optimizers) if isinstance(optimizers, list | tuple) else [optimizers]
+    for optimizer in found:
+        if not isinstance(optimizer, Optimizer):
+            raise RuleError(
+                f"the loop to watch is that of a torch.optim.Optimizer, or of a list of these, not of "
+                f"{type(optimizer).__name__}. Pass the optimizer whose `step` the loop calls."
+            )
+    weights = [id(w) for optimizer in found for group in optimizer.param_groups for w in group["params"]]
+    if not found or len(set(weights)) != len(weights):
+        raise RuleError(
+            "the list of optimizers to watch is empty, or two of them train the same weight. Let each weight have one "
+            "optimizer."
+        )
+    return found
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["RuledUpdate", "WatchedWeights", "sparse"]
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +17,26 @@ from metaopt.capture.bindings import Binding
 from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Group, Instruction, Val
 from metaopt.errors import CaptureError, UnusedHyperparameterWarning
-from metaopt.followed import plainly, slopes_of
+from metaopt.followed import Followed, plainly, slopes_of
 from metaopt.hyperparameters import name_of
+from metaopt.links import mixed, owner_of
 from metaopt.rules import Rule, Update
 from metaopt.wrapping import refuse_filled
 
 
 class WatchedWeights:
-    """The weights that an optimizer had when the context began, of which none may be exchanged."""
+    """The weights that the optimizers had when the context began, of which none may be exchanged."""
 
-    def __init__(self, optimizer: Optimizer, tape: Tape) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizers: Sequence[Optimizer], tape: Tape) -> None:
+        self.optimizers = optimizers
         self.tape = tape
         self._known = 0
         self._received: set[int] = set()
 
     def weights(self) -> list[Tensor]:
-        """Every weight of the optimizer, in its order."""
-        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
+        """Every weight of the optimizers, in their order."""
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return [weight for group in groups for weight in group["params"]]
 
     def check(self) -> None:
         """Raise `CaptureError` if the optimizer has other weights now, or the model has."""
@@ -80,6 +83,32 @@ class RuledUpdate:
         self._lent: list[tuple[dict[str, Any], str, Any, Any]] = []
         # Torch's own steps only read what the groups say of their settings.
         self._lends = rule.optimizer.__module__.startswith("torch.optim.")
+        self._quiet: Any = None
+
+    # -- while it runs ------------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> bool:
+        """Whether the optimizer's step has begun, and not ended."""
+        return self._quiet is not None
+
+    def begin(self) -> None:
+        """The step is about to run: note what it reads, and be quiet until it ends."""
+        with torch._C.DisableTorchFunction():  # while a mode is open, each look at a tensor's attribute costs a call
+            self.before()
+        # The rule says what the update does: while it runs, not even the watcher's glance at each call is paid for.
+        self.lend_numbers()
+        self._quiet = torch._C.DisableTorchFunction()
+        self._quiet.__enter__()
+
+    def stop(self) -> None:
+        """The step is over, or has failed."""
+        if self._quiet is not None:
+            self._quiet.__exit__(None, None, None)
+            self._quiet = None
+            self.take_numbers_back()
+
+    # -- what is recorded ---------------------------------------------------------------------------------------------
 
     def before(self) -> None:
         """Note what the update reads, and save what it is about to overwrite."""
@@ -187,6 +216,9 @@ class RuledUpdate:
         plain = {n: float(v.detach() if isinstance(v, Tensor) else v) for n, v in numbers.items()}
         for name, number in plain.items():
             rule.check(name, number)
+            found = numbers[name]
+            if name not in links and isinstance(found, Followed) and found.slope:
+                raise mixed(name, found, owner_of(self.optimizer) or self.rule.optimizer.__name__)
         differentiable = frozenset(links) | {
             name for name, number in numbers.items() if isinstance(number, Tensor) and self.tape.is_live(number)
         }
@@ -218,8 +250,12 @@ class RuledUpdate:
             spec = Val(tape.trace.emit(torch.add, spec, tape.trace.number(rest))[0])
         return spec
 
-    def after(self) -> None:
-        """Record the update, now that the optimizer has made its state."""
+    def after(self, *, last: bool = True) -> None:
+        """Record the update, now that the optimizer has made its state.
+
+        Args:
+            last: whether the iteration ends here; if not, what follows may take gradients at the new weights.
+        """
         tape, state = self.tape, self.optimizer.state
         for pending in self._pending:
             places: list[tuple[Tensor, int, bool]] = []
@@ -237,7 +273,11 @@ class RuledUpdate:
             outs = tuple([value for _, value, _ in places])
             tape.trace.code.append(Instruction(pending.update, args, given["settings"], outs, many=True))
             for tensor, value, is_weight in places:
-                tape.define(tensor, value, inner=int(is_weight), leaf=is_weight)
+                binding = tape.find(tensor)
+                if is_weight and not last and tensor.requires_grad and binding is not None:
+                    tape.rebind_leaf(binding, tape.stopped(value), tensor)
+                else:
+                    tape.define(tensor, value, inner=int(is_weight), leaf=is_weight).halted = not last
         self._pending = []
 
 

@@ -211,6 +211,25 @@ def test_setting_outside_its_domain(make: Callable[..., torch.optim.Optimizer]) 
         make(mlp(5, 3).parameters(), lambda v: torch.tensor(v, requires_grad=True))
 
 
+def test_a_setting_that_is_no_value_yet() -> None:
+    model = mlp(5, 3)
+    hyper = metaopt.Hyperparameters(lr=metaopt.positive(0.1))
+    for wrong in (metaopt.positive(0.1), hyper):
+        with pytest.raises(metaopt.RuleError, match=r"pass its value, `hyper\.name`"):
+            metaopt.optim.SGD(model.parameters(), lr=wrong)  # type: ignore[arg-type]
+        with pytest.raises(metaopt.RuleError, match="betas of Adam is"):
+            metaopt.optim.Adam(model.parameters(), betas=(0.9, wrong))  # type: ignore[arg-type]
+
+
+def test_a_drop_in_whose_step_is_replaced_is_told_the_way_out() -> None:
+    class Centred(metaopt.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    with pytest.raises(metaopt.RuleError, match=r"Derive it from torch\.optim\.SGD, and follow(.|\n)*metaopt\.wrap"):
+        Centred(mlp(5, 3).parameters(), lr=torch.tensor(0.1, requires_grad=True))
+
+
 def test_setting_that_left_its_domain() -> None:
     lr = torch.tensor(0.1, requires_grad=True)
     model = mlp(5, 6, 3)
@@ -481,16 +500,12 @@ def test_another_optimizer_on_the_same_weights() -> None:
 def test_a_second_network_under_its_own_optimizer() -> None:
     first, second = mlp(5, 5), mlp(5, 6, 3)
     optimizer, other = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (first, second))
-    with metaopt.record(optimizer) as run:
-        for _ in range(2):
-            other.zero_grad()
-            for weight in second.parameters():
-                weight.grad = torch.ones_like(weight)
-            loss(nn.Sequential(first, second)).backward()
-            optimizer.step()
-            other.step()
-    with pytest.raises(metaopt.StaleError, match="changed in place"):
-        run.backward(loss(nn.Sequential(first, second)))
+    with pytest.raises(metaopt.CaptureError, match="watch both optimizers"), metaopt.record(optimizer):
+        for weight in second.parameters():
+            weight.grad = torch.ones_like(weight)
+        loss(nn.Sequential(first, second)).backward()
+        optimizer.step()
+        other.step()
 
 
 def test_an_unrelated_training_inside_is_left_alone() -> None:
@@ -525,12 +540,48 @@ def test_numbers_that_leave_the_tensor_world_are_said_once() -> None:
     assert caught[0].filename == __file__
 
 
-def test_data_written_by_hand_is_followed_and_replaced_data_is_refused() -> None:
-    def replace(t: int, model: nn.Module) -> None:
-        model[0].weight.data = model[0].weight.data * 0.5  # type: ignore[index, operator]
+def halved(model: nn.Module) -> list[Tensor]:
+    return [p.data * 0.5 for p in model.parameters()]
 
-    with pytest.raises(metaopt.CaptureError, match=r"`\.data` of a tensor"):
-        trained(inside=replace)
+
+def in_memory_of_another(t: int, model: nn.Module, kept: list[Tensor]) -> None:
+    first, *_ = model.parameters()
+    other = torch.zeros_like(first)
+    first.data, other.data = other, first.data
+
+
+def read_after_the_step(t: int, model: nn.Module, kept: list[Tensor]) -> None:
+    if kept:
+        torch.stack([k.sum() for k in kept])
+    kept[:] = halved(model)
+    for p, k in zip(model.parameters(), kept, strict=True):
+        p.data = k
+
+
+def written_behind(t: int, model: nn.Module, kept: list[Tensor]) -> None:
+    for p, k in zip(model.parameters(), halved(model), strict=True):
+        p.data = k
+        k.mul_(0.9)
+
+
+def old_memory(t: int, model: nn.Module, kept: list[Tensor]) -> None:
+    kept[:] = [p.data for p in model.parameters()]
+    for p, k in zip(model.parameters(), halved(model), strict=True):
+        p.data = k
+
+
+def of_another_shape(t: int, model: nn.Module, kept: list[Tensor]) -> None:
+    first, *_ = model.parameters()
+    first.data = first.data.T
+
+
+@pytest.mark.parametrize(
+    "inside", [in_memory_of_another, read_after_the_step, written_behind, old_memory, of_another_shape]
+)
+def test_data_that_is_replaced_and_then_shared_is_refused(inside: Callable[..., None]) -> None:
+    kept: list[Tensor] = []
+    with pytest.raises(metaopt.CaptureError, match=r"`with torch\.no_grad"):
+        trained(inside=lambda t, model: inside(t, model, kept))
 
 
 def test_memory_shared_with_numpy_is_copied() -> None:

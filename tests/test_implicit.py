@@ -50,6 +50,62 @@ def test_ridge_regression_in_closed_form(name: str) -> None:
     torch.testing.assert_close(decay.grad, expected, rtol=1e-7, atol=0)
 
 
+@pytest.mark.parametrize("how", ["in_place", "anew"])
+def test_a_tensor_that_is_handed_on(how: str) -> None:
+    """An average of the weights that the loss reads: in place it is state, made anew it was taken for a constant."""
+    x, y, x_val, y_val = ridge()
+    decay = torch.tensor(0.2, requires_grad=True)
+    weight = nn.Parameter(torch.zeros(4))
+    optimizer = metaopt.optim.SGD([weight], lr=0.1)
+    mean = torch.zeros(4)
+    with metaopt.implicit(optimizer, tolerance=1e-12, iterations=20_000) as run:
+        for _ in range(800):
+            optimizer.zero_grad()
+            fit = ((x @ weight - y) ** 2).mean() / 2 + decay / 2 * weight.square().sum()
+            (fit + 0.1 * (weight * mean).sum()).backward()
+            optimizer.step()
+            new = 0.5 * mean + 0.5 * weight.detach()
+            mean = mean.copy_(new) if how == "in_place" else new
+
+    def outer() -> Tensor:
+        return ((x_val @ weight - y_val) ** 2).mean()
+
+    if how == "anew":
+        with pytest.raises(metaopt.SweepError, match="Write it in place"):
+            run.backward(outer)
+        return
+    run.backward(outer)
+    solution = torch.linalg.solve(x.T @ x / 20 + (decay + 0.1) * torch.eye(4), x.T @ y / 20)
+    expected = torch.autograd.grad(((x_val @ solution - y_val) ** 2).mean(), decay)[0]
+    torch.testing.assert_close(decay.grad, expected, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["in_order", "reversed"])
+def test_two_optimizers(order: int) -> None:
+    x, y, x_val, y_val = ridge()
+    decay = torch.tensor(0.2, requires_grad=True)
+    parts: list[Tensor] = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizers: list[torch.optim.Optimizer]
+    optimizers = [metaopt.optim.SGD([parts[0]], lr=0.1, momentum=0.5), torch.optim.SGD([parts[1]], lr=0.1)]
+    with metaopt.implicit(optimizers[::order], tolerance=1e-12, iterations=20_000) as run:
+        for _ in range(800):
+            weight = torch.cat(parts)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            (((x @ weight - y) ** 2).mean() / 2 + decay / 2 * weight.square().sum()).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    outer = ((x_val @ torch.cat(parts) - y_val) ** 2).mean()
+    if order < 0:
+        with pytest.raises(metaopt.SweepError, match="in the order in which they step"):
+            run.backward(outer)
+        return
+    run.backward(outer)
+    solution = torch.linalg.solve(x.T @ x / 20 + decay * torch.eye(4), x.T @ y / 20)
+    expected = torch.autograd.grad(((x_val @ solution - y_val) ** 2).mean(), decay)[0]
+    torch.testing.assert_close(decay.grad, expected, rtol=1e-7, atol=0)
+
+
 def test_the_optimizers_of_torchopt_and_higher() -> None:
     """The same, with the step of another library as Φ."""
     torchopt = pytest.importorskip("torchopt", reason="torchopt is not installed (extra: torchopt)")

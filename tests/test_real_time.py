@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import metaopt
 from metaopt.capture.program import Program
+from metaopt.check import hypergradcheck
 from metaopt.modes.columns import Directions
 from metaopt.rules import _RULES
 from tests.cases import data, mlp
@@ -62,6 +64,79 @@ def test_a_null_teacher_learns_and_its_negation_does_not() -> None:
     hyper, accuracy, _ = real_time(-1.0)
     assert hyper.lr == 0
     assert accuracy < 0.5
+
+
+def test_bookkeeping_inside_a_context_raises_no_alarm() -> None:
+    """A projection, a loaded state: their numbers are none of the loop's."""
+    hyper = metaopt.Hyperparameters(
+        lr=metaopt.box(0.1, 0, None), weights=metaopt.l1_box(torch.full((12,), 0.5), radius=6)
+    )
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    hyper_optimizer = torch.optim.Adam(hyper.parameters(), lr=0.01)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=hyper.lr, momentum=0.5)
+    with metaopt.stream(optimizer) as run:
+        for _ in range(3):
+            optimizer.zero_grad()
+            (hyper.weights * F.cross_entropy(model(x), y, reduction="none")).mean().backward()
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+            hyper_optimizer.zero_grad()
+            run.backward(F.cross_entropy(model(x_val), y_val))
+            hyper_optimizer.step()
+            hyper.project_()
+    with pytest.raises(TypeError, match="can't be copied"):
+        copy.deepcopy(run)
+
+
+def test_weights_that_rest_before_they_depend_on_anything() -> None:
+    """A part of the model that is trained now and then, first when no hyperparameter has acted yet."""
+    decay = torch.tensor(0.1, requires_grad=True)
+    x, y, x_val, y_val = data()
+
+    def train(watch: Callable[[torch.optim.Optimizer], Any]) -> nn.Module:
+        model = mlp(5, 6, 3)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+        with watch(optimizer):
+            for t in range(6):
+                optimizer.zero_grad()
+                model[0].requires_grad_(t % 4 == 0)
+                scores = model(x)
+                loss = F.cross_entropy(scores, y)
+                (loss + decay * scores.square().mean() if t > 0 else loss).backward()
+                optimizer.step()
+        return model.requires_grad_(True)
+
+    assert hypergradcheck(train, lambda model: F.cross_entropy(model(x_val), y_val), decay)
+
+
+def test_weights_that_the_loop_sets_to_numbers() -> None:
+    """They have no tangent before the step, and gradients are taken at them."""
+    lr = torch.tensor(0.1, requires_grad=True)
+    x, y, x_val, y_val = data()
+
+    def train(watch: Callable[[torch.optim.Optimizer], Any]) -> nn.Module:
+        model = mlp(5, 6, 3)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+        with watch(optimizer):
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                with torch.no_grad():
+                    for p in model[0].parameters():
+                        p.fill_(0.1)
+        return model
+
+    assert hypergradcheck(train, lambda model: F.cross_entropy(model(x_val), y_val), lr)
+
+
+@pytest.mark.parametrize("name", ["chunk", "directions"])
+@pytest.mark.parametrize("value", [0, -1, 2.5])
+def test_counts_are_whole_numbers(name: str, value: float) -> None:
+    optimizer = torch.optim.SGD(mlp(5, 3).parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+        metaopt.stream(optimizer, **{name: value})  # type: ignore[arg-type]
 
 
 def test_the_tangents_are_not_reset_by_a_hyper_step() -> None:
@@ -242,6 +317,8 @@ def test_a_schedule_follows_its_knots() -> None:
     assert rates == pytest.approx([0.3, 0.3, 0.4, 0.4])
     with pytest.raises(metaopt.DomainError, match="knots"):
         metaopt.schedule(torch.ones(5), 4)
+    with pytest.raises(metaopt.DomainError, match="not list"):
+        metaopt.schedule([0.1, 0.2], 4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kind"):
         metaopt.schedule(torch.ones(2), 4, kind="cubic")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -192,10 +193,100 @@ def test_a_rate_set_by_hand() -> None:
     assert hypergradcheck(trainer(by_factor, {"lr": lr}), outer, lr)
 
 
+@pytest.mark.parametrize("kind", ["pre", "post", "pre_and_clips"])
+def test_a_hook_that_the_loop_registers(kind: str) -> None:
+    """It sees the numbers that carry their derivative, wherever it was registered, and its calls are followed."""
+    lr = leaf(0.3)
+
+    def train(watch: Watch) -> nn.Module:
+        model = mlp(5, 6, 3)
+        x, y, _, _ = data()
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr, momentum=0.5)
+
+        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            optimizer.param_groups[0]["lr"] *= 0.8
+            if kind == "pre_and_clips":
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+        with watch(optimizer):
+            register = optimizer.register_step_post_hook if kind == "post" else optimizer.register_step_pre_hook
+            handle = register(hook)
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            handle.remove()
+        return model
+
+    assert hypergradcheck(train, outer, lr)
+
+
+def test_a_rate_that_is_a_share_of_another_groups() -> None:
+    """Also where the group is linked itself, to the same hyperparameter or to another."""
+    lr, own = leaf(0.3), leaf(0.1)
+
+    def train(watch: Watch) -> nn.Module:
+        model = mlp(5, 6, 3)
+        x, y, _, _ = data()
+        groups: list[dict[str, Any]] = [{"params": [p]} for p in model.parameters()]
+        groups[1]["lr"] = own
+        optimizer = metaopt.optim.SGD(groups, lr=lr, momentum=0.5)
+        with watch(optimizer):
+            for t in range(3):
+                for place in (1, 2) if t > 0 else (2,):
+                    optimizer.param_groups[place]["lr"] = optimizer.param_groups[0]["lr"] * 0.1 * (t + 1)
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        return model
+
+    assert hypergradcheck(train, outer, {"lr": lr, "own": own})
+
+
+@pytest.mark.parametrize("second", [torch.optim.SGD, metaopt.optim.SGD], ids=["plain", "linked"])
+def test_a_rate_of_another_optimizer_is_refused(second: Any) -> None:
+    """A number of one optimizer says nothing of the other's hyperparameter, though both are "lr of group 0"."""
+    one, two = (nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = metaopt.optim.SGD([one], lr=leaf(0.1))
+    other = second([two], lr=leaf(0.2) if second is metaopt.optim.SGD else 0.2)
+    other.param_groups[0]["lr"] = 0.5 * optimizer.param_groups[0]["lr"]
+    with pytest.raises(metaopt.DomainError, match="groups of another"), metaopt.record([optimizer, other]):
+        (one * two).sum().backward()
+        optimizer.step()
+        other.step()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))], ids=["copied", "pickled"]
+)
+def test_copies_of_all_follow_the_copied_hyperparameters(copied: Callable[[Any], Any]) -> None:
+    hyper = metaopt.Hyperparameters(lr=metaopt.positive(0.3), momentum=metaopt.interval(0.5, 0, 1))
+    weight = nn.Parameter(torch.ones(()))
+    optimizer = metaopt.optim.SGD([weight], lr=hyper.lr, momentum=hyper.momentum)
+    given = hyper, weight, optimizer
+    found = []
+    for hyper, weight, optimizer in (copied(given), given):
+        with metaopt.stream(optimizer) as run:
+            for _ in range(3):
+                optimizer.zero_grad()
+                (weight**4).backward()
+                optimizer.step()
+        run.backward(weight**2)
+        found.append([leaf.grad for leaf in hyper.parameters()])
+    assert None not in found[0]
+    assert found[0] == found[1]
+
+
+def test_a_setting_that_was_computed_is_not_pickled_as_another() -> None:
+    optimizer = metaopt.optim.SGD([nn.Parameter(torch.ones(()))], lr=leaf(-1.0).exp())
+    with pytest.raises(TypeError, match="state_dict"):
+        pickle.dumps(optimizer)
+
+
 def test_a_setting_computed_from_two_hyperparameters_is_refused() -> None:
     weight = nn.Parameter(torch.ones(2))
     optimizer = metaopt.optim.SGD([weight], lr=leaf(0.1), momentum=leaf(0.5))
-    optimizer.param_groups[0]["momentum"] = 1 - optimizer.param_groups[0]["lr"]
+    optimizer.param_groups[0]["momentum"] *= 1 - optimizer.param_groups[0]["lr"]
     with pytest.raises(metaopt.DomainError, match="computed from the numbers of two"), metaopt.record(optimizer):
         (weight**2).sum().backward()
         optimizer.step()
@@ -263,7 +354,9 @@ def test_followed_numbers_are_floats() -> None:
     assert copy.deepcopy(x) is x
 
     def f(v: Any) -> Any:
-        return 0.1 + (v - 0.1) * 0.7 + 2 / v - v**2 + (3 - v) * v - abs(-v) / 4 + 2**v
+        return (
+            0.1 + (v - 0.1) * 0.7 + 2 / v - v**2 + (3 - v) * v - abs(-v) / 4 + 2**v + v % 0.3 * 2 + 1.3 % v + v // 0.3
+        )
 
     h = 1e-5
     assert f(x).slope == pytest.approx((f(0.5 + h) - f(0.5 - h)) / (2 * h), rel=1e-8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -402,14 +403,74 @@ def test_fused_kernels() -> None:
         step(optimizer)
 
 
-def test_data_that_is_replaced() -> None:
-    class Replaces(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
-            for w in self.param_groups[0]["params"]:
-                w.data = w.data - 0.1 * w.grad
+class Sharpness(torch.optim.Optimizer):
+    """SAM (Foret et al. 2021) as it is found on GitHub: it goes back to where it was by replacing ``.data``."""
 
-    with pytest.raises(metaopt.CaptureError, match=r"`\.data` of a tensor"):
-        step(metaopt.wrap(Replaces([nn.Parameter(torch.ones(3))])))
+    def __init__(self, params: Any, lr: float | Tensor = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+        self.base = torch.optim.SGD(self.param_groups, lr=lr, momentum=0.5)
+        self.param_groups = self.base.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        weights = [w for group in self.param_groups for w in group["params"]]
+        closure = torch.enable_grad()(closure)
+        loss = closure()
+        scale = 0.1 / torch.stack([w.grad.norm() for w in weights]).norm()
+        for w in weights:
+            self.state[w]["old"] = w.data.clone()
+            w.add_(w.grad * scale)
+        closure()
+        for w in weights:
+            w.data = self.state[w]["old"]
+        self.base.step()
+        return loss
+
+
+class OneVector(torch.optim.Optimizer):
+    """All weights as one vector, written back by torch's own function, which replaces ``.data``."""
+
+    def __init__(self, params: Any, lr: float | Tensor = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = torch.enable_grad()(closure)()
+        weights = self.param_groups[0]["params"]
+        vector = nn.utils.parameters_to_vector(weights)
+        gradient = nn.utils.parameters_to_vector([w.grad for w in weights])
+        nn.utils.vector_to_parameters(vector - self.param_groups[0]["lr"] * gradient / (1 + gradient.norm()), weights)
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore:the loop also wrote")  # the inner optimizer's momentum
+@pytest.mark.parametrize("make", [Sharpness, OneVector])
+def test_data_that_is_replaced(make: Make) -> None:
+    hyper = {"weights": weights(), "lr": leaf(0.1)}
+    assert hypergradcheck(trainer(make, hyper), outer, hyper, entries=1)
+
+
+def test_data_of_a_teacher_that_is_replaced() -> None:
+    """Also where the teacher was a constant so far."""
+    lr = leaf(0.1)
+    x, y, _, _ = data()
+
+    def train(watch: Watch) -> nn.Module:
+        model = mlp(5, 6, 3)
+        teacher = copy.deepcopy(model).requires_grad_(False)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+        with watch(optimizer):
+            for _ in range(3):
+                optimizer.zero_grad()
+                (F.cross_entropy(model(x), y) + F.mse_loss(model(x), teacher(x))).backward()
+                optimizer.step()
+                for slow, fast in zip(teacher.parameters(), model.parameters(), strict=True):
+                    slow.data = 0.8 * slow.data + 0.2 * fast.data
+        return model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", metaopt.HeldConstantWarning)  # the teacher, which the objective does not read
+        assert hypergradcheck(train, outer, lr)
 
 
 def test_sparse_gradients() -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaopt.capture import statistics
+from metaopt.capture import statistics, writes
 from metaopt.capture.bindings import BASE, View
 from metaopt.capture.cells import version_of
 from metaopt.capture.derivatives import check_function
@@ -93,12 +93,15 @@ def _gumbel_softmax(watcher: Watcher, func: Callable[..., Any], args: Args, kwar
 def _get_grad(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     grad = func(*args, **kwargs)
     tensor = args[0]
-    known = watcher.tape.externals.get(id(tensor)) if grad is None else None
-    if known is not None and known.tensor is tensor and tensor.is_leaf and id(tensor) in watcher.withheld:
+    known = watcher.tape.externals.get(id(tensor)) if id(tensor) in watcher.withheld else None
+    if known is not None and known.tensor is tensor and tensor.is_leaf:
         frame = sys._getframe(2)
         while frame is not None and frame.f_globals.get("__name__", "").startswith("metaopt.capture"):
             frame = frame.f_back  # type: ignore[assignment]
-        if frame is None or frame.f_code.co_name not in ("zero_grad", "record", "accumulate"):
+        reader = "" if frame is None else frame.f_code.co_name
+        if reader == "zero_grad":
+            watcher.withheld.discard(id(tensor))  # what it lacked would be gone too
+        elif grad is None and reader not in ("record", "accumulate"):
             raise CaptureError(
                 f"the `.grad` of a tensor of shape {tuple(tensor.shape)} was read inside the context, and is not "
                 "there: the tensor requires grad and the watched optimizer does not train it, so it is taken for a "
@@ -114,13 +117,29 @@ def _set_data(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kw
     tape = watcher.tape
     if _same_memory(target, source):
         return func(*args, **kwargs)  # how Python ends `x.data -= y`, which was written in place before
-    if tape.find(target) is not None or tape.is_live(source):
+    binding, live = tape.find(target), tape.is_live(source)
+    if binding is None and not live:
+        tape.before_write(target)
+        return func(*args, **kwargs)
+    given = tape.find(source)
+    owner = None if given is None else given.root.ref()
+    shared = owner is not None and owner.requires_grad and owner.is_leaf
+    viewed = binding is not None and (binding.base is not None or tape.has_views(target))
+    if viewed or shared or not _alike(target, source):
         raise CaptureError(
             f"`.data` of a tensor of shape {tuple(target.shape)} was replaced inside the context; afterwards two "
             "tensors share memory and neither knows. Write `with torch.no_grad(): x.copy_(new)` instead."
         )
-    tape.before_write(target)
-    return func(*args, **kwargs)
+    # The values are written, and the memory stays: the loop's are the same as long as nobody uses the source again, nor
+    # what shared the target's old memory.
+    with torch.no_grad():
+        writes.call(watcher, Tensor.copy_, (target, source), {}, [target])
+    tape.part(source, target)
+    return None
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.stride() == b.stride()
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

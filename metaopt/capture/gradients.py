@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from metaopt.capture.bindings import leaves_of
 from metaopt.capture.primitives import flatten, inner_gradient, total
 from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Group, Instruction, Val
@@ -61,13 +62,17 @@ def _backward(
 ) -> None:
     """Run the loop's backward pass into the trained weights alone, and record the gradients that they received."""
     tape = watcher.tape
-    if not any(tape.inner_of(loss) for loss in losses):
-        # Nothing of the watched training: another model's, or the hyperparameters' own.
-        torch.autograd.backward(losses, gradients, retain_graph, create_graph, inputs=inputs)
-        return
+    trains = any(tape.inner_of(loss) for loss in losses)
+    if trains:
+        into = _receivers(tape) if inputs is None else flatten([inputs])
+    else:
+        # Nothing of the watched training: another model's, which may look at the weights, or the hyperparameters' own.
+        into = _others(tape, losses)
+        if not into:
+            torch.autograd.backward(losses, gradients, retain_graph, create_graph, inputs=inputs)
+            return
     _refuse_lost(tape, losses)
     given = [gradients] if isinstance(gradients, Tensor) else gradients
-    into = _receivers(tape) if inputs is None else flatten([inputs])
     outputs = tuple(tape.read(loss) for loss in losses)
     weights = None if given is None else Group(list, tuple(tape.spec(g, tape.read_stopped) for g in given))
     present = {id(t): t.grad for t in into if t.grad is not None}
@@ -75,10 +80,10 @@ def _backward(
     before = {key: grad._version for key, grad in present.items()}
     for grad in present.values():
         tape.before_write(grad)
-    if inputs is None:
-        watcher.withheld.update(tape.externals)
+    if trains and inputs is None:
+        watcher.withhold(outputs)
     if into:
-        torch.autograd.backward(losses, gradients, retain_graph, create_graph, inputs=into)
+        torch.autograd.backward(losses, gradients, retain_graph, create_graph, inputs=into if trains else inputs)
     received = [
         tensor
         for tensor in into
@@ -107,6 +112,17 @@ def _receivers(tape: Tape) -> list[Tensor]:
         if (binding.leaf and tensor.requires_grad) or (tensor.requires_grad and tensor.retains_grad):
             made.append(tensor)
     return trained + made
+
+
+def _others(tape: Tape, losses: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves of a loss that are not trained here, if it depends on the state: their gradients depend on it too."""
+    found = [binding for loss in losses if (binding := tape.find(loss)) is not None and binding.epoch == tape.epoch]
+    behind = tape.trace.behind(tuple([Val(binding.value) for binding in found])) if found else set()
+    if behind.isdisjoint(tape.trace.inputs):
+        return []
+    leaves = {id(leaf): leaf for loss in losses for leaf in leaves_of(loss)}
+    present = [tape.externals[key] for key in leaves if key in tape.externals]
+    return [external.tensor for external in present if external.epoch == tape.epoch and external.value in behind]
 
 
 def _record_gradients(
@@ -143,6 +159,9 @@ def _record_gradients(
 def _points(tape: Tape, tensor: Tensor) -> list[int]:
     """The values at which the loop took gradients with respect to this tensor in the present iteration."""
     binding = tape.find(tensor)
+    external = tape.externals.get(id(tensor))
+    if binding is None and external is not None and external.epoch == tape.epoch:
+        return [external.value]
     if binding is None or binding.epoch != tape.epoch:
         raise CaptureError(
             f"a weight of shape {tuple(tensor.shape)} received a gradient, but metaopt saw no operation of this step "

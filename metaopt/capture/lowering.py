@@ -47,15 +47,22 @@ class Function:
         )
 
 
-def lower(program: Program, wanted: Sequence[int], given: Sequence[int] = ()) -> Function:
-    """Write the part of a program that computes some values; ``given`` are values that it is called with."""
+def lower(program: Program, wanted: Sequence[int], given: Sequence[int] = (), *, leaves: bool = False) -> Function:
+    """Write the part of a program that computes some values.
+
+    Args:
+        program: the program.
+        wanted: the values that it returns.
+        given: values that it is called with.
+        leaves: whether the caller takes the loop's gradients of what it returns, so that it needs the leaves of these.
+    """
     code = [program.code[index] for index in needed(program.code, set(wanted), set(given))]
     used = {value for instruction in code for value in instruction.used()} | set(wanted)
     places = [
         [place for place, value in enumerate(values) if value in used]
         for values in (program.inputs, program.externals, program.constants)
     ]
-    writer = _Writer(code)
+    writer = _Writer(code, leaves=leaves)
     for names, values, chosen in zip(
         ("state", "hyper", "constant"), (program.inputs, program.externals, program.constants), places, strict=True
     ):
@@ -71,7 +78,7 @@ def lower(program: Program, wanted: Sequence[int], given: Sequence[int] = ()) ->
 class _Writer:
     """Writes instructions as nodes of a ``torch.fx`` graph."""
 
-    def __init__(self, code: list[Instruction]) -> None:
+    def __init__(self, code: list[Instruction], *, leaves: bool) -> None:
         self.graph = fx.Graph()
         self.nodes: dict[int, fx.Node] = {}
         self.phase = self.graph.placeholder("phase")
@@ -79,7 +86,7 @@ class _Writer:
         self.objects = self.graph.placeholder("objects")
         self.seeds = self.graph.placeholder("seeds")
         gradients = [index for index, ins in enumerate(code) if ins.func is inner_gradient]
-        self._gradients_left = len(gradients)
+        self._gradients_left = len(gradients) + leaves
 
     def place(self, value: int, name: str) -> None:
         self.nodes[value] = self.graph.placeholder(name)

@@ -63,4 +63,4 @@ def split(program: Program, wanted: Sequence[int]) -> Split | None:
         given += [out for _, out in received]
     if any(code[index].phased for index in needed(code, set(asked))):
         return None
-    return Split(lower(program, asked), tuple(gradients), lower(program, wanted, given))
+    return Split(lower(program, asked, leaves=True), tuple(gradients), lower(program, wanted, given))

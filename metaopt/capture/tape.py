@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Tape"]
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -41,12 +42,16 @@ class Tape:
         self._constant_cells: list[Cell] = []
         self._memory: dict[int, tuple[StorageWeakRef, Binding, Geometry]] = {}
         self._stopped: dict[int, int] = {}
+        # Memory that a tensor's `.data` was given, and did not get.
+        self.parted: dict[int, tuple[StorageWeakRef, list[tuple[weakref.ref[Tensor], int]]]] = {}
+        self._left: dict[int, StorageWeakRef] = {}
         self._compact_at = _COMPACT_EVERY
         self._behind: dict[int, Tensor] = {}
         # What the loop computes on the way, by number, if that is to be kept.
         self.keeps_values = False
         self._known: dict[int, Cell] = {}
         self.protected: Callable[[Tensor], bool] = lambda tensor: False
+        self._led: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self.before_first_write: Callable[[Tensor], None] | None = None
         for tensor in trained:
             self.train(tensor)
@@ -119,6 +124,8 @@ class Tape:
         owner = base.ref()
         if owner is tensor:
             return None
+        if tensor.untyped_storage()._cdata in self._left:
+            raise _parted(tensor)
         if owner is None and base.epoch != self.epoch:
             return self._inherit(tensor, base, geometry)
         if not tensor.requires_grad:
@@ -153,6 +160,16 @@ class Tape:
         binding.inner, binding.buffer = int(binding.leaf), 1
         self.own_memory(tensor)
 
+    def lead(self, leaf: Tensor) -> None:
+        """A leaf that is not followed is about to be moved, out of sight, along a gradient that may be followed."""
+        if self.find(leaf) is None and leaf.grad is not None and self.find(leaf.grad) is not None:
+            self._led[id(leaf)] = leaf
+            del self._bindings[id(leaf.grad)]
+
+    def is_led(self, leaf: Tensor) -> bool:
+        """Whether a leaf was moved along a gradient that depends on the weights, which is not followed."""
+        return id(leaf) in self._led
+
     def note_behind(self, leaf: Tensor) -> None:
         """Somebody took ``.data`` of a leaf that is a hyperparameter so far."""
         self._behind[leaf.untyped_storage()._cdata] = leaf
@@ -166,6 +183,28 @@ class Tape:
             self.adopt(owner)
             self._bindings.pop(id(tensor), None)
             self.alias(tensor)
+
+    def has_views(self, tensor: Tensor) -> bool:
+        """Whether another living tensor is followed as a view of this one."""
+        base = self.find(tensor)
+        return any(binding.base is not None and binding.root is base for binding in self.bindings())
+
+    def part(self, source: Tensor, target: Tensor) -> None:
+        """In the bare loop ``target`` has left its memory for that of ``source``; here it has not."""
+        new, old = source.untyped_storage(), target.untyped_storage()
+        self._left[old._cdata] = StorageWeakRef(old)
+        _, targets = self.parted.setdefault(new._cdata, (StorageWeakRef(new), []))
+        targets.append((weakref.ref(target), version_of(target)))
+
+    def refuse_parted(self, tensors: Iterable[Tensor], written: Sequence[Tensor]) -> None:
+        """Raise if a tensor in memory that the bare loop would share is written, or is read after the other was."""
+        for tensor in tensors:
+            known = self.parted.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
+            if known is None:
+                continue
+            moved = any((target := ref()) is not None and version_of(target) != version for ref, version in known[1])
+            if moved or any(target is tensor for target in written):
+                raise _parted(tensor)
 
     def bind_view(self, tensor: Tensor, base: Binding, geometry: Geometry) -> Binding:
         """Follow a tensor as a view, by its strides, of another one."""
@@ -285,7 +324,9 @@ class Tape:
         moved = external is not None and external.version != version_of(tensor)
         if external is None or moved:
             self._refuse_weights(tensor)
-            external = self.externals[id(tensor)] = External(tensor, self.cells.keep(tensor), moving=self.moving)
+            external = self.externals[id(tensor)] = External(
+                tensor, self.cells.keep(tensor), moving=self.moving, led=self.is_led(tensor)
+            )
         if external.epoch != self.epoch:
             external.value, external.epoch = self.trace.new(), self.epoch
             self.trace.externals.append(external.value)
@@ -416,6 +457,8 @@ class Tape:
             }
         self._bindings = {key: b for key, b in self._bindings.items() if b.ref() is not None}
         self._memory = {key: known for key, known in self._memory.items() if not known[0].expired()}
+        self.parted = {key: known for key, known in self.parted.items() if not known[0].expired()}
+        self._left = {key: known for key, known in self._left.items() if not known.expired()}
 
     def end(self, seal: Callable[..., Segment]) -> Segment:
         """Finish the iteration: what it left behind in living tensors is what it computed."""
@@ -475,6 +518,14 @@ class Tape:
         self.trace.constants = [number for number, _ in pairs]
         self._constant_cells = [cell for _, cell in pairs]
         self._constants = {key: known for key, known in self._constants.items() if known[2] in used}
+
+
+def _parted(tensor: Tensor) -> CaptureError:
+    return CaptureError(
+        f"a tensor of shape {tuple(tensor.shape)} was used whose memory `x.data = …` has given to `x`, or taken from "
+        "it: a write to the one may change the other. Use copies (`x.data = y.clone()`, `old = x.detach().clone()`), "
+        "or write `with torch.no_grad(): x.copy_(y)`."
+    )
 
 
 def _shared_memory(tensor: Tensor, shape: Sequence[int]) -> CaptureError:

@@ -7,6 +7,7 @@ __all__ = ["Watcher"]
 import re
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -23,7 +24,7 @@ from metaopt.capture.primitives import flatten
 from metaopt.capture.replacements import REPLACEMENTS
 from metaopt.capture.steps import in_step
 from metaopt.capture.tape import Tape
-from metaopt.capture.trace import Instruction
+from metaopt.capture.trace import Instruction, Trace, Val
 from metaopt.errors import CaptureError, EagerWarning, HeldConstantWarning
 from metaopt.followed import Followed
 
@@ -75,7 +76,9 @@ class Watcher(TorchFunctionMode):
         self.tape = tape
         self.paused = False
         self.check_functions = True
+        # Leaves that got no training gradient, where the bare loop's would have, and the last losses that reach such.
         self.withheld: set[int] = set()
+        self._reaching: deque[tuple[Trace, tuple[Val, ...]]] = deque(maxlen=4)
         # Whether the step of a wrapped optimizer is running, and whether it may take numbers out of tensors.
         self.stepping: Callable[[], bool] = lambda: False
         self.numbers_held = True
@@ -94,12 +97,29 @@ class Watcher(TorchFunctionMode):
                 self._say_number_is_constant(func)
             if torch._C._are_functorch_transforms_active():
                 return self._inside_transform(func, args, kwargs)
+            if self.tape.parted:
+                self.tape.refuse_parted(flatten([*args, *kwargs.values()]), writes.targets(func, args, kwargs))
             special = calls.SPECIAL.get(func)
             if special is not None:
                 return special(self, func, args, kwargs)
             return self.call(func, args, kwargs)
         finally:
             self.paused = False
+
+    def withhold(self, losses: tuple[Val, ...]) -> None:
+        """``backward`` of these reaches the trained weights alone, and none of the hyperparameters behind them."""
+        self.withheld.update(self.tape.externals)
+        self._reaching.append((self.tape.trace, losses))
+
+    def lacks_gradient(self, leaf: Tensor) -> bool:
+        """Whether the bare loop's training would give a leaf a gradient that it does not have here."""
+        external = self.tape.externals.get(id(leaf))
+        if external is None or id(leaf) not in self.withheld:
+            return False
+        return any(
+            external.value in trace.externals and external.value in trace.behind(losses)
+            for trace, losses in self._reaching
+        )
 
     def _inside_transform(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         unwrapped = torch._C._functorch.get_unwrapped

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from metaopt.check.causes import causes
 from metaopt.check.differences import Difference, difference
@@ -17,6 +16,7 @@ from metaopt.check.report import Report, Row
 from metaopt.check.training import Outer, Train, Training
 from metaopt.errors import CheckError
 from metaopt.hyperparameters import name_of
+from metaopt.modes.run import Watchable
 
 Hyper = Tensor | Iterable[Tensor] | Mapping[str, Tensor] | torch.nn.Module
 
@@ -29,7 +29,7 @@ def hypergradcheck(
     outer: Outer,
     hyper: Hyper,
     *,
-    optimizer: Optimizer | None = None,
+    optimizer: Watchable | None = None,
     entries: int = 3,
     step: float = 1e-4,
     rtol: float = 1e-5,
@@ -51,7 +51,7 @@ def hypergradcheck(
         outer: the outer objective: a function of what ``train`` returned (or of nothing), to a scalar tensor.
         hyper: the hyperparameters to check: `metaopt.Hyperparameters`, or leaves that require grad, alone, in a list or
             by name.
-        optimizer: the optimizer, if it and the model are made outside of ``train``.
+        optimizer: the optimizer (or several), if it and the model are made outside of ``train``.
         entries: how many entries of a larger hyperparameter are looked at one by one; all of them together are looked
             at along a random direction, and where that differs the entries to blame are searched for.
         step: the finite differences' step, in the unit of each entry.

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from metaopt.errors import CheckError, HeldConstantWarning, MetaoptWarning
 from metaopt.modes import Recording, Streaming, record, stream
-from metaopt.modes.run import Run
+from metaopt.modes.run import Run, Watchable
 from metaopt.modes.start import random_states, set_random_states
+from metaopt.step import listed
 
-Watch = Callable[[Optimizer], AbstractContextManager[Any]]
+Watch = Callable[[Watchable], AbstractContextManager[Any]]
 Train = Callable[[Watch], Any] | Callable[[], Any]
 Outer = Callable[[Any], Tensor] | Callable[[], Tensor]
 
@@ -38,7 +38,7 @@ class Training:
     """The training, the outer objective, and the beginning that every run starts from."""
 
     def __init__(
-        self, train: Train, outer: Outer, optimizer: Optimizer | None, verify: str, leaves: Sequence[Tensor]
+        self, train: Train, outer: Outer, optimizer: Watchable | None, verify: str, leaves: Sequence[Tensor]
     ) -> None:
         self.train = train
         self.outer = outer
@@ -71,12 +71,12 @@ class Training:
         return self._gradient(wrt, lambda optimizer: stream(optimizer, verify=self.verify))
 
     def _gradient(
-        self, wrt: list[Tensor], mode: Callable[[Optimizer], Recording | Streaming]
+        self, wrt: list[Tensor], mode: Callable[[Watchable], Recording | Streaming]
     ) -> tuple[float, tuple[Tensor, ...]]:
         runs: list[Recording | Streaming] = []
         values: list[Tensor] = []
 
-        def watch(optimizer: Optimizer) -> AbstractContextManager[Any]:
+        def watch(optimizer: Watchable) -> AbstractContextManager[Any]:
             self._note(optimizer)
             runs.append(mode(optimizer))
             return runs[-1]
@@ -116,14 +116,14 @@ class Training:
         return result
 
     @contextmanager
-    def _bare(self, optimizer: Optimizer) -> Iterator[_Bare]:
+    def _bare(self, optimizer: Watchable) -> Iterator[_Bare]:
         self._note(optimizer)
         yield _Bare()
-        self.end = [w.detach().clone() for group in optimizer.param_groups for w in group["params"]]
+        self.end = _weights(optimizer)
 
-    def _note(self, optimizer: Optimizer) -> None:
+    def _note(self, optimizer: Watchable) -> None:
         self._watched += 1
-        self.start = [weight.detach().clone() for group in optimizer.param_groups for weight in group["params"]]
+        self.start = _weights(optimizer)
 
     def _objective(self, result: Any) -> Callable[[], Tensor]:
         try:
@@ -163,3 +163,9 @@ class Training:
                     self.constants.append(place)
             elif not issubclass(entry.category, MetaoptWarning):
                 warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno)
+
+
+def _weights(optimizers: Watchable) -> list[Tensor]:
+    """Copies of what the optimizers train."""
+    groups = [group for optimizer in listed(optimizers) for group in optimizer.param_groups]
+    return [weight.detach().clone() for group in groups for weight in group["params"]]

@@ -218,8 +218,10 @@ class Hyperparameters(torch.nn.Module):
 
     def _project_leaf(self, name: str, domain: Domain) -> None:
         leaf = self._leaf(name)
-        projected = domain.project(leaf)
-        if torch.isnan(projected).any():
+        with _unwatched():
+            projected = domain.project(leaf)
+            broken = bool(torch.isnan(projected).any())
+        if broken:
             raise DomainError(
                 f"hyperparameter {name!r} can't be projected, an entry is not finite: the hyper-step "
                 "diverged. Lower the hyper-optimizer's lr, or skip steps whose hypergradient is not finite."

@@ -37,6 +37,10 @@ def schedule(knots: Tensor, steps: int, *, kind: str = "constant") -> Tensor:
     """
     if kind not in _KINDS:
         raise ValueError(f'kind must be "constant" or "linear", not {kind!r}.')
+    if not isinstance(knots, Tensor):
+        raise DomainError(
+            f"the knots of a schedule are a tensor, a hyperparameter of shape (K,), not {type(knots).__name__}."
+        )
     if knots.dim() != 1 or not 1 <= len(knots) <= steps:
         raise DomainError(
             f"a schedule of {steps} steps needs a vector of 1 to {steps} knots, not a tensor of shape "

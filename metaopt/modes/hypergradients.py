@@ -60,6 +60,7 @@ def accumulate(adjoint: Adjoint) -> None:
     if not gradients:
         raise _nothing(adjoint.loop)
     _warn_unused(adjoint, {id(leaf) for leaf, _ in gradients})
+    adjoint.loop.give(leaf for leaf, _ in gradients)
     for leaf, grad in gradients:
         grad = grad.detach().to(leaf.dtype)
         leaf.grad = grad.clone() if leaf.grad is None else leaf.grad + grad
@@ -71,6 +72,7 @@ def collect(adjoint: Adjoint, wanted: list[Tensor]) -> tuple[Tensor, ...]:
     if not adjoint.loop.steps and not gradients and all(adjoint.loop.tape.find(tensor) is None for tensor in wanted):
         raise _nothing(adjoint.loop)
     results = []
+    adjoint.loop.give(wanted)
     for tensor in wanted:
         binding = adjoint.loop.tape.find(tensor)
         if binding is not None:

@@ -14,21 +14,20 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from metaopt.capture.segment import Segment
 from metaopt.errors import MetaoptWarning, SweepError
 from metaopt.modes.hypergradients import accumulate, collect
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.pullback import PullBack
-from metaopt.modes.run import Run
+from metaopt.modes.run import Run, Watchable
 
 _FAR = 1e-2
 _SETTLED = 3
 
 
 def implicit(
-    optimizer: Optimizer, *, iterations: int = 1000, tolerance: float | None = 1e-6, verify: str = "first"
+    optimizer: Watchable, *, iterations: int = 1000, tolerance: float | None = 1e-6, verify: str = "first"
 ) -> Implicit:
     """Watch the training loop inside the ``with`` block, and differentiate the point that it converges to.
 
@@ -59,7 +58,7 @@ def implicit(
 class Implicit(Run):
     """What `implicit` watches, and the hypergradients at the point that it led to."""
 
-    def __init__(self, optimizer: Optimizer, *, iterations: int, tolerance: float | None, verify: str) -> None:
+    def __init__(self, optimizer: Watchable, *, iterations: int, tolerance: float | None, verify: str) -> None:
         if iterations < 1:
             raise ValueError(f"iterations must be at least 1, not {iterations}.")
         if tolerance is not None and not tolerance > 0:
@@ -68,10 +67,12 @@ class Implicit(Run):
         self._iterations = iterations
         self._tolerance = tolerance
         self._last: Segment | None = None
+        self._before: set[int] = set()
         self._after: list[Segment] = []
 
     def _receive(self, segment: Segment, is_step: bool) -> None:
         if is_step:
+            self._before = {key for known in (self._last, *self._after) if known is not None for key in known.outputs}
             self._last, self._after = segment, []
         else:
             self._after.append(segment)
@@ -127,6 +128,13 @@ class Implicit(Run):
         return adjoint
 
     def _refuse_unsettled(self, last: Segment) -> None:
+        if any(key in self._before and key not in last.outputs for key, _ in last.inputs):
+            raise SweepError(
+                "the last iteration reads a tensor that the one before it made, and makes no such tensor for the next: "
+                "it is a new object each time (`previous = loss.detach()`), so the last step does not say how it goes "
+                "on. Write it in place (`previous.copy_(loss.detach())`). With several optimizers, name them in the "
+                "order in which they step."
+            )
         # A tensor from before the context (its key is not negative) is a constant of the iteration that writes it
         # first, and part of the state from the next one on.
         if self._loop.steps >= _SETTLED:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.capture.bindings import leaves_of, nodes_of
+from metaopt.capture.bindings import leaves_of, led_error, nodes_of
 from metaopt.capture.segment import Segment
 from metaopt.errors import HeldConstantWarning, StaleError, SweepError
 from metaopt.modes.pullback import PullBack
@@ -135,6 +135,8 @@ class Adjoint:
             binding = tape.find(leaf)
             if binding is not None:
                 _add(self.carried, binding.key, grad)
+            elif tape.is_led(leaf):
+                raise led_error(leaf)
             else:
                 self.direct.append((leaf, grad))
         for key, grad in statistics.items():
@@ -146,7 +148,7 @@ class Adjoint:
         # Batch norm's statistics are found in the graph where they are read, unless a compiled function hides them.
         hidden = any("CompiledFunction" in node.name() for node in nodes_of(outer))
         known = set(tape.trained) | {id(t.grad) for t in tape.trained.values() if t.grad is not None}
-        known |= {id(v) for state in self.loop.optimizer.state.values() for v in state.values()}
+        known |= {id(v) for state in self.loop.states() for v in state.values()}
         buffers = [
             tensor
             for binding in tape.bindings()

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
@@ -23,11 +22,11 @@ from metaopt.modes.hypergradients import accumulate, collect
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.progress import progressing
 from metaopt.modes.pullback import PullBack
-from metaopt.modes.run import Run
+from metaopt.modes.run import Run, Watchable
 
 
 def record(
-    optimizer: Optimizer,
+    optimizer: Watchable,
     *,
     last: int | None = None,
     verify: str = "first",
@@ -46,7 +45,9 @@ def record(
 
     Args:
         optimizer: the optimizer that trains the weights: one of `metaopt.optim`, whose settings may be hyperparameters,
-            or a plain one of ``torch.optim``, whose numbers are constants.
+            or a plain one of ``torch.optim``, whose numbers are constants. A list, if several train (two networks, Muon
+            for matrices and AdamW for the rest), in the order in which they step: the last one's steps end the
+            iterations.
         last: differentiate through the last so many steps only (truncated back-propagation; the rest is forgotten as
             training goes on).
         verify: ``"first"`` replays the first iteration of each structure and compares it with the loop; ``"all"``
@@ -94,7 +95,7 @@ class Recording(Run):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Watchable,
         *,
         last: int | None,
         verify: str,

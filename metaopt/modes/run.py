@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["Run"]
+__all__ = ["Run", "Watchable"]
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeAlias
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,6 +20,9 @@ from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.start import Start
 from metaopt.step import Loop
 
+# What trains: an optimizer, or several of which each has its own weights.
+Watchable: TypeAlias = Optimizer | Sequence[Optimizer]
+
 
 class Run(ABC):
     """A watched training loop, as the ``as`` target of a context.
@@ -27,7 +30,7 @@ class Run(ABC):
     A mode says what it does with a finished iteration (`_receive`) and when the context is left (`_forget`).
     """
 
-    def __init__(self, optimizer: Optimizer, *, verify: str, moving: bool = False) -> None:
+    def __init__(self, optimizer: Watchable, *, verify: str, moving: bool = False) -> None:
         self._loop = Loop(optimizer, self._receive, verify=verify, moving=moving)
         self._start: Start | None = None
         self._open = False
@@ -50,7 +53,7 @@ class Run(ABC):
                 "goes on from where it is, or from the start after `run.rewind()`."
             )
         self._loop.open()
-        self._start = Start(self._loop.optimizer)
+        self._start = Start(self._loop.optimizers)
         self._loop.tape.before_first_write = self._start.remember
         self._open = True
         return self
@@ -94,11 +97,19 @@ class Run(ABC):
         """The leaves that the watched steps were found to depend on, besides the trained weights."""
         return leaves_behind(self._loop)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a run can't be copied or saved: what it recorded belongs to these tensors. Save the `state_dict` of the "
+            "model, optimizer, scheduler and hyperparameters; a new context goes on from there, without the past's "
+            "derivative."
+        )
+
     def __repr__(self) -> str:
         state = "open" if self._open else "freed" if self._freed else "closed"
+        names = " and ".join(type(optimizer).__name__ for optimizer in self._loop.optimizers)
         count = len(self.programs)
         return (
-            f"{type(self).__name__}({type(self._loop.optimizer).__name__}, {state}: {self.steps} steps, "
+            f"{type(self).__name__}({names}, {state}: {self.steps} steps, "
             f"{count} program{'s' if count != 1 else ''}, {len(self.hyperparameters)} hyperparameters)"
         )
 

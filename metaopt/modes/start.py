@@ -7,6 +7,7 @@ __all__ = ["Start", "random_states", "set_random_states"]
 import copy
 import random
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import numpy
@@ -21,16 +22,11 @@ class Start:
     Tensors are copied when they are first written, so that a context which is not rewound pays for little.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
+    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
         self._saved: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._order: list[int] = []
         self._open = True
-        self._groups = [{k: _copied(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        self._grads = [(weight, weight.grad) for group in optimizer.param_groups for weight in group["params"]]
-        self._state = {weight: _shallow(state) for weight, state in optimizer.state.items()}
-        bookmark = getattr(optimizer, "bookmark", None)
-        self._bookmark = None if bookmark is None else bookmark()
+        self._optimizers = [_Kept(optimizer) for optimizer in optimizers]
         self._random = random_states()
 
     def remember(self, tensor: Tensor) -> None:
@@ -61,6 +57,23 @@ class Start:
                 tensor = reference()
                 if tensor is not None:
                     tensor.copy_(value)
+        for kept in self._optimizers:
+            kept.restore()
+        set_random_states(self._random)
+
+
+class _Kept:
+    """An optimizer's settings, its gradients and what it holds of its weights, as they were."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._groups = [{k: _copied(v) for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self._grads = [(weight, weight.grad) for group in optimizer.param_groups for weight in group["params"]]
+        self._state = {weight: _shallow(state) for weight, state in optimizer.state.items()}
+        bookmark = getattr(optimizer, "bookmark", None)
+        self._bookmark = None if bookmark is None else bookmark()
+
+    def restore(self) -> None:
         for group, numbers in zip(self.optimizer.param_groups, self._groups, strict=False):
             for name in [name for name in group if name != "params" and name not in numbers]:
                 del group[name]
@@ -72,7 +85,6 @@ class Start:
             self.optimizer.state[weight] = _shallow(state)
         if self._bookmark is not None:
             self.optimizer.go_back(self._bookmark)  # type: ignore[attr-defined]
-        set_random_states(self._random)
 
 
 def _copied(setting: Any) -> Any:

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
@@ -24,7 +23,7 @@ from metaopt.modes.compiled import CompiledPush
 from metaopt.modes.hypergradients import accumulate, collect
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.pullback import PullBack
-from metaopt.modes.run import Run
+from metaopt.modes.run import Run, Watchable
 from metaopt.modes.tangents import push_forward
 
 _MANY = 1000
@@ -32,7 +31,7 @@ _CHECK_EVERY = 10
 
 
 def stream(
-    optimizer: Optimizer,
+    optimizer: Watchable,
     *,
     chunk: int | None = None,
     discount: float = 1.0,
@@ -89,7 +88,7 @@ class Streaming(Run):
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Watchable,
         *,
         chunk: int | None,
         discount: float,
@@ -98,12 +97,11 @@ class Streaming(Run):
         verify: str,
         backend: str | None,
     ) -> None:
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk must be at least 1, not {chunk}.")
+        for name, number in (("chunk", chunk), ("directions", directions)):
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise ValueError(f"{name} must be a whole number, at least 1, not {number}.")
         if not 0 <= discount <= 1:
             raise ValueError(f"discount must lie between 0 and 1, not {discount:g}.")
-        if directions is not None and directions < 1:
-            raise ValueError(f"directions must be at least 1, not {directions}.")
         super().__init__(optimizer, verify=verify, moving=True)
         self._chunk = chunk
         self._compiled = None if backend is None else CompiledPush(backend)
@@ -115,6 +113,8 @@ class Streaming(Run):
         # weight nor state gets its tangent only if a later iteration reads it.
         self._recent: deque[tuple[Segment, dict[int, Tensor], bool]] = deque()
         self._lost: set[int] = set()
+        # What was pushed and has no tangent: it depends on no hyperparameter yet, however long ago it was written.
+        self._still: set[int] = set()
         self._warned = False
 
     def reset_tangents(self) -> None:
@@ -136,11 +136,13 @@ class Streaming(Run):
             before = {key: self._discount * tangent for key, tangent in before.items()}
         state = self._state_keys()
         present = {} if self._compiled is None else self._loop.tape.present()
-        pushed = self._push(segment, [key for key in segment.outputs if key in state], before, present)
+        keys = [key for key in segment.outputs if key in state]
+        pushed = self._push(segment, keys, before, present)
         alive = {binding.key for binding in self._loop.tape.bindings()}
         after = {key: z for key, z in before.items() if key in alive and key not in segment.outputs}
         self._tangents = {**after, **pushed}
         self._lost = (self._lost - set(segment.outputs)) & alive
+        self._still = ((self._still - set(segment.outputs)) | (set(keys) - set(pushed))) & alive
         self._recent.append((segment, before, is_step))
         while sum(step for _, _, step in self._recent) > 2:
             self._drop(self._recent.popleft()[0], alive)
@@ -161,10 +163,7 @@ class Streaming(Run):
     def _state_keys(self) -> set[int]:
         tape = self._loop.tape
         states = {
-            id(tensor)
-            for state in self._loop.optimizer.state.values()
-            for tensor in state.values()
-            if isinstance(tensor, Tensor)
+            id(tensor) for state in self._loop.states() for tensor in state.values() if isinstance(tensor, Tensor)
         }
         return {
             binding.key
@@ -175,7 +174,7 @@ class Streaming(Run):
     def _resolve(self, segment: Segment) -> None:
         """Get the tangents of what this iteration reads of the last ones besides the state."""
         for key, _ in segment.inputs:
-            if key in self._tangents:
+            if key in self._tangents or key in self._still:
                 continue
             if key in self._lost:
                 raise CaptureError(
@@ -189,7 +188,8 @@ class Streaming(Run):
 
     def _drop(self, segment: Segment, alive: set[int]) -> None:
         recent = {key for later, _, _ in self._recent for key in later.outputs}
-        self._lost |= {key for key in segment.outputs if key in alive and key not in self._tangents} - recent
+        self._lost |= {key for key in segment.outputs if key in alive and key not in self._tangents}
+        self._lost -= recent | self._still
         self._lost -= {b.key for b in self._loop.tape.bindings() if self._is_gradient(b.ref())}
 
     def _is_gradient(self, tensor: Tensor | None) -> bool:

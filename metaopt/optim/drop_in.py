@@ -4,15 +4,15 @@ from __future__ import annotations
 
 __all__ = ["DifferentiableOptimizer", "Setting"]
 
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metaopt.errors import DomainError
 from metaopt.followed import Followed, plainly, restored, slopes_of
-from metaopt.links import Given, Link, assign, follow, shift, unlink
+from metaopt.links import Given, Link, assign, follow, mixed, shift, unlink
 from metaopt.rules import rule_of
 
 Setting = float | Tensor
@@ -23,10 +23,12 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
 
     _links: dict[int, dict[str, Link]]
     schedule_step: int
+    _owner: str
 
     def _link(self, **settings: Any) -> dict[str, Any]:
         """Keep the tensors among the constructor's settings aside; return the plain numbers for torch's constructor."""
         self._links = {}
+        self._owner = uuid.uuid4().hex
         self._defaults_given = {key: Given(value) for key, value in settings.items()}
         self.schedule_step = 0
         links: dict[str, Link] = {}
@@ -63,7 +65,8 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
         for place, links in self._links.items():
             for name, link in links.items():
                 link.base = bases.get(place, {}).get(name)
-        self._sync(search=True)
+        with torch._C.DisableTorchFunction():  # bookkeeping, and no part of the loop that a context may be watching
+            self._sync(search=True)
 
     def _before_step(self) -> None:
         """What a subclass does before torch's step."""
@@ -85,23 +88,20 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
         place = next(i for i, candidate in enumerate(self.param_groups) if candidate is group)
         rule = rule_of(self)
         result = {}
-        for name, link in self._links.get(place, {}).items():
-            plain = rule.number(group, name)
-            number = follow(self, (place, name), link, plain)
-            if number is not plain:  # what was found out of it holds until it is set again
-                assign(group, rule.settings[name], number)
-            link.last = number
-            result[name] = self._behind(number, link)
         for name in rule.settings:
             number = rule.number(group, name)
-            if name not in result and isinstance(number, Followed) and number.slope:  # of another setting, or group
-                origin = self._links.get(number.origin[0], {}).get(number.origin[1])
-                if origin is None or number.slope != number.slope:
-                    raise DomainError(
-                        f"{name} was computed from the numbers of two linked settings; its derivative by both can't be "
-                        "followed. Compute each from its own, or in tensors."
-                    )
-                result[name] = self._behind(number, origin)
+            link = self._links.get(place, {}).get(name)
+            if link is not None:
+                link.last = follow(self, (place, name), link, number)
+                if link.last is not number:  # what was found out of it holds until it is set again
+                    assign(group, rule.settings[name], link.last)
+                number = link.last
+            if isinstance(number, Followed) and (number.slope or link is not None):
+                # Another setting's number, or another group's, has been put here: it comes from that one's.
+                behind = self._links.get(number.origin[0], {}).get(number.origin[1])
+                if behind is None or number.slope != number.slope or not number.belongs(self._owner):
+                    raise mixed(name, number, self._owner)
+                result[name] = self._behind(number, behind)
         return result
 
     def _behind(self, number: Followed, link: Link) -> tuple[Tensor, float, float]:
@@ -121,17 +121,19 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
                     continue
                 rule.check(name, new)
                 if old is None:
-                    assign(group, rule.settings[name], Followed(new, 1.0, origin))
+                    assign(group, rule.settings[name], Followed(new, 1.0, origin, self._owner))
                 else:
                     number = follow(self, origin, link, rule.number(group, name))
                     assign(group, rule.settings[name], number)
                     shift(self, origin, new - old, search=search)
-                    if float(number) == number.slope * old:  # to the last digit, where it can be had
-                        assign(group, rule.settings[name], Followed(number.slope * new, number.slope, origin))
+                    if number.origin == origin and float(number) == number.slope * old:
+                        # To the last digit, where it can be had.
+                        exact = Followed(number.slope * new, number.slope, origin, self._owner)
+                        assign(group, rule.settings[name], exact)
                 link.base = new
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_links", "_defaults_given", "schedule_step")
+        kept = ("_links", "_defaults_given", "schedule_step", "_owner")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

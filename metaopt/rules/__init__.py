@@ -70,10 +70,13 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
         if rule is None:
             continue
         if _unwrapped(kind.step) is not _unwrapped(rule.optimizer.step):
+            drop_in = any(parent.__module__.startswith("metaopt.") for parent in kind.__mro__)
+            derive = f"Derive it from torch.optim.{base.__name__}, and follow" if drop_in else "Follow"
             raise RuleError(
                 f"{kind.__module__}.{kind.__qualname__} replaces the `step` of {base.__name__}, so the rule for "
-                f"{base.__name__} does not describe it. Follow its step as it runs with `metaopt.wrap(optimizer)`, or "
-                f"register a rule for {kind.__qualname__} with `metaopt.rules.register` (docs: extending)."
+                f"{base.__name__} does not describe it. {derive} its step as it runs with `metaopt.wrap(optimizer)`; "
+                "or do in the loop what it adds to the step; or register a rule for it with `metaopt.rules.register` "
+                "(docs: extending)."
             )
         return rule
     for base in kind.__mro__:

@@ -1,0 +1,226 @@
+"""Several optimizers in one loop: all watched, the hypergradient is the bare loop's; one of them unseen, an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import metaopt
+from metaopt.check import hypergradcheck
+from tests.cases import data, mlp
+
+Watch = Callable[[Any], AbstractContextManager[Any]]
+Made = tuple[nn.Module, torch.optim.Optimizer]
+
+
+def leaf(value: float) -> Tensor:
+    return torch.tensor(value, requires_grad=True)
+
+
+def first(hyper: dict[str, Tensor]) -> Made:
+    model = mlp(5, 6, 3)
+    return model, metaopt.optim.SGD(model.parameters(), lr=hyper["lr"], momentum=0.5)
+
+
+SECOND: dict[str, Callable[[Any, dict[str, Tensor]], torch.optim.Optimizer]] = {
+    "plain": lambda p, hyper: torch.optim.SGD(p, lr=0.1, momentum=0.5),
+    "linked": lambda p, hyper: metaopt.optim.Adam(p, lr=hyper["other"], eps=1e-2),
+    "wrapped": lambda p, hyper: metaopt.wrap(torch.optim.RMSprop(p, lr=0.05, eps=1e-2)),
+}
+
+
+def outer(model: Callable[[Tensor], Tensor]) -> Tensor:
+    _, _, x, y = data()
+    return F.cross_entropy(model(x), y)
+
+
+def joint(watch: Watch, hyper: dict[str, Tensor], second: str, order: int) -> nn.Module:
+    """A body and a head, one loss."""
+    x, y, _, _ = data()
+    body, optimizer = first(hyper)
+    head = mlp(3, 4, 3)
+    other = SECOND[second](head.parameters(), hyper)
+    both = [optimizer, other]
+    with watch(both):
+        for _ in range(4):
+            for each in both:
+                each.zero_grad()
+            F.cross_entropy(head(body(x)), y).backward()
+            for each in both[::order]:
+                each.step()
+    return nn.Sequential(body, head)
+
+
+def adversarial(watch: Watch, hyper: dict[str, Tensor], second: str, order: int) -> nn.Module:
+    """Two networks with a loss each, which look at each other; the second moves every other time."""
+    x, y, _, _ = data()
+    model, optimizer = first(hyper)
+    critic = mlp(3, 4, 1)
+    other = SECOND[second](critic.parameters(), hyper)
+
+    def criticise() -> None:
+        other.zero_grad()
+        (critic(model(x).detach()).mean() - 1).square().backward()
+        other.step()
+
+    def train() -> None:
+        optimizer.zero_grad()
+        scores = model(x)
+        (F.cross_entropy(scores, y) + critic(scores).mean()).backward()
+        optimizer.step()
+
+    with watch([optimizer, other]):
+        for t in range(4):
+            parts = [train] if t % 2 else [criticise, train]
+            for part in parts[::order]:
+                part()
+    return nn.Sequential(model)
+
+
+def closures(watch: Watch, hyper: dict[str, Tensor], second: str, order: int) -> nn.Module:
+    """Each takes gradients of its own, at weights that the other has just moved."""
+    x, y, _, _ = data()
+    body, optimizer = first(hyper)
+    head = mlp(3, 4, 3)
+    other = SECOND[second](head.parameters(), hyper)
+    both = [optimizer, other]
+
+    def closure() -> Any:
+        for each in both:
+            each.zero_grad()
+        loss = F.cross_entropy(head(body(x)), y)
+        loss.backward()
+        return loss
+
+    with watch(both):
+        for _ in range(3):
+            for each in both[::order]:
+                each.step(closure)
+    return nn.Sequential(body, head)
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["first", "last"])
+@pytest.mark.parametrize("second", SECOND)
+@pytest.mark.parametrize("loop", [joint, adversarial, closures])
+def test_the_hypergradient_is_the_bare_loops(loop: Any, second: str, order: int) -> None:
+    hyper = {"lr": leaf(0.1)} | ({"other": leaf(0.05)} if second == "linked" else {})
+    assert hypergradcheck(lambda watch: loop(watch, hyper, second, order), outer, hyper)
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+@pytest.mark.parametrize("loop", [joint, adversarial])
+def test_one_that_is_not_watched_is_an_error(loop: Any, mode: Any) -> None:
+    """The head got no gradient, in silence; the critic was taken for a constant."""
+    hyper = {"lr": leaf(0.1)}
+    with pytest.raises(metaopt.CaptureError, match=r"metaopt.record\(\[first, second\]\)"):
+        loop(lambda both: mode(both[0]), hyper, "plain", 1)
+        raise AssertionError("the loop ran to its end")
+
+
+def test_a_probe_that_only_looks_on() -> None:
+    """Trained on what the model computes, and of no use to it; unless an objective uses it."""
+    hyper = {"lr": leaf(0.1)}
+    x, y, _, _ = data()
+
+    def train(watch: Watch, both: bool = False) -> tuple[nn.Module, nn.Module]:
+        model, optimizer = first(hyper)
+        probe = mlp(3, 4, 3)
+        other = torch.optim.SGD(probe.parameters(), lr=0.1)
+        with watch([optimizer, other] if both else optimizer):
+            for _ in range(4):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                other.zero_grad()
+                F.cross_entropy(probe(model(x).detach()), y).backward()
+                other.step()
+        return model, nn.Sequential(model, probe)
+
+    assert hypergradcheck(lambda watch: train(watch)[0], outer, hyper)
+    assert hypergradcheck(lambda watch: train(watch, both=True)[1], outer, hyper)
+    for mode in (metaopt.record, metaopt.stream):
+        runs: list[Any] = []
+
+        def watch(optimizer: Any, mode: Any = mode, runs: list[Any] = runs) -> Any:
+            runs.append(mode(optimizer))
+            return runs[0]
+
+        probe = train(watch)[1]
+        with pytest.raises(metaopt.CaptureError, match="How it follows the weights was not seen"):
+            runs[0].backward(outer(probe))
+
+
+@pytest.mark.parametrize("how", ["no_grad", "data"])
+def test_a_second_network_moved_by_hand(how: str) -> None:
+    hyper = {"lr": leaf(0.1)}
+    x, y, _, _ = data()
+
+    def train(watch: Watch) -> nn.Module:
+        model, optimizer = first(hyper)
+        critic = mlp(3, 4, 1)
+        with watch(optimizer):
+            for _ in range(3):
+                critic.zero_grad()
+                (critic(model(x).detach()).mean() - 1).square().backward()
+                for p in critic.parameters():
+                    assert p.grad is not None
+                    if how == "data":
+                        p.data -= 0.1 * p.grad
+                        continue
+                    with torch.no_grad():
+                        p.sub_(0.1 * p.grad)
+                optimizer.zero_grad()
+                scores = model(x)
+                (F.cross_entropy(scores, y) + critic(scores).mean()).backward()
+                optimizer.step()
+        return model
+
+    assert hypergradcheck(train, outer, hyper)
+
+
+def test_rewinding_goes_back_with_all_of_them() -> None:
+    hyper = {"lr": leaf(0.1), "other": leaf(0.05)}
+    x, y, _, _ = data()
+    body, optimizer = first(hyper)
+    head = mlp(3, 4, 3)
+    other = metaopt.optim.Adam(head.parameters(), lr=hyper["other"])
+    found = []
+    for _ in range(2):
+        with metaopt.record([optimizer, other]) as run:
+            for _ in range(3):
+                optimizer.zero_grad()
+                other.zero_grad()
+                F.cross_entropy(head(body(x)), y).backward()
+                optimizer.step()
+                other.step()
+        found.append(run.hypergradient(outer(nn.Sequential(body, head)), list(hyper.values())))
+        run.rewind()
+    assert found[0] == found[1]
+    assert run.steps == 3
+    assert "SGD and Adam" in repr(run)
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream, metaopt.implicit])
+def test_what_is_no_optimizer(mode: Any) -> None:
+    model = mlp(5, 3)
+    made = torch.optim.SGD(model.parameters(), lr=0.1)
+    for wrong in (model, None, [made, model]):
+        with pytest.raises(metaopt.RuleError, match=r"torch\.optim\.Optimizer"):
+            mode(wrong)
+    for several in ([], [made, torch.optim.Adam(model.parameters())]):
+        with pytest.raises(metaopt.RuleError, match="is empty, or two of them"):
+            mode(several)
+
+
+def test_two_contexts_at_once_are_refused() -> None:
+    one, two = (metaopt.optim.SGD(mlp(5, 3).parameters(), lr=leaf(0.1)) for _ in range(2))
+    with metaopt.stream(one), pytest.raises(metaopt.CaptureError, match="another context"), metaopt.record(two):
+        pass
+    with metaopt.record(two):
+        pass
