@@ -13,6 +13,7 @@ from metaopt.capture.bindings import leaves_of
 from metaopt.errors import SweepError, UnusedHyperparameterWarning
 from metaopt.hyperparameters import name_of, owner_of
 from metaopt.modes.outer import Adjoint
+from metaopt.modes.passes import reverse_pass
 from metaopt.step import Loop
 
 
@@ -32,17 +33,12 @@ def gradients_of(adjoint: Adjoint) -> list[tuple[Tensor, Tensor]]:
             add(external.tensor, grad)
             continue
         leaves = leaves_of(external.tensor)
-        parts = torch.autograd.grad(
-            external.tensor,
-            leaves,
-            grad,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=adjoint.batch is not None,
-        )
+        # Without a batch it is a batch of one.
+        rows = grad if adjoint.batch is not None else grad.unsqueeze(0)
+        parts = reverse_pass([external.tensor], leaves, [rows])
         for leaf, part in zip(leaves, parts, strict=True):
             if part is not None:
-                add(leaf, part)
+                add(leaf, part if adjoint.batch is not None else part[0])
     for leaf, grad in adjoint.direct:
         add(leaf, grad)
     return list(totals.values())
