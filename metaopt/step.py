@@ -27,7 +27,7 @@ from metaopt.capture.segment import Segment
 from metaopt.capture.tape import Tape
 from metaopt.capture.verify import Verifier
 from metaopt.capture.watcher import Watcher
-from metaopt.errors import CaptureError
+from metaopt.errors import CaptureError, RuleError
 from metaopt.hyperparameters import owner_of
 from metaopt.rules import rule_of
 from metaopt.update import RuledUpdate, WatchedWeights, sparse
@@ -55,6 +55,11 @@ class Loop:
         verify: str = "first",
         moving: bool = False,
     ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise RuleError(
+                f"a training is told by its optimizer, a torch.optim.Optimizer, and this is {optimizer!r:.60}. Give "
+                "the object that the loop calls `step()` of."
+            )
         self.optimizer = optimizer
         self.wrapped = wrapped(optimizer)
         self.on_segment = _weakly(on_segment)

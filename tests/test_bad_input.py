@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -209,6 +211,58 @@ def test_nothing_to_differentiate() -> None:
 def test_setting_outside_its_domain(make: Callable[..., torch.optim.Optimizer]) -> None:
     with pytest.raises(metaopt.DomainError, match="must be"):
         make(mlp(5, 3).parameters(), lambda v: torch.tensor(v, requires_grad=True))
+
+
+MODES = [metaopt.record, metaopt.stream, metaopt.implicit]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("thing", [None, 3, nn.Linear(2, 2), torch.optim.SGD, [torch.ones(2)]], ids=repr)
+def test_what_is_no_optimizer(mode: Any, thing: Any) -> None:
+    with pytest.raises(metaopt.RuleError, match=r"a torch\.optim\.Optimizer, and this is"):
+        mode(thing)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "least"),
+    [
+        (metaopt.record, "last", 0),
+        (metaopt.stream, "chunk", 1),
+        (metaopt.stream, "directions", 1),
+        (metaopt.implicit, "iterations", 1),
+    ],
+)
+@pytest.mark.parametrize("number", [-1, 2.5, "3", True, float("nan"), [1]], ids=str)
+def test_counts_are_whole_numbers(mode: Any, name: str, least: int, number: Any) -> None:
+    """`last=nan` kept everything, and `last=2.5` two steps."""
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least {least}, not"):
+        mode(torch.optim.SGD(mlp(5, 3).parameters(), lr=0.1), **{name: number})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wrt", [None, "lr", {"lr": torch.ones(())}, [None], [[torch.ones(())]]], ids=str)
+def test_a_hypergradient_is_asked_for_tensors(mode: Any, wrt: Any) -> None:
+    run = mode(torch.optim.SGD(mlp(5, 3).parameters(), lr=0.1))
+    with pytest.raises(metaopt.SweepError, match=r"`wrt` must be a hyperparameter or several.*hyper\.lr"):
+        run.hypergradient(torch.ones(()), wrt)
+
+
+def test_a_jacobian_is_asked_for_several_objectives() -> None:
+    lr = torch.tensor(0.1, requires_grad=True)
+    run, model = trained(lr)
+    for objective in (outer(model), lambda: outer(model)):
+        with pytest.raises(metaopt.SweepError, match="several objectives: give a list"):
+            run.jacobian(objective, lr)  # type: ignore[arg-type]
+    assert run.jacobian([outer(model)], lr)[0].shape == (1,)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("do", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_run_can_not_be_copied(mode: Any, do: Callable[[Any], Any]) -> None:
+    """The half of a copy that Python threw away crashed the process."""
+    run = mode(torch.optim.SGD(mlp(5, 3).parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"can't be copied or pickled: .* Copy these two"):
+        do(run)
 
 
 def test_setting_that_left_its_domain() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
 import mmap
@@ -220,14 +221,45 @@ def test_the_system_may_take_the_memory_of_idle_chunks() -> None:
 
 
 def test_amounts_are_read() -> None:
-    amounts: list[int | str] = [5, "5", "2GiB", "500 MB", "1.5k", "3 MiB"]
-    assert [bytes_of(amount) for amount in amounts] == [5, 5, 2**31, 5 * 10**8, 1500, 3 * 2**20]
+    amounts: list[Any] = [5, "5", "2GiB", "500 MB", "1.5k", "3 MiB", 1e9, 2.0**70, ".5 KB", "1. kB"]
+    expected = [5, 5, 2**31, 5 * 10**8, 1500, 3 * 2**20, 10**9, 2**70, 500, 1000]
+    assert [bytes_of(amount) for amount in amounts] == expected
 
 
-@pytest.mark.parametrize("amount", ["much", "-3", "0", True, "3 PB", "iB"])
+@pytest.mark.parametrize(
+    "amount",
+    ["much", "-3", "0", True, "3 PB", "iB", "1.2.3 GB", ".", "", float("nan"), float("inf"), -1, 0, [5]],
+    ids=repr,
+)
 def test_what_is_no_amount_is_refused(amount: Any) -> None:
     with pytest.raises(ValueError, match="budget"):
         bytes_of(amount)
+
+
+@pytest.mark.parametrize("where", [3, True, "", "cuda", "gpu", "CPU", "mps:0", torch.device("cpu"), b"/tmp"])
+def test_what_is_no_folder_is_refused(where: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders of such names were made, without a word."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='offload must be None, "cpu", "disk" or a folder'):
+        Training(1, offload=where)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_can_not_be_used_is_said_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"the folder .*file is none that can be written to .*Give `offload=`"):
+        metaopt.record(torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1), offload=tmp_path / "file")
+
+
+def test_a_disk_without_room_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"can't take 4 MiB of states .*No space left.*Give `offload=`") as caught:
+        Training(2, offload=tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:

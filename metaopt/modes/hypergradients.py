@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["accumulate", "collect", "leaves_behind"]
+__all__ = ["accumulate", "collect", "leaves_behind", "tensors_of"]
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -59,6 +60,22 @@ def accumulate(adjoint: Adjoint) -> None:
     for leaf, grad in gradients:
         grad = grad.detach().to(leaf.dtype)
         leaf.grad = grad.clone() if leaf.grad is None else leaf.grad + grad
+
+
+def tensors_of(wrt: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """What a hypergradient is asked for, as a list.
+
+    Raises:
+        SweepError: if there is anything but tensors.
+    """
+    wanted = [wrt] if isinstance(wrt, Tensor) else list(wrt) if isinstance(wrt, Iterable) else [wrt]
+    for entry in wanted:
+        if not isinstance(entry, Tensor):
+            raise SweepError(
+                f"`wrt` must be a hyperparameter or several, which are tensors, and has a {type(entry).__name__}. "
+                "Give `hyper.lr` for one by name, `list(hyper.parameters())` for all of them."
+            )
+    return wanted
 
 
 def collect(adjoint: Adjoint, wanted: list[Tensor]) -> tuple[Tensor, ...]:

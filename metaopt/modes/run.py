@@ -7,7 +7,7 @@ __all__ = ["Run"]
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self, SupportsIndex
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -93,6 +93,12 @@ class Run(ABC):
     def hyperparameters(self) -> list[Tensor]:
         """The leaves that the watched steps were found to depend on, besides the trained weights."""
         return leaves_behind(self._loop)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            f"the run of a context ({type(self).__name__}) can't be copied or pickled: it refers to the model and "
+            "the optimizer that it watched. Copy these two, and keep the hypergradients (`run.hypergradient`)."
+        )
 
     def __repr__(self) -> str:
         state = "open" if self._open else "freed" if self._freed else "closed"

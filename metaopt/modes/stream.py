@@ -18,10 +18,10 @@ from torch.optim import Optimizer
 
 from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
-from metaopt.errors import CaptureError, MetaoptWarning, SweepError
+from metaopt.errors import CaptureError, MetaoptWarning, SweepError, whole
 from metaopt.modes.columns import Columns, Directions
 from metaopt.modes.compiled import CompiledPush
-from metaopt.modes.hypergradients import accumulate, collect
+from metaopt.modes.hypergradients import accumulate, collect, tensors_of
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.pullback import PullBack
 from metaopt.modes.run import Run
@@ -98,12 +98,10 @@ class Streaming(Run):
         verify: str,
         backend: str | None,
     ) -> None:
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk must be at least 1, not {chunk}.")
+        chunk = None if chunk is None else whole("chunk", chunk, 1)
         if not 0 <= discount <= 1:
             raise ValueError(f"discount must lie between 0 and 1, not {discount:g}.")
-        if directions is not None and directions < 1:
-            raise ValueError(f"directions must be at least 1, not {directions}.")
+        directions = None if directions is None else whole("directions", directions, 1)
         super().__init__(optimizer, verify=verify, moving=True)
         self._chunk = chunk
         self._compiled = None if backend is None else CompiledPush(backend)
@@ -250,7 +248,7 @@ class Streaming(Run):
         Returns:
             One tensor for each entry of ``wrt``, of its shape.
         """
-        wanted = [wrt] if isinstance(wrt, Tensor) else list(wrt)
+        wanted = tensors_of(wrt)
         if any(self._loop.tape.find(tensor) is not None for tensor in wanted):
             raise SweepError(
                 "forward mode would need a tangent for every weight to differentiate with respect to the initial "
