@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -102,15 +103,40 @@ def test_objective_of_the_wrong_kind(objective: Callable[[nn.Module], object]) -
         run.backward(objective(model))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("steps", [2, 5])
-def test_training_that_is_not_finite_names_the_step(steps: int) -> None:
-    def poison(t: int, model: nn.Module) -> None:
-        if t == 0:
-            with torch.no_grad():
-                next(model.parameters()).mul_(float("nan"))
+POISONED = {
+    "soon": (metaopt.record, 2, {}, "from step 2 on (counted from 1)"),
+    "later": (metaopt.record, 5, {}, "from step 2 on (counted from 1)"),
+    "at the end": (metaopt.record, 1, {}, "from step 1 on (counted from 1)"),
+    "checkpoints": (metaopt.record, 9, {"keep": "checkpoints"}, "from step 2 on (counted from 1)"),
+    "few checkpoints": (metaopt.record, 30, {"budget": 1500}, "from step 2 on (counted from 1)"),
+    "truncated": (metaopt.record, 9, {"last": 3}, "from step 6 on (counted from 1, if not from before)"),
+    "forward mode": (metaopt.stream, 9, {}, "from step 9 on (counted from 1, if not from before)"),
+}
 
-    run, model = trained(inside=poison, steps=steps)
-    with pytest.raises(metaopt.SweepError, match="not finite from step 2 on"):
+
+@pytest.mark.parametrize(("mode", "steps", "options", "said"), POISONED.values(), ids=list(POISONED))
+def test_training_that_is_not_finite_names_the_step(mode: Any, steps: int, options: dict[str, Any], said: str) -> None:
+    """Where states had been given up, the step that was named was that of a checkpoint."""
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    with mode(optimizer, verify="never", **options) as run:
+        for t in range(steps):
+            optimizer.zero_grad()
+            loss(model).mul(float("nan") if t == min(steps, 2) - 1 else 1).backward()
+            optimizer.step()
+    with pytest.raises(metaopt.SweepError, match=re.escape(f"the training is not finite {said}.")):
+        run.backward(outer(model))
+
+
+def test_a_training_that_begins_with_weights_that_are_not_finite() -> None:
+    model = mlp(5, 6, 3)
+    next(model.parameters()).data.fill_(float("nan"))
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    with metaopt.record(optimizer) as run:
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+    with pytest.raises(metaopt.SweepError, match="not finite from before the first step on"):
         run.backward(outer(model))
 
 

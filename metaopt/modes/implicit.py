@@ -112,7 +112,7 @@ class Implicit(Run):
 
     def _solved(self, outer: Objective) -> Adjoint:
         adjoint = self._adjoint(outer)
-        adjoint.check_value([])
+        adjoint.check_value()
         last = self._last
         if last is not None:
             self._refuse_unsettled(last)

@@ -207,7 +207,7 @@ class Recording(Run):
 
     def _sweep(self, adjoint: Adjoint, wanted: list[Tensor] | None, retain: bool) -> None:
         segments = self._keeping.segments
-        adjoint.check_value(zip(self._times, segments, strict=True))
+        adjoint.check_value(self._walk())
         asked, batched = adjoint.wanted(wanted), adjoint.batch is not None
         backend = self._backend
         if backend is None and self._keeping.level == "graphs":

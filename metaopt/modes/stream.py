@@ -259,7 +259,7 @@ class Streaming(Run):
 
     def _evaluate(self, outer: Objective) -> Adjoint:
         adjoint = self._adjoint(outer)
-        adjoint.check_value([])
+        adjoint.check_value()
         tangents = self._tangents
         for segment, before, _ in reversed(self._recent):
             if all(key in tangents or key not in segment.outputs for key in adjoint.carried):
