@@ -150,6 +150,17 @@ def test_states_on_disk_leave_no_file(tmp_path: Path) -> None:
     assert not list((tmp_path / "states").iterdir())
 
 
+@pytest.mark.parametrize("states", [4, 12])
+def test_states_stay_on_disk_where_a_budget_gives_some_up(states: int) -> None:
+    """Those kept when the budget was reached moved into memory."""
+    training = Training(20, offload="disk", budget=states * Training(1).size)
+    assert training.run.memory().keep == "checkpoints"
+    copies = [cell for segment in training.run._keeping.segments for cell in segment.copies() if cell.nbytes]
+    assert copies
+    assert all(isinstance(cell.kept, Place) for cell in copies)
+    torch.testing.assert_close(training.gradient(), Training(20).gradient(), rtol=1e-9, atol=0)
+
+
 def test_states_lie_side_by_side_and_are_tensors_only_where_they_are_read() -> None:
     # A tensor for each copy would keep the memory between them from being used again: W1 took five times its states.
     model = nn.Linear(64, 64)

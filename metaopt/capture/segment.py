@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metaopt.capture.cells import LOST, Cell
+from metaopt.capture.cells import LOST, Cell, Copy
 from metaopt.capture.primitives import Phase
 
 if TYPE_CHECKING:
@@ -139,10 +139,10 @@ class Segment:
         """Give up a part of the state that it began with."""
         self.inputs = [(key, LOST if key in keys and cell.owned else cell) for key, cell in self.inputs]
 
-    def settle(self) -> None:
-        """Move the state to memory of its own."""
+    def settle(self, copy: Copy) -> None:
+        """Move the state to where this copies it."""
         for _, cell in self.inputs:
-            cell.settle()
+            cell.settle(copy)
 
     def lacks(self) -> set[int]:
         """The keys of what was given up."""

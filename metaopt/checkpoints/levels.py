@@ -128,7 +128,7 @@ class Keeping:
                 self._states += segment.state_bytes()
                 self._thin()
             for mark in self.marks:
-                self.segments[mark].settle()
+                self.segments[mark].settle(self.store.copy)
 
     def _thin(self) -> None:
         last = len(self.segments) - 1
