@@ -173,6 +173,7 @@ class Loop:
             self.watcher.paused = True
 
     def _check_weights(self) -> None:
+        self.guard.check_memory()
         for weight in self.weights():
             if weight.is_complex():
                 raise CaptureError("complex weights are not supported; train their real and imaginary parts.")

@@ -63,7 +63,8 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
         for place, links in self._links.items():
             for name, link in links.items():
                 link.base = bases.get(place, {}).get(name)
-        self._sync(search=True)
+        with torch._C.DisableTorchFunction():  # bookkeeping, as in `_follow`
+            self._sync(search=True)
 
     def _before_step(self) -> None:
         """What a subclass does before torch's step."""
