@@ -161,6 +161,24 @@ def test_states_stay_on_disk_where_a_budget_gives_some_up(states: int) -> None:
     torch.testing.assert_close(training.gradient(), Training(20).gradient(), rtol=1e-9, atol=0)
 
 
+def test_what_a_budget_gives_up_is_freed() -> None:
+    """A batch that the loop overwrites, and an average that few steps read, kept the states beside them in memory."""
+    model, x, average = nn.Linear(40, 1), torch.zeros(2, 40), torch.zeros(1, 40)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    with metaopt.record(optimizer, budget=2000) as run:
+        for t in range(9):
+            x.copy_(torch.randn(2, 40))
+            optimizer.zero_grad()
+            (model(x).square().mean() + model.weight.mul(average).sum()).backward()
+            optimizer.step()
+            if t % 4 == 0:
+                average.mul_(0.5).add_(model.weight.detach(), alpha=0.5)
+    assert run.memory().keep == "checkpoints"
+    cells = [cell for segment in run._keeping.segments for cell in (*segment.copies(), *segment.constants)]
+    assert cells
+    assert not any(isinstance(cell.kept, Place) for cell in cells)
+
+
 def test_states_lie_side_by_side_and_are_tensors_only_where_they_are_read() -> None:
     # A tensor for each copy would keep the memory between them from being used again: W1 took five times its states.
     model = nn.Linear(64, 64)
