@@ -139,21 +139,19 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         ) from error
 
 
-def whole(name: str, number: Any, least: int) -> int:
+def whole(name: str, number: Any, least: int, error: type[Exception] = ValueError) -> int:
     """The value of an argument that is a whole number.
 
     Args:
         name: the argument's name.
         number: what was given.
         least: the smallest that may be.
-
-    Raises:
-        ValueError: if it is something else.
+        error: what is raised if it is something else.
     """
     try:
         found = least - 1 if isinstance(number, bool) else operator.index(number)
     except TypeError:
         found = least - 1
     if found < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, not {number!r}.")
+        raise error(f"{name} must be a whole number of at least {least}, not {number!r}.")
     return found
