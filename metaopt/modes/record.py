@@ -69,7 +69,9 @@ def record(
         A context manager whose ``as`` target gives the hypergradients.
 
     Raises:
-        RuleError: if there is no rule for the optimizer.
+        RuleError: if there is no rule for the optimizer, or it is none.
+        ValueError: if an argument is of the wrong kind, or two contradict each other.
+        OSError: if the folder of ``offload`` can't be written to; inside, if it is full.
         CaptureError: on entering, if the optimizer is watched already; inside, if the loop does what can't be replayed.
 
     Source:
