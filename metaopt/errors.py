@@ -43,10 +43,13 @@ __all__ = [
     "SweepError",
     "UnusedHyperparameterWarning",
     "require",
+    "whole",
 ]
 
 import importlib
+import operator
 from types import ModuleType
+from typing import Any
 
 
 class MetaoptError(Exception):
@@ -134,3 +137,21 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
             f"{module} is needed for {purpose} and is not installed; "
             f"run `pip install 'metaopt-torch[{extra}]'` (or `pip install {module}`)."
         ) from error
+
+
+def whole(name: str, number: Any, least: int, error: type[Exception] = ValueError) -> int:
+    """The value of an argument that is a whole number.
+
+    Args:
+        name: the argument's name.
+        number: what was given.
+        least: the smallest that may be.
+        error: what is raised if it is something else.
+    """
+    try:
+        found = least - 1 if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        found = least - 1
+    if found < least:
+        raise error(f"{name} must be a whole number of at least {least}, not {number!r}.")
+    return found

@@ -192,6 +192,7 @@ class Loop:
             self.watcher.paused = True
 
     def _check_weights(self) -> None:
+        self.guard.check_memory()
         for weight in self.weights():
             if weight.is_complex():
                 raise CaptureError("complex weights are not supported; train their real and imaginary parts.")
@@ -327,8 +328,8 @@ def listed(optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
     for optimizer in found:
         if not isinstance(optimizer, Optimizer):
             raise RuleError(
-                f"the loop to watch is that of a torch.optim.Optimizer, or of a list of these, not of "
-                f"{type(optimizer).__name__}. Pass the optimizer whose `step` the loop calls."
+                f"a training is told by its optimizer, a torch.optim.Optimizer, and this is {optimizer!r:.60}. Give "
+                "the object that the loop calls `step()` of, or a list of these."
             )
     weights = [id(w) for optimizer in found for group in optimizer.param_groups for w in group["params"]]
     if not found or len(set(weights)) != len(weights):

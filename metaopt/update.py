@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["RuledUpdate", "WatchedWeights", "sparse"]
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +43,18 @@ class WatchedWeights:
         """Raise `CaptureError` if the optimizer has other weights now, or the model has."""
         self._refuse_other_weights()
         self._refuse_replaced()
+
+    def check_memory(self) -> None:
+        """Raise `CaptureError` if weights share memory, each of which would be followed by itself."""
+        found = (place for weight in self.weights() if (place := _place(weight)) is not None)
+        places = sorted(found, key=lambda place: place[:2])
+        for (_, end, one), (start, _, other) in itertools.pairwise(places):
+            if start < end:
+                raise CaptureError(
+                    f"two weights of the optimizer, of shapes {tuple(one.shape)} and {tuple(other.shape)}, share "
+                    "memory, so that its step writes one place twice. Tie weights by giving the modules one Parameter "
+                    "(`decoder.weight = encoder.weight`), and give that to the optimizer once."
+                )
 
     def _refuse_other_weights(self) -> None:
         if {id(weight) for weight in self.weights()} != set(self.tape.trained):
@@ -290,6 +303,16 @@ class _Pending:
     begun: list[dict[str, Binding]]
     update: Update
     arguments: dict[str, Any]
+
+
+def _place(weight: Tensor) -> tuple[int, int, Tensor] | None:
+    """Where a trained weight lies in memory, if all that lies there is its own."""
+    if not weight.requires_grad or not weight.numel() or weight.layout is not torch.strided:
+        return None
+    if not torch.ops.aten.is_non_overlapping_and_dense(weight):
+        return None  # rows of a larger matrix, say, between which there is something else
+    start = weight.data_ptr()
+    return (start, start + weight.nbytes, weight) if start else None
 
 
 def sparse(weight: Tensor) -> CaptureError:

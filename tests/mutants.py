@@ -316,8 +316,8 @@ MUTANTS = [
         "share-the-state",
         "a recorded state is a reference to the weights, which the next step overwrites",
         "capture/cells.py",
-        "self._held = copy(self.tensor)",
-        "self._held = self.tensor.detach()",
+        "self.check()\n            self._held = copy(self.tensor)",
+        "self.check()\n            self._held = self.tensor.detach()",
         (LAWS, "closed_form or unrolled"),
     ),
     Mutant(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -100,15 +103,40 @@ def test_objective_of_the_wrong_kind(objective: Callable[[nn.Module], object]) -
         run.backward(objective(model))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("steps", [2, 5])
-def test_training_that_is_not_finite_names_the_step(steps: int) -> None:
-    def poison(t: int, model: nn.Module) -> None:
-        if t == 0:
-            with torch.no_grad():
-                next(model.parameters()).mul_(float("nan"))
+POISONED = {
+    "soon": (metaopt.record, 2, {}, "from step 2 on (counted from 1)"),
+    "later": (metaopt.record, 5, {}, "from step 2 on (counted from 1)"),
+    "at the end": (metaopt.record, 1, {}, "from step 1 on (counted from 1)"),
+    "checkpoints": (metaopt.record, 9, {"keep": "checkpoints"}, "from step 2 on (counted from 1)"),
+    "few checkpoints": (metaopt.record, 30, {"budget": 1500}, "from step 2 on (counted from 1)"),
+    "truncated": (metaopt.record, 9, {"last": 3}, "from step 6 on (counted from 1, if not from before)"),
+    "forward mode": (metaopt.stream, 9, {}, "from step 9 on (counted from 1, if not from before)"),
+}
 
-    run, model = trained(inside=poison, steps=steps)
-    with pytest.raises(metaopt.SweepError, match="not finite from step 2 on"):
+
+@pytest.mark.parametrize(("mode", "steps", "options", "said"), POISONED.values(), ids=list(POISONED))
+def test_training_that_is_not_finite_names_the_step(mode: Any, steps: int, options: dict[str, Any], said: str) -> None:
+    """Where states had been given up, the step that was named was that of a checkpoint."""
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    with mode(optimizer, verify="never", **options) as run:
+        for t in range(steps):
+            optimizer.zero_grad()
+            loss(model).mul(float("nan") if t == min(steps, 2) - 1 else 1).backward()
+            optimizer.step()
+    with pytest.raises(metaopt.SweepError, match=re.escape(f"the training is not finite {said}.")):
+        run.backward(outer(model))
+
+
+def test_a_training_that_begins_with_weights_that_are_not_finite() -> None:
+    model = mlp(5, 6, 3)
+    next(model.parameters()).data.fill_(float("nan"))
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    with metaopt.record(optimizer) as run:
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+    with pytest.raises(metaopt.SweepError, match="not finite from before the first step on"):
         run.backward(outer(model))
 
 
@@ -230,6 +258,58 @@ def test_a_drop_in_whose_step_is_replaced_is_told_the_way_out() -> None:
         Centred(mlp(5, 3).parameters(), lr=torch.tensor(0.1, requires_grad=True))
 
 
+MODES = [metaopt.record, metaopt.stream, metaopt.implicit]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("thing", [None, 3, nn.Linear(2, 2), torch.optim.SGD, [torch.ones(2)]], ids=repr)
+def test_what_is_no_optimizer(mode: Any, thing: Any) -> None:
+    with pytest.raises(metaopt.RuleError, match=r"a torch\.optim\.Optimizer, and this is"):
+        mode(thing)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "least"),
+    [
+        (metaopt.record, "last", 0),
+        (metaopt.stream, "chunk", 1),
+        (metaopt.stream, "directions", 1),
+        (metaopt.implicit, "iterations", 1),
+    ],
+)
+@pytest.mark.parametrize("number", [-1, 2.5, "3", True, float("nan"), [1]], ids=str)
+def test_counts_are_whole_numbers(mode: Any, name: str, least: int, number: Any) -> None:
+    """`last=nan` kept everything, and `last=2.5` two steps."""
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least {least}, not"):
+        mode(torch.optim.SGD(mlp(5, 3).parameters(), lr=0.1), **{name: number})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wrt", [None, "lr", {"lr": torch.ones(())}, [None], [[torch.ones(())]]], ids=str)
+def test_a_hypergradient_is_asked_for_tensors(mode: Any, wrt: Any) -> None:
+    run = mode(torch.optim.SGD(mlp(5, 3).parameters(), lr=0.1))
+    with pytest.raises(metaopt.SweepError, match=r"`wrt` must be a hyperparameter or several.*hyper\.lr"):
+        run.hypergradient(torch.ones(()), wrt)
+
+
+def test_a_jacobian_is_asked_for_several_objectives() -> None:
+    lr = torch.tensor(0.1, requires_grad=True)
+    run, model = trained(lr)
+    for objective in (outer(model), lambda: outer(model)):
+        with pytest.raises(metaopt.SweepError, match="several objectives: give a list"):
+            run.jacobian(objective, lr)  # type: ignore[arg-type]
+    assert run.jacobian([outer(model)], lr)[0].shape == (1,)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("do", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_run_can_not_be_copied(mode: Any, do: Callable[[Any], Any]) -> None:
+    """The half of a copy that Python threw away crashed the process."""
+    run = mode(torch.optim.SGD(mlp(5, 3).parameters(), lr=0.1))
+    with pytest.raises(TypeError, match=r"can't be copied or pickled: .* Copy these two"):
+        do(run)
+
+
 def test_setting_that_left_its_domain() -> None:
     lr = torch.tensor(0.1, requires_grad=True)
     model = mlp(5, 6, 3)
@@ -312,6 +392,60 @@ def test_an_exception_inside_the_step_leaves_the_context_usable() -> None:
         optimizer.step()
     (gradient,) = run.hypergradient(outer(model), wrt=model[0].weight)
     assert gradient.abs().sum() > 0
+
+
+def _twice(a: Tensor, b: Tensor) -> list[Tensor]:
+    return [a, a]
+
+
+def _tied_by_data(a: Tensor, b: Tensor) -> list[Tensor]:
+    b.data = a.data
+    return [a, b]
+
+
+def _overlapping(a: Tensor, b: Tensor) -> list[Tensor]:
+    flat = torch.ones(20)
+    return [nn.Parameter(flat[:9].view(3, 3)), nn.Parameter(flat[6:15].view(3, 3))]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("share", [_twice, _tied_by_data, _overlapping])
+@pytest.mark.parametrize(
+    "make", [torch.optim.SGD, lambda *a, **k: metaopt.wrap(torch.optim.SGD(*a, **k))], ids=["rule", "wrap"]
+)
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_weights_that_share_memory(mode: Any, share: Callable[..., list[Tensor]], make: Any) -> None:
+    """Each was updated by itself in the replay: a wrong derivative, where the check of the first step was off."""
+    weights = share(nn.Parameter(torch.eye(3)), nn.Parameter(torch.ones(3, 3)))
+    optimizer = make(weights, lr=0.1)
+    with pytest.raises(metaopt.CaptureError, match=r"share memory.*one Parameter"), mode(optimizer, verify="never"):
+        pass
+    assert_torch_is_as_it_was(optimizer)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weights_side_by_side_in_one_memory(mode: Any) -> None:
+    rows, columns = torch.ones(4, 3), torch.ones(3, 4)
+    weights = [nn.Parameter(part) for part in (rows[:2], rows[2:], columns[:, :2], columns[:, 2:], rows[:0])]
+    with mode(torch.optim.SGD(weights, lr=0.1)):
+        pass
+
+
+def test_loading_the_optimizers_state_inside_a_context_takes_no_number_out_of_a_tensor() -> None:
+    """Its own bookkeeping was watched, and said to be a number that the loop took. Warnings are errors here."""
+    model = mlp(5, 6, 3)
+    lr = torch.tensor(0.1, requires_grad=True)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    with metaopt.record(optimizer) as run:
+        for t in range(4):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+            if t == 1:
+                saved = copy.deepcopy(optimizer.state_dict())
+        optimizer.load_state_dict(saved)
+    run.backward(outer(model))
+    assert lr.grad is not None
 
 
 def test_parameters_added() -> None:

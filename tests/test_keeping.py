@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
 import mmap
@@ -149,6 +150,35 @@ def test_states_on_disk_leave_no_file(tmp_path: Path) -> None:
     assert not list((tmp_path / "states").iterdir())
 
 
+@pytest.mark.parametrize("states", [4, 12])
+def test_states_stay_on_disk_where_a_budget_gives_some_up(states: int) -> None:
+    """Those kept when the budget was reached moved into memory."""
+    training = Training(20, offload="disk", budget=states * Training(1).size)
+    assert training.run.memory().keep == "checkpoints"
+    copies = [cell for segment in training.run._keeping.segments for cell in segment.copies() if cell.nbytes]
+    assert copies
+    assert all(isinstance(cell.kept, Place) for cell in copies)
+    torch.testing.assert_close(training.gradient(), Training(20).gradient(), rtol=1e-9, atol=0)
+
+
+def test_what_a_budget_gives_up_is_freed() -> None:
+    """A batch that the loop overwrites, and an average that few steps read, kept the states beside them in memory."""
+    model, x, average = nn.Linear(40, 1), torch.zeros(2, 40), torch.zeros(1, 40)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    with metaopt.record(optimizer, budget=2000) as run:
+        for t in range(9):
+            x.copy_(torch.randn(2, 40))
+            optimizer.zero_grad()
+            (model(x).square().mean() + model.weight.mul(average).sum()).backward()
+            optimizer.step()
+            if t % 4 == 0:
+                average.mul_(0.5).add_(model.weight.detach(), alpha=0.5)
+    assert run.memory().keep == "checkpoints"
+    cells = [cell for segment in run._keeping.segments for cell in (*segment.copies(), *segment.constants)]
+    assert cells
+    assert not any(isinstance(cell.kept, Place) for cell in cells)
+
+
 def test_states_lie_side_by_side_and_are_tensors_only_where_they_are_read() -> None:
     # A tensor for each copy would keep the memory between them from being used again: W1 took five times its states.
     model = nn.Linear(64, 64)
@@ -220,14 +250,45 @@ def test_the_system_may_take_the_memory_of_idle_chunks() -> None:
 
 
 def test_amounts_are_read() -> None:
-    amounts: list[int | str] = [5, "5", "2GiB", "500 MB", "1.5k", "3 MiB"]
-    assert [bytes_of(amount) for amount in amounts] == [5, 5, 2**31, 5 * 10**8, 1500, 3 * 2**20]
+    amounts: list[Any] = [5, "5", "2GiB", "500 MB", "1.5k", "3 MiB", 1e9, 2.0**70, ".5 KB", "1. kB"]
+    expected = [5, 5, 2**31, 5 * 10**8, 1500, 3 * 2**20, 10**9, 2**70, 500, 1000]
+    assert [bytes_of(amount) for amount in amounts] == expected
 
 
-@pytest.mark.parametrize("amount", ["much", "-3", "0", True, "3 PB", "iB"])
+@pytest.mark.parametrize(
+    "amount",
+    ["much", "-3", "0", True, "3 PB", "iB", "1.2.3 GB", ".", "", float("nan"), float("inf"), -1, 0, [5]],
+    ids=repr,
+)
 def test_what_is_no_amount_is_refused(amount: Any) -> None:
     with pytest.raises(ValueError, match="budget"):
         bytes_of(amount)
+
+
+@pytest.mark.parametrize("where", [3, True, "", "cuda", "gpu", "CPU", "mps:0", torch.device("cpu"), b"/tmp"])
+def test_what_is_no_folder_is_refused(where: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders of such names were made, without a word."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='offload must be None, "cpu", "disk" or a folder'):
+        Training(1, offload=where)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_can_not_be_used_is_said_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"the folder .*file is none that can be written to .*Give `offload=`"):
+        metaopt.record(torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1), offload=tmp_path / "file")
+
+
+def test_a_disk_without_room_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"can't take 4 MiB of states .*No space left.*Give `offload=`") as caught:
+        Training(2, offload=tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:

@@ -241,6 +241,31 @@ def test_a_jacobian_has_the_hypergradients_as_rows(loop: Loop) -> None:
         assert_close(list(found), [row[place] for row in rows])
 
 
+def test_what_can_not_be_batched_is_taken_row_by_row() -> None:
+    """A product with a sparse matrix, in the loop and before it: the Jacobian ended in an error of torch's."""
+    torch.manual_seed(0)
+    examples = torch.randn(6, 4).relu().to_sparse()
+    lr, theta = torch.tensor(0.1, requires_grad=True), torch.rand(4, 1, requires_grad=True)
+
+    def rows(mode: Any, find: Callable[..., Sequence[Tensor]]) -> Sequence[Tensor]:
+        target, weights = torch.zeros(4, 1, requires_grad=True), torch.sparse.mm(examples, theta)
+        optimizer = metaopt.optim.SGD([target], lr=lr, momentum=0.9)
+        with mode(optimizer) as run:
+            for _ in range(3):
+                optimizer.zero_grad()
+                (weights * (torch.sparse.mm(examples, target) - 1) ** 2).sum().backward()
+                optimizer.step()
+        return find(run, [target.square().sum(), target[0, 0] + theta.sum()])
+
+    def singly(run: Any, objectives: Sequence[Tensor]) -> list[Tensor]:
+        found = [run.hypergradient(objective, [lr, theta]) for objective in objectives]
+        return [torch.stack(parts) for parts in zip(*found, strict=True)]
+
+    expected = rows(metaopt.record, singly)
+    assert_close(rows(metaopt.record, lambda run, objectives: run.jacobian(objectives, [lr, theta])), expected)
+    assert_close(rows(metaopt.stream, singly), expected)
+
+
 # -- the training is left alone ----------------------------------------------------------------------------------------
 
 

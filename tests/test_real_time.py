@@ -317,8 +317,10 @@ def test_a_schedule_follows_its_knots() -> None:
     assert rates == pytest.approx([0.3, 0.3, 0.4, 0.4])
     with pytest.raises(metaopt.DomainError, match="knots"):
         metaopt.schedule(torch.ones(5), 4)
-    with pytest.raises(metaopt.DomainError, match="not list"):
+    with pytest.raises(metaopt.DomainError, match="the knots are a hyperparameter, a tensor"):
         metaopt.schedule([0.1, 0.2], 4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="steps must be a whole number"):
+        metaopt.schedule(torch.ones(2), 3.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kind"):
         metaopt.schedule(torch.ones(2), 4, kind="cubic")
 

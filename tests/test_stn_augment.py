@@ -35,14 +35,16 @@ def images() -> Tensor:
     return torch.rand(6, 3, 8, 10, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(torch.zeros(()))
 
 
-def run(name: str, strength: Tensor) -> Tensor:
+def run(name: str, strength: Tensor, of: Tensor | None = None) -> Tensor:
     torch.manual_seed(4)
-    return AUGMENTATIONS[name](images(), strength)
+    return AUGMENTATIONS[name](images() if of is None else of, strength)
 
 
 @names
 def test_no_strength_changes_nothing(name: str) -> None:
     assert torch.equal(run(name, torch.zeros(6)), images())
+    standardised = 4 * images() - 2  # beyond the bounds of pixels
+    assert torch.equal(run(name, torch.zeros(6), standardised), standardised)
 
 
 @names

@@ -279,7 +279,7 @@ def test_activation_penalties_are_means_weighted_by_example() -> None:
     torch.testing.assert_close(swapped, changes)
     torch.testing.assert_close(activation_penalty(h, 0.3), 0.3 * h.square().mean())
     assert float(temporal_activation_penalty(h[:, :1], c)) == 0
-    with pytest.raises(ResponseError, match=r"coefficients of shape \(4,\) for activations of 5 examples"):
+    with pytest.raises(ResponseError, match=r"coefficients of shape \(4,\) for 5 examples along axis 0"):
         activation_penalty(h.transpose(0, 1), c)
 
 

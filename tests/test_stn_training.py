@@ -373,7 +373,10 @@ def test_wrong_options_say_what_to_do() -> None:
         ({"method": "newton"}, "choose one of stn, centered, delta"),
         ({"engine": "magic"}, "no engine 'magic'"),
         ({"banks": 0}, "at least 1"),
-        ({"rank": 0}, "at least 1, got 1, None and 0"),
+        ({"rank": 0}, "rank must be a whole number of at least 1"),
+        ({"groups": 2.5}, "groups must be a whole number"),
+        ({"batch_dim": -1}, "batch_dim must be a whole number"),
+        ({"bind": "drop"}, "`bind` is a dictionary"),
         ({"bind": {"a": "one"}}, r"can't be bound to 'one'.*there are: drop, free.*make it a module"),
         ({"bind": {"a": "drop"}}, r"lives in interval\(0, 1\): at a rate of 1"),
         ({"bind": {"b": "drop"}}, "no such hyperparameter; there are: a"),
@@ -386,8 +389,44 @@ def test_wrong_options_say_what_to_do() -> None:
         transform(Net(), metaopt.Hyperparameters(a=metaopt.box(0.1, 0, 1)))
     with pytest.raises(DomainError, match="add one"):
         transform(Net(), metaopt.Hyperparameters())
-    with pytest.raises(ResponseError, match="train_steps"), train(problem(), train_loss, valid_loss, train_steps=0):
+    with pytest.raises(
+        ResponseError, match=r"a torch\.nn\.Module, for a metaopt\.Hyperparameters; these are Net and dict"
+    ):
+        transform(Net(), {"a": 0.3})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"train_steps": 0}, "train_steps must be a whole number of at least 1"),
+        ({"valid_steps": 1.5}, "valid_steps must be a whole number of at least 0"),
+        ({"clip": -1.0}, "clip is the largest norm of a gradient, above 0"),
+        ({"clip": 0}, "clip is the largest norm of a gradient, above 0"),
+        ({"entropy_weight": float("nan")}, "entropy_weight >= 0"),
+        ({"optimizer": None}, "a function that makes it.*not as NoneType"),
+        ({"hyper_optimizer": torch.optim.SGD([torch.ones(1)], lr=0.1)}, "a function that makes it.*not as SGD"),
+    ],
+    ids=str,
+)
+def test_wrong_options_of_a_training_say_what_to_do(options: dict[str, Any], text: str) -> None:
+    """A negative `clip` turned every gradient round, and 0 stopped the training, without a word."""
+    with pytest.raises(ResponseError, match=text), train(problem(), train_loss, valid_loss, **options):
         pass
+
+
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_coefficients_of_l2(method: str) -> None:
+    """A number failed in centred methods; a column was broadcast to a matrix, and the penalty another one."""
+
+    def loss(make: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
+        return lambda model, batch, values: train_loss(model, batch, values) + l2(model, make(values.decay))
+
+    with train(problem(method), loss(lambda c: 0.1), valid_loss) as tuner:
+        tuner.train_step(data())
+    wrong = r"coefficients of shape \(12, 1\) for 12 examples; give a number"
+    column = train(problem(method), loss(lambda c: c.unsqueeze(1)), valid_loss)
+    with column as tuner, pytest.raises(ResponseError, match=wrong):
+        tuner.train_step(data())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LOST", "Cell", "Cells", "Kept", "Lost", "version_of"]
+__all__ = ["LOST", "Cell", "Cells", "Copy", "Kept", "Lost", "version_of"]
 
 import weakref
 from collections.abc import Callable
@@ -73,10 +73,10 @@ class Cell:
             self._held = copy(self.tensor)
             self.owned = True
 
-    def settle(self) -> None:
-        """Copy a copy to memory of its own, so that others which lie beside it may go."""
+    def settle(self, copy: Copy) -> None:
+        """Copy a copy to another place, so that others which lie beside it may go."""
         if self.owned:
-            self._held = self.tensor.clone()
+            self._held = copy(self.tensor)
 
     def check(self) -> None:
         """Raise if the tensor was overwritten without the cell being told."""

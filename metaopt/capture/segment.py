@@ -121,7 +121,7 @@ class Segment:
 
     def copies(self) -> list[Cell]:
         """The copies that the state consists of; what nobody has overwritten yet is no copy."""
-        return [cell for _, cell in self.inputs if cell.owned]
+        return [cell for _, cell in self.inputs if cell.owned and cell is not LOST]
 
     def value_bytes(self) -> int:
         """The memory of what it computed on the way."""
@@ -138,11 +138,6 @@ class Segment:
     def drop_state(self, keys: set[int]) -> None:
         """Give up a part of the state that it began with."""
         self.inputs = [(key, LOST if key in keys and cell.owned else cell) for key, cell in self.inputs]
-
-    def settle(self) -> None:
-        """Move the state to memory of its own."""
-        for _, cell in self.inputs:
-            cell.settle()
 
     def lacks(self) -> set[int]:
         """The keys of what was given up."""

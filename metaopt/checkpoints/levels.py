@@ -127,8 +127,10 @@ class Keeping:
                 self.segments.append(segment)
                 self._states += segment.state_bytes()
                 self._thin()
-            for mark in self.marks:
-                self.segments[mark].settle()
+            # What is left lies beside what was given up, and would keep its memory.
+            left = {id(cell): cell for segment in self.segments for cell in (*segment.copies(), *segment.constants)}
+            for cell in left.values():
+                cell.settle(self.store.copy)
 
     def _thin(self) -> None:
         last = len(self.segments) - 1

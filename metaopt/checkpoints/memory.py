@@ -4,8 +4,11 @@ from __future__ import annotations
 
 __all__ = ["Memory", "bytes_of"]
 
+import math
 import re
 from dataclasses import dataclass
+
+from metaopt.errors import whole
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{unit}i": 2 ** (10 * power) for power, unit in enumerate("kmgt", 1)}
@@ -13,10 +16,10 @@ _UNITS |= {f"{unit}i": 2 ** (10 * power) for power, unit in enumerate("kmgt", 1)
 
 def bytes_of(amount: int | str) -> int:
     """An amount of memory in bytes: a number, or a text such as ``"2GiB"`` or ``"500 MB"``."""
-    if isinstance(amount, int) and not isinstance(amount, bool):
+    if isinstance(amount, (int, float)) and not isinstance(amount, bool) and math.isfinite(amount):
         number: float = amount
     else:
-        found = re.fullmatch(r"\s*([0-9.]+)\s*([kmgt]?i?)b?\s*", str(amount).lower())
+        found = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([kmgt]?i?)b?\s*", str(amount).lower())
         if found is None or found[2] not in _UNITS:
             raise ValueError(f'a budget is a number of bytes or a text such as "2GiB" or "500MB", not {amount!r}.')
         number = float(found[1]) * _UNITS[found[2]]
@@ -56,14 +59,15 @@ class Memory:
 
     def forecast(self, steps: int) -> int:
         """What so many steps like these will take, by the same kind of keeping, up to the budget."""
+        steps = whole("steps", steps, 0)
         if not self.steps:
             return 0
         inputs = self.inputs * steps // self.steps
         if self.keep == "checkpoints":
             few = min(steps, 3 * max(1, round(steps**0.5)))
             return inputs + (self.state * few if self.budget is None else min(self.state * few, self.budget))
-        whole = (self.states + self.values) * steps // self.steps
-        return inputs + (whole if self.budget is None else min(whole, self.budget))
+        kept = (self.states + self.values) * steps // self.steps
+        return inputs + (kept if self.budget is None else min(kept, self.budget))
 
     def __str__(self) -> str:
         parts = [

@@ -19,7 +19,7 @@ import threading
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from torch import Tensor
 _FIRST, _LARGEST = 2**22, 2**26  # bytes of a chunk
 _LARGE = 2**21  # bytes, from which torch's copy, by all threads, is worth its call
 _ALIGNED = 64
+_NO_FOLDERS = ("", "cpu", "disk", "gpu", "host", "memory")
 # Python shares a mapping with the processes that are forked, which would write their states into each other's; and the
 # system takes no page back that is shared.
 _OWN = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
@@ -144,9 +145,13 @@ class Disk(Store):
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
-        if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        try:
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+            self._file().close()
+        except OSError as error:
+            raise self._unusable("is none that can be written to", error) from error
 
     def scatter(self) -> None:
         pass
@@ -158,16 +163,20 @@ class Disk(Store):
         if self._chunk is not None:
             # Its pages are the file's: the system writes them, and this process needs them no more.
             _advise(self._chunk.obj, "MADV_DONTNEED")  # type: ignore[arg-type]
-        with tempfile.TemporaryFile(dir=self.folder, prefix="metaopt-") as file:
-            try:
+        try:
+            with self._file() as file:
                 os.posix_fallocate(file.fileno(), 0, size)
-            except OSError as error:
-                raise OSError(
-                    f"there is no room for {size / 2**20:.0f} MiB of states in {self.folder or tempfile.gettempdir()} "
-                    f"({error.strerror}). Give `offload=` another folder, or keep checkpoints."
-                ) from error
-            chunk = mmap.mmap(file.fileno(), size)
-        return memoryview(chunk)
+                return memoryview(mmap.mmap(file.fileno(), size))
+        except OSError as error:
+            raise self._unusable(f"can't take {size / 2**20:.0f} MiB of states", error) from error
+
+    def _file(self) -> IO[bytes]:
+        return tempfile.TemporaryFile(dir=self.folder, prefix="metaopt-")
+
+    def _unusable(self, why: str, error: OSError) -> OSError:
+        where = self.folder or tempfile.gettempdir()
+        text = f"the folder {where} {why} ({error.strerror}). Give `offload=` another one, or keep checkpoints."
+        return OSError(error.errno, text)
 
     def prefetch(self, copies: Iterable[object]) -> None:
         for place in copies:
@@ -194,4 +203,17 @@ def store_of(offload: Any) -> Store:
         return Store()
     if offload == "cpu":
         return Host()
-    return Disk(None if offload == "disk" else offload)
+    if offload == "disk":
+        return Disk()
+    # A folder of such a name would be made, without a word.
+    mistaken = isinstance(offload, str) and (offload.strip().lower() in _NO_FOLDERS or _is_device(offload))
+    if mistaken or not isinstance(offload, (str, os.PathLike)):
+        such = f' (a folder of that name is "./{offload}")' if mistaken and offload.strip() else ""
+        raise ValueError(f'offload must be None, "cpu", "disk" or a folder, not {offload!r}{such}.')
+    return Disk(offload)
+
+
+def _is_device(name: str) -> bool:
+    with contextlib.suppress(RuntimeError):
+        return bool(torch.device(name).type)
+    return False

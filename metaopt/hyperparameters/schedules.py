@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.errors import DomainError
+from metaopt.errors import DomainError, whole
 
 _KINDS = ("constant", "linear")
 
@@ -37,10 +37,9 @@ def schedule(knots: Tensor, steps: int, *, kind: str = "constant") -> Tensor:
     """
     if kind not in _KINDS:
         raise ValueError(f'kind must be "constant" or "linear", not {kind!r}.')
+    steps = whole("steps", steps, 1)
     if not isinstance(knots, Tensor):
-        raise DomainError(
-            f"the knots of a schedule are a tensor, a hyperparameter of shape (K,), not {type(knots).__name__}."
-        )
+        raise DomainError(f"the knots are a hyperparameter, a tensor of shape (K,), and not {type(knots).__name__}.")
     if knots.dim() != 1 or not 1 <= len(knots) <= steps:
         raise DomainError(
             f"a schedule of {steps} steps needs a vector of 1 to {steps} knots, not a tensor of shape "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metaopt.capture.bindings import leaves_of
 from metaopt.errors import StaleError
+from metaopt.modes.passes import reverse_pass
 
 _runs = count(1)
 
@@ -113,7 +114,6 @@ def _derivative(external: Tensor, leaf: Tensor) -> Tensor:
     if external is leaf:
         return torch.eye(leaf.numel(), dtype=leaf.dtype, device=leaf.device).view(leaf.numel(), *leaf.shape)
     basis = torch.eye(external.numel(), dtype=external.dtype, device=external.device)
-    (rows,) = torch.autograd.grad(
-        external, leaf, basis.view(external.numel(), *external.shape), retain_graph=True, is_grads_batched=True
-    )
+    (rows,) = reverse_pass([external], [leaf], [basis.view(external.numel(), *external.shape)])
+    assert rows is not None
     return rows.view(external.numel(), leaf.numel()).T.reshape(leaf.numel(), *external.shape)

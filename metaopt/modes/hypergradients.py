@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["accumulate", "collect", "leaves_behind"]
+__all__ = ["accumulate", "collect", "leaves_behind", "tensors_of"]
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from metaopt.capture.bindings import leaves_of
 from metaopt.errors import SweepError, UnusedHyperparameterWarning
 from metaopt.hyperparameters import name_of, owner_of
 from metaopt.modes.outer import Adjoint
+from metaopt.modes.passes import reverse_pass
 from metaopt.step import Loop
 
 
@@ -32,17 +34,12 @@ def gradients_of(adjoint: Adjoint) -> list[tuple[Tensor, Tensor]]:
             add(external.tensor, grad)
             continue
         leaves = leaves_of(external.tensor)
-        parts = torch.autograd.grad(
-            external.tensor,
-            leaves,
-            grad,
-            retain_graph=True,
-            allow_unused=True,
-            is_grads_batched=adjoint.batch is not None,
-        )
+        # Without a batch it is a batch of one.
+        rows = grad if adjoint.batch is not None else grad.unsqueeze(0)
+        parts = reverse_pass([external.tensor], leaves, [rows])
         for leaf, part in zip(leaves, parts, strict=True):
             if part is not None:
-                add(leaf, part)
+                add(leaf, part if adjoint.batch is not None else part[0])
     for leaf, grad in adjoint.direct:
         add(leaf, grad)
     return list(totals.values())
@@ -64,6 +61,22 @@ def accumulate(adjoint: Adjoint) -> None:
     for leaf, grad in gradients:
         grad = grad.detach().to(leaf.dtype)
         leaf.grad = grad.clone() if leaf.grad is None else leaf.grad + grad
+
+
+def tensors_of(wrt: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    """What a hypergradient is asked for, as a list.
+
+    Raises:
+        SweepError: if there is anything but tensors.
+    """
+    wanted = [wrt] if isinstance(wrt, Tensor) else list(wrt) if isinstance(wrt, Iterable) else [wrt]
+    for entry in wanted:
+        if not isinstance(entry, Tensor):
+            raise SweepError(
+                f"`wrt` must be a hyperparameter or several, which are tensors, and has a {type(entry).__name__}. "
+                "Give `hyper.lr` for one by name, `list(hyper.parameters())` for all of them."
+            )
+    return wanted
 
 
 def collect(adjoint: Adjoint, wanted: list[Tensor]) -> tuple[Tensor, ...]:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from metaopt.capture.segment import Segment
-from metaopt.errors import MetaoptWarning, SweepError
-from metaopt.modes.hypergradients import accumulate, collect
+from metaopt.errors import MetaoptWarning, SweepError, whole
+from metaopt.modes.hypergradients import accumulate, collect, tensors_of
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.pullback import PullBack
 from metaopt.modes.run import Run, Watchable
@@ -59,8 +59,7 @@ class Implicit(Run):
     """What `implicit` watches, and the hypergradients at the point that it led to."""
 
     def __init__(self, optimizer: Watchable, *, iterations: int, tolerance: float | None, verify: str) -> None:
-        if iterations < 1:
-            raise ValueError(f"iterations must be at least 1, not {iterations}.")
+        iterations = whole("iterations", iterations, 1)
         if tolerance is not None and not tolerance > 0:
             raise ValueError(f"tolerance must be above 0 (or None), not {tolerance:g}.")
         super().__init__(optimizer, verify=verify)
@@ -103,7 +102,7 @@ class Implicit(Run):
         Raises:
             SweepError: if the series does not converge, or ``wrt`` has a trained weight.
         """
-        wanted = [wrt] if isinstance(wrt, Tensor) else list(wrt)
+        wanted = tensors_of(wrt)
         if any(self._loop.tape.find(tensor) is not None for tensor in wanted):
             raise SweepError(
                 "`wrt` has a trained weight, but a stationary point does not depend on the initial weights. Use "
@@ -114,7 +113,7 @@ class Implicit(Run):
 
     def _solved(self, outer: Objective) -> Adjoint:
         adjoint = self._adjoint(outer)
-        adjoint.check_value([])
+        adjoint.check_value()
         last = self._last
         if last is not None:
             self._refuse_unsettled(last)

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Adjoint", "Objective"]
 
 import gc
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -219,26 +220,35 @@ class Adjoint:
         for key, grad in pulled.external.items():
             _add(self.external, key, grad)
 
-    def check_value(self, segments: Iterable[tuple[float, Segment]]) -> None:
-        """Raise if the objective is not finite, and say since when the training is not."""
+    def check_value(self, walk: Iterable[tuple[float, Segment]] = ()) -> None:
+        """Raise if the objective is not finite, and say since when the training is not.
+
+        Args:
+            walk: the iterations, the last one first, as far as they are known.
+        """
         assert self.value is not None
         if bool(torch.isfinite(self.value).all()):
             return
-        for step, segment in segments:
-            if any(not bool(torch.isfinite(cell.tensor).all()) for _, cell in segment.inputs):
-                raise self._diverged(int(step) - (step == int(step)))
-        if all(bool(torch.isfinite(weight).all()) for weight in self.loop.weights()):
-            raise SweepError(
-                f"the outer objective is {self.value.tolist()}, though the weights are finite. Look at how it is "
-                "computed."
-            )
-        raise self._diverged(self.loop.steps)
-
-    def _diverged(self, step: int) -> SweepError:
-        assert self.value is not None
-        return SweepError(
-            f"the outer objective is {self.value.tolist()}: the training is not finite from step {step} on (counted "
-            "from 1). Lower the learning rate, clip the gradients, or look at that step's batch."
+        since, before = None, True
+        for step, segment in walk:
+            before = any(not bool(torch.isfinite(cell.tensor).all()) for _, cell in segment.inputs)
+            if not before:
+                break
+            since = math.ceil(step) - 1
+        if since is None:
+            if all(bool(torch.isfinite(weight).all()) for weight in self.loop.weights()):
+                raise SweepError(
+                    f"the outer objective is {self.value.tolist()}, though the weights are finite. Look at how it is "
+                    "computed."
+                )
+            since = self.loop.steps
+        if since:
+            text = f"from step {since} on (counted from 1{', if not from before' if before else ''})"
+        else:
+            text = "from before the first step on"
+        raise SweepError(
+            f"the outer objective is {self.value.tolist()}: the training is not finite {text}. Lower the learning "
+            "rate, clip the gradients, or look at that step's batch."
         )
 
     def sweep(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metaopt.capture.lowering import Function
 from metaopt.capture.segment import Segment
+from metaopt.modes.passes import reverse_pass
 
 
 @dataclass(slots=True)
@@ -93,13 +94,7 @@ def gradients(
     targets = [x for x in variables if x is not None and x.requires_grad]
     if not pairs or not targets:
         return [None] * len(variables)
-    grads = iter(
-        torch.autograd.grad(
-            [output for output, _ in pairs],
-            targets,
-            [a for _, a in pairs],
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
-    )
+    given = [output for output, _ in pairs], targets, [a for _, a in pairs]
+    found = reverse_pass(*given, retain=False) if batched else torch.autograd.grad(*given, allow_unused=True)
+    grads = iter(found)
     return [next(grads) if x is not None and x.requires_grad else None for x in variables]

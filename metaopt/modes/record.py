@@ -16,9 +16,9 @@ from torch import Tensor
 from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
 from metaopt.checkpoints import LEVELS, Keeping, Memory, bytes_of, store_of, walk
-from metaopt.errors import SweepError
+from metaopt.errors import SweepError, whole
 from metaopt.modes.compiled import CompiledPullBack
-from metaopt.modes.hypergradients import accumulate, collect
+from metaopt.modes.hypergradients import accumulate, collect, tensors_of
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.progress import progressing
 from metaopt.modes.pullback import PullBack
@@ -70,7 +70,9 @@ def record(
         A context manager whose ``as`` target gives the hypergradients.
 
     Raises:
-        RuleError: if there is no rule for the optimizer.
+        RuleError: if there is no rule for the optimizer, or it is none.
+        ValueError: if an argument is of the wrong kind, or two contradict each other.
+        OSError: if the folder of ``offload`` can't be written to; inside, if it is full.
         CaptureError: on entering, if the optimizer is watched already; inside, if the loop does what can't be replayed.
 
     Source:
@@ -103,12 +105,10 @@ class Recording(Run):
         backend: str | None,
         keeping: Keeping,
     ) -> None:
-        if last is not None and last < 0:
-            raise ValueError(f"last must be at least 0, not {last}.")
         super().__init__(optimizer, verify=verify)
         self._times: list[float] = []
         self._keeping = keeping
-        self._last = last
+        self._last = None if last is None else whole("last", last, 0)
         self._progress = progress
         self._backend = backend
         self._loop.tape.cells.copy = keeping.store.copy
@@ -187,6 +187,10 @@ class Recording(Run):
             For each entry of ``wrt`` a tensor of shape ``(len(outers), *entry.shape)``.
         """
         wanted = self._wanted(wrt)
+        if callable(outers) or (isinstance(outers, Tensor) and not outers.dim()):
+            raise SweepError(
+                "the Jacobian is that of several objectives: give a list of them, or ask for `run.hypergradient`."
+            )
         with self._loop.paused():
             adjoint = Adjoint.stack([self._adjoint(outer) for outer in outers])
             self._sweep(adjoint, wanted, retain)
@@ -195,7 +199,7 @@ class Recording(Run):
     # -- REVERSE-HG --------------------------------------------------------------------------------------------------
 
     def _wanted(self, wrt: Tensor | Iterable[Tensor]) -> list[Tensor]:
-        wanted = [wrt] if isinstance(wrt, Tensor) else list(wrt)
+        wanted = tensors_of(wrt)
         forgotten = self._last is not None and self._loop.steps > self._last
         if forgotten and any(self._loop.tape.find(tensor) is not None for tensor in wanted):
             raise SweepError(
@@ -206,7 +210,7 @@ class Recording(Run):
 
     def _sweep(self, adjoint: Adjoint, wanted: list[Tensor] | None, retain: bool) -> None:
         segments = self._keeping.segments
-        adjoint.check_value(zip(self._times, segments, strict=True))
+        adjoint.check_value(self._walk())
         asked, batched = adjoint.wanted(wanted), adjoint.batch is not None
         backend = self._backend
         if backend is None and self._keeping.level == "graphs":

@@ -7,7 +7,7 @@ __all__ = ["Run", "Watchable"]
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import NoReturn, Self, SupportsIndex, TypeAlias
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -97,11 +97,12 @@ class Run(ABC):
         """The leaves that the watched steps were found to depend on, besides the trained weights."""
         return leaves_behind(self._loop)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(
-            "a run can't be copied or saved: what it recorded belongs to these tensors. Save the `state_dict` of the "
-            "model, optimizer, scheduler and hyperparameters; a new context goes on from there, without the past's "
-            "derivative."
+            f"the run of a context ({type(self).__name__}) can't be copied or pickled: what it recorded belongs to the "
+            "model and the optimizer that it watched. Copy these two, or save the `state_dict` of model, optimizer, "
+            "scheduler and hyperparameters, and keep the hypergradients (`run.hypergradient`); a new context goes on "
+            "from there, without the past's derivative."
         )
 
     def __repr__(self) -> str:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
-from metaopt.errors import CaptureError, MetaoptWarning, SweepError
+from metaopt.errors import CaptureError, MetaoptWarning, SweepError, whole
 from metaopt.modes.columns import Columns, Directions
 from metaopt.modes.compiled import CompiledPush
-from metaopt.modes.hypergradients import accumulate, collect
+from metaopt.modes.hypergradients import accumulate, collect, tensors_of
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.pullback import PullBack
 from metaopt.modes.run import Run, Watchable
@@ -97,11 +97,10 @@ class Streaming(Run):
         verify: str,
         backend: str | None,
     ) -> None:
-        for name, number in (("chunk", chunk), ("directions", directions)):
-            if number is not None and (not isinstance(number, int) or number < 1):
-                raise ValueError(f"{name} must be a whole number, at least 1, not {number}.")
+        chunk = None if chunk is None else whole("chunk", chunk, 1)
         if not 0 <= discount <= 1:
             raise ValueError(f"discount must lie between 0 and 1, not {discount:g}.")
+        directions = None if directions is None else whole("directions", directions, 1)
         super().__init__(optimizer, verify=verify, moving=True)
         self._chunk = chunk
         self._compiled = None if backend is None else CompiledPush(backend)
@@ -250,7 +249,7 @@ class Streaming(Run):
         Returns:
             One tensor for each entry of ``wrt``, of its shape.
         """
-        wanted = [wrt] if isinstance(wrt, Tensor) else list(wrt)
+        wanted = tensors_of(wrt)
         if any(self._loop.tape.find(tensor) is not None for tensor in wanted):
             raise SweepError(
                 "forward mode would need a tangent for every weight to differentiate with respect to the initial "
@@ -261,7 +260,7 @@ class Streaming(Run):
 
     def _evaluate(self, outer: Objective) -> Adjoint:
         adjoint = self._adjoint(outer)
-        adjoint.check_value([])
+        adjoint.check_value()
         tangents = self._tangents
         for segment, before, _ in reversed(self._recent):
             if all(key in tangents or key not in segment.outputs for key in adjoint.carried):

@@ -23,6 +23,7 @@ from metaopt.capture.program import Program
 from metaopt.capture.segment import Replay, Segment
 from metaopt.capture.split import Split
 from metaopt.modes.columns import Columns
+from metaopt.modes.passes import reverse_pass
 
 # From tangents of the sources (each with its columns first) to those of the outputs.
 Push = Callable[[Sequence[Tensor | None]], list[Tensor | None]]
@@ -135,7 +136,7 @@ def _gradient(losses: list[Tensor], weights: list[Tensor], sources: list[Tensor]
         given = [(slope, z) for place, slope in used if (z := tangents[place]) is not None]
         if not given:
             return [None] * len(weights)
-        return _batched([slope for slope, _ in given], weights, [z for _, z in given])
+        return reverse_pass([slope for slope, _ in given], weights, [z for _, z in given])
 
     return values, push
 
@@ -225,31 +226,9 @@ def transposed(outputs: Sequence[Tensor], sources: Sequence[Tensor], *, batched:
         given = [(part, z) for place, part in linear if (z := tangents[place]) is not None]
         result = list(nothing)
         if given:
-            found = _batched([part for part, _ in given], u, [z for _, z in given], strictly=batched)
+            found = reverse_pass([part for part, _ in given], u, [z for _, z in given], strictly=batched)
             for place, z in zip(moving, found, strict=True):
                 result[place] = z
         return result
 
     return push
-
-
-def _batched(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor], *, strictly: bool = False
-) -> list[Tensor | None]:
-    """A reverse pass for all cotangents at once, or one by one where an operation can't be batched."""
-
-    def reverse(given: Sequence[Tensor], batched: bool) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            outputs, inputs, given, is_grads_batched=batched, allow_unused=True, retain_graph=True
-        )
-
-    count = len(cotangents[0])
-    if count > 1:
-        try:
-            return list(reverse(cotangents, batched=True))
-        except RuntimeError:
-            if strictly:
-                raise
-            # no batching rule
-    rows = [reverse([z[row] for z in cotangents], batched=False) for row in range(count)]
-    return [None if parts[0] is None else torch.stack(parts) for parts in zip(*rows, strict=True)]

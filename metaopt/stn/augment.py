@@ -76,7 +76,7 @@ def brightness(images: Tensor, strength: Strength, *, bounds: tuple[float, float
         strength: ``s``, a number or ``(B,)``.
         bounds: to which pixels are clamped; None for none, as for standardised images.
     """
-    return _clamped(images * _factor(images, strength), bounds)
+    return _moved(images, strength, images * _factor(images, strength), bounds)
 
 
 def contrast(images: Tensor, strength: Strength, *, bounds: tuple[float, float] | None = (0.0, 1.0)) -> Tensor:
@@ -88,7 +88,8 @@ def contrast(images: Tensor, strength: Strength, *, bounds: tuple[float, float] 
         bounds: to which pixels are clamped.
     """
     factor = _factor(images, strength)
-    return _clamped(factor * images + (1 - factor) * _grey(images).mean((2, 3), keepdim=True), bounds)
+    mixed = factor * images + (1 - factor) * _grey(images).mean((2, 3), keepdim=True)
+    return _moved(images, strength, mixed, bounds)
 
 
 def saturation(images: Tensor, strength: Strength, *, bounds: tuple[float, float] | None = (0.0, 1.0)) -> Tensor:
@@ -100,7 +101,7 @@ def saturation(images: Tensor, strength: Strength, *, bounds: tuple[float, float
         bounds: to which pixels are clamped.
     """
     factor = _factor(images, strength)
-    return _clamped(factor * images + (1 - factor) * _grey(images), bounds)
+    return _moved(images, strength, factor * images + (1 - factor) * _grey(images), bounds)
 
 
 def hue(images: Tensor, strength: Strength, *, bounds: tuple[float, float] | None = (0.0, 1.0)) -> Tensor:
@@ -126,8 +127,7 @@ def hue(images: Tensor, strength: Strength, *, bounds: tuple[float, float] | Non
     sector, value, chroma = _hexagon(images)
     place = (torch.tensor([5, 3, 1]).to(images).reshape(1, 3, 1, 1) + sector + 6 * turn) % 6
     turned = value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
-    # Where nothing is asked for, not even rounding may change a pixel.
-    return torch.where(share == 0, images, _clamped(turned, bounds))
+    return _moved(images, strength, turned, bounds)
 
 
 def _hexagon(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,5 +251,6 @@ def _grey(images: Tensor) -> Tensor:
     return (images * weights.reshape(1, 3, 1, 1)).sum(1, keepdim=True)
 
 
-def _clamped(images: Tensor, bounds: tuple[float, float] | None) -> Tensor:
-    return images if bounds is None else images.clamp(*bounds)
+def _moved(images: Tensor, strength: Strength, moved: Tensor, bounds: tuple[float, float] | None) -> Tensor:
+    # Where nothing is asked for, neither rounding nor a bound may change a pixel.
+    return torch.where(_column(strength, images, 4) == 0, images, moved if bounds is None else moved.clamp(*bounds))

@@ -48,6 +48,10 @@ def bound(model: nn.Module, hyper: Hyperparameters, bind: Mapping[str, str | Seq
     rates = {name for name, module in modules.items() if rate_attribute(module) is not None}
     tables = {name for name, module in modules.items() if isinstance(module, TABLES)}
     result = Bound()
+    if not isinstance(bind, Mapping):
+        raise ResponseError(
+            f"`bind` is a dictionary from a hyperparameter's name to what it is the rate of, not {type(bind).__name__}."
+        )
     for key, given in bind.items():
         if key not in hyper:
             raise ResponseError(

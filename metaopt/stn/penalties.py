@@ -14,7 +14,7 @@ from metaopt.stn.responses import Active
 from metaopt.stn.tuned import Tuned
 
 
-def l2(model: Tuned, coefficient: Tensor, names: Collection[str] | None = None) -> Tensor:
+def l2(model: Tuned, coefficient: Tensor | float, names: Collection[str] | None = None) -> Tensor:
     r"""Weight decay with a coefficient for each example, at the weights that respond to its perturbation.
 
     .. math:: \frac{1}{B} \sum_b c_b \|w_b\|^2, \quad
@@ -33,19 +33,25 @@ def l2(model: Tuned, coefficient: Tensor, names: Collection[str] | None = None) 
         A scalar.
 
     Raises:
-        ResponseError: outside a step, or if a name is not that of a responding parameter.
+        ResponseError: outside a step, if a name is not that of a responding parameter, or if there is not one
+            coefficient for each example.
 
     References:
         Bae and Grosse 2020, App. (L2 on UCI regression); the rows are ours.
     """
     at = model.at
+    names = [names] if isinstance(names, str) else names
     entries = {alias: entry.name for entry in model.responses.entries for alias in entry.aliases}
     for name in names or ():
         if name not in entries:
             raise ResponseError(f"no responding parameter {name!r}; there are: {', '.join(entries)}.")
     chosen = set(entries.values()) if names is None else {entries[name] for name in names}
+    if not chosen:
+        raise ResponseError("l2 of no parameters; name at least one, or leave `names` out.")
     if at.z is None:
-        return coefficient.mean() * sum(model.slots.parameter(name).square().sum() for name in chosen)
+        present = coefficient.mean() if isinstance(coefficient, Tensor) else coefficient
+        squares = [model.slots.parameter(name).square().sum() for name in chosen]
+        return present * torch.stack(squares).sum()
     total: Tensor | None = None
     with torch.autocast(at.z.device.type, enabled=False):
         for active in model.responses.active(at.z, frozen=not at.response):
@@ -53,9 +59,8 @@ def l2(model: Tuned, coefficient: Tensor, names: Collection[str] | None = None) 
                 parameter = model.slots.parameter(active.entry.name)
                 norm = _squared_norm(parameter if at.weights else parameter.detach(), active)
                 total = norm if total is None else total + norm
-    if total is None:
-        raise ResponseError("l2 of no parameters; name at least one, or leave `names` out.")
-    return (coefficient * total).mean()
+    assert total is not None
+    return (_each(coefficient, total, "examples") * total).mean()
 
 
 def activation_penalty(hidden: Tensor, coefficient: Tensor | float, *, batch_dim: int = 0) -> Tensor:
@@ -81,12 +86,7 @@ def activation_penalty(hidden: Tensor, coefficient: Tensor | float, *, batch_dim
     """
     squares = hidden.movedim(batch_dim, 0).flatten(1).square().mean(1)
     weight = torch.as_tensor(coefficient, dtype=squares.dtype, device=squares.device)
-    if weight.ndim and weight.shape != squares.shape:
-        raise ResponseError(
-            f"there are coefficients of shape {tuple(weight.shape)} for activations of {len(squares)} examples along "
-            f"axis {batch_dim}; say where the examples are by `batch_dim`."
-        )
-    return (weight * squares).mean()
+    return (_each(weight, squares, f"examples along axis {batch_dim} (`batch_dim`)") * squares).mean()
 
 
 def temporal_activation_penalty(
@@ -114,6 +114,16 @@ def temporal_activation_penalty(
     if hidden.shape[time_dim] < 2:
         return 0 * activation_penalty(hidden, coefficient, batch_dim=batch_dim)
     return activation_penalty(hidden.diff(dim=time_dim), coefficient, batch_dim=batch_dim)
+
+
+def _each(coefficient: Tensor | float, values: Tensor, what: str) -> Tensor | float:
+    """A coefficient for each value, or one for all."""
+    if isinstance(coefficient, Tensor) and coefficient.ndim and coefficient.shape != values.shape:
+        raise ResponseError(
+            f"there are coefficients of shape {tuple(coefficient.shape)} for {len(values)} {what}; give a number, or a "
+            "vector with one entry for each."
+        )
+    return coefficient
 
 
 def _squared_norm(parameter: Tensor, active: Active) -> Tensor:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import Tensor
 from torch.optim import SGD, Optimizer, RMSprop
 
-from metaopt.errors import ResponseError
+from metaopt.errors import ResponseError, whole
 from metaopt.stn.training import Factory, Tuner
 from metaopt.stn.tuned import Tuned
 
@@ -73,14 +73,22 @@ def train(
     References:
         Bae and Grosse 2020, Alg. 1; MacKay et al. 2019, Alg. 1 and Eq. 15 (entropy).
     """
-    if train_steps < 1 or valid_steps < 0 or warmup < 0:
-        raise ResponseError(
-            f"train_steps >= 1, valid_steps >= 0 and warmup >= 0, got {train_steps}, {valid_steps}, {warmup}."
-        )
-    if not 0 < scale_bounds[0] <= scale_bounds[1] or entropy_weight < 0:
+    train_steps = whole("train_steps", train_steps, 1, ResponseError)
+    valid_steps = whole("valid_steps", valid_steps, 0, ResponseError)
+    warmup = whole("warmup", warmup, 0, ResponseError)
+    low, high = scale_bounds
+    if not (0 < low <= high and entropy_weight >= 0):
         raise ResponseError(
             f"needs 0 < low <= high for scale_bounds and entropy_weight >= 0, got {scale_bounds}, {entropy_weight}."
         )
+    if clip is not None and not clip > 0:
+        raise ResponseError(f"clip is the largest norm of a gradient, above 0 (or None), not {clip}.")
+    for factory in (optimizer, response_optimizer or optimizer, hyper_optimizer, scale_optimizer or optimizer):
+        if not callable(factory):
+            raise ResponseError(
+                "an optimizer is given as a function that makes it from a list of parameters, such as `lambda p: "
+                f"torch.optim.Adam(p, lr=1e-3)`, not as {type(factory).__name__}."
+            )
     modes = [(module, module.training) for module in tuned.modules()]
     tuned.train()
     try:

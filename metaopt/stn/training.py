@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metaopt.errors import ResponseError, SkippedStepWarning
+from metaopt.errors import ResponseError, SkippedStepWarning, whole
 from metaopt.stn.batches import size_of
 from metaopt.stn.bounds import keep_inside
 from metaopt.stn.checks import check_first, evaluation, groups_of, repeat, require_scalar
@@ -89,6 +89,7 @@ class Tuner:
             valid_batches: the validation data, repeated as needed.
             steps: the number of training steps; by default one pass.
         """
+        steps = None if steps is None else whole("steps", steps, 0, ResponseError)
         valid = repeat(valid_batches)
         batches = train_batches if steps is None else islice(repeat(train_batches), steps)
         for batch in batches:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from metaopt.errors import ResponseError
+from metaopt.errors import ResponseError, whole
 from metaopt.hyperparameters import Hyperparameters
 from metaopt.stn import attention, composites, norms, tangents  # noqa: F401 -- they register their rules
 from metaopt.stn.binding import bound
@@ -77,13 +77,21 @@ def transform(
         Functions*, ICLR 2019. Bae and Grosse, *Delta-STN: Efficient Bilevel Optimization for Neural Networks using
         Structured Response Jacobians*, NeurIPS 2020, Sec. 3 and Alg. 1.
     """
+    if not (isinstance(model, nn.Module) and isinstance(hyper, Hyperparameters)):
+        raise ResponseError(
+            "a response is attached to a torch.nn.Module, for a metaopt.Hyperparameters; these are "
+            f"{type(model).__name__} and {type(hyper).__name__}."
+        )
     _refuse(model)
     if method not in METHODS:
         raise ResponseError(f"no method {method!r}; choose one of {', '.join(METHODS)}.")
     if engine != "auto" and engine not in ENGINES:
         raise ResponseError(f"no engine {engine!r}; choose auto, or one of {', '.join(ENGINES)}.")
-    if banks < 1 or (groups is not None and groups < 1) or (rank is not None and rank < 1):
-        raise ResponseError(f"banks, groups and rank are at least 1, got {banks}, {groups} and {rank}.")
+    banks = whole("banks", banks, 1, ResponseError)
+    groups = None if groups is None else whole("groups", groups, 1, ResponseError)
+    rank = None if rank is None else whole("rank", rank, 1, ResponseError)
+    batch_dim = whole("batch_dim", batch_dim, 0, ResponseError)
+    per_batch = [per_batch] if isinstance(per_batch, str) else per_batch
     names = bound(model, hyper, bind or {})
     return Tuned(
         model,
