@@ -997,3 +997,51 @@ def objective_that_is_a_view(hyper: Hyper, context: Context) -> Trained:
     trained = looping(hyper, context, lambda model, x, y: torch.zeros(()))
     trained.outer = lambda: F.cross_entropy(trained.model(x_val), y_val, reduction="none")[2]
     return trained
+
+
+@case(lr=0.3, weights=weights(12))
+def networks_trained_aside(hyper: Hyper, context: Context) -> Trained:
+    """One on data of its own, which the loss reads; and a probe on features, which nothing reads."""
+    x, y, x_val, y_val = data()
+    model, reward, probe = mlp(5, 6, 3), mlp(3, 4, 1), mlp(6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    aside = [torch.optim.Adam(network.parameters(), lr=0.1) for network in (reward, probe)]
+    with context(optimizer):
+        for t in range(3):
+            reward.requires_grad_(True)
+            aside[0].zero_grad()
+            (reward(t * torch.ones(4, 3)) - 1).square().mean().backward()
+            aside[0].step()
+            reward.requires_grad_(False)
+            optimizer.zero_grad()
+            aside[1].zero_grad()
+            features = model[0](x)
+            logits = model[2](features.tanh())
+            (weighted(hyper, slice(None), logits, y) - reward(logits).mean()).backward()
+            F.cross_entropy(probe(features.detach()), y).backward()
+            optimizer.step()
+            aside[1].step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.3, weights=weights(12))
+def replay_buffer_with_repeated_indices(hyper: Hyper, context: Context) -> Trained:
+    buffer, table = torch.zeros(4, 6), torch.ones(2, 6)
+    index = torch.tensor([[0, 1, 2, 0], [3, 3, 1, 0], [2, 1, 2, 2], [0, 1, 3, 0]])
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        hidden = torch.tanh(model[0](x[:4] + buffer[0, 0]))  # type: ignore[index, operator]
+        return (hidden * (buffer + table.mean(0))).mean()
+
+    def store(t: int, model: nn.Module) -> None:
+        features = model[0](torch.eye(4, 5)).detach()  # type: ignore[index, operator]
+        buffer[index[t]] = features
+        table.scatter_(0, (index % 2)[:, [0, 1, 2, 3, 0, 1]], features)
+        table.index_copy_(1, index[t], torch.index_put(table, (index[t] % 2, index[t]), features[0, :4])[:, :4])
+        table[1, [2, 2]] = features[:2, 0]
+
+    _, _, x_val, y_val = data()
+    outer = lambda model: F.cross_entropy(model(x_val), y_val) + buffer.square().mean() + table.mean()  # noqa: E731
+    trained = looping(hyper, context, loss, store)
+    trained.outer = lambda: outer(trained.model)
+    return trained

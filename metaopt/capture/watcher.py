@@ -20,6 +20,7 @@ from metaopt.capture import calls, writes
 from metaopt.capture.bindings import BASE, View
 from metaopt.capture.calls import name_of
 from metaopt.capture.cells import version_of
+from metaopt.capture.overwrites import OVERWRITES, last_written
 from metaopt.capture.primitives import flatten
 from metaopt.capture.replacements import REPLACEMENTS
 from metaopt.capture.steps import in_step
@@ -225,6 +226,12 @@ class Watcher(TorchFunctionMode):
             replaced = in_step(func, args, kwargs)
             if replaced is not None:
                 return replaced
+        if func in OVERWRITES and not kwargs and len(args) > 2:
+            sources = flatten(args)
+            loops_own = torch.is_grad_enabled() and any(self.tape.inner_of(tensor) for tensor in sources)
+            # The loop's own gradient is torch's, whatever it is.
+            if not loops_own and self.tape.is_live(sources[-1]):
+                return last_written(func, *args) or func
         return REPLACEMENTS.get(func, func)
 
     def setting(self, func: Callable[..., Any], seed: Any) -> dict[str, Any]:
