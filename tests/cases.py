@@ -1045,3 +1045,20 @@ def replay_buffer_with_repeated_indices(hyper: Hyper, context: Context) -> Train
     trained = looping(hyper, context, loss, store)
     trained.outer = lambda: outer(trained.model)
     return trained
+
+
+@case(lr=0.3, weights=weights(12))
+def noise_that_the_loop_trains(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        noise = torch.zeros(12, 5, requires_grad=True)
+        for _ in range(3):
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), model(x + noise), y).backward()
+            with torch.no_grad():
+                noise.add_(torch.tanh(20 * noise.grad))
+            noise.grad = None
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)

@@ -846,6 +846,24 @@ def test_a_function_without_second_derivative_is_named(function: type[torch.auto
         optimizer.step()
 
 
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_an_operation_of_torch_without_second_derivative_is_told(mode: Any) -> None:
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    x, target = torch.randn(6, 2, 5), torch.tensor([[1, 2], [2, 0]])
+
+    def train() -> None:
+        with mode(optimizer) as run:
+            for _ in range(2):
+                optimizer.zero_grad()
+                F.ctc_loss(model(x).log_softmax(-1), target, (6, 5), (2, 1)).backward()
+                optimizer.step()
+        run.backward(outer(model))
+
+    with pytest.raises(metaopt.SweepError, match=r"can't be differentiated a second time: .*ctc_loss"):
+        train()
+
+
 def test_a_wrong_second_derivative_of_torch_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     from metaopt.capture import replacements
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Adjoint", "Objective"]
+__all__ = ["Adjoint", "Objective", "retold"]
 
 import gc
 import math
@@ -214,7 +214,7 @@ class Adjoint:
         try:
             pulled = pull(segment, alpha, after or {})
         except RuntimeError as error:
-            raise _retold(error, step) from error
+            raise retold(error, step) from error
         for key, grad in pulled.carried.items():
             _add(self.carried, key, grad)
         for key, grad in pulled.external.items():
@@ -329,7 +329,8 @@ def _holders(tensors: list[Tensor]) -> list[Tensor]:
     return held
 
 
-def _retold(error: RuntimeError, step: float) -> Exception:
+def retold(error: RuntimeError, step: float) -> Exception:
+    """An error of torch's in a derivative of a step, with what to do about it."""
     text = str(error)
     if isinstance(error, SweepError):
         return error

@@ -21,7 +21,7 @@ from metaopt.errors import CaptureError, MetaoptWarning, SweepError, whole
 from metaopt.modes.columns import Columns, Directions
 from metaopt.modes.compiled import CompiledPush
 from metaopt.modes.hypergradients import accumulate, collect, tensors_of
-from metaopt.modes.outer import Adjoint, Objective
+from metaopt.modes.outer import Adjoint, Objective, retold
 from metaopt.modes.pullback import PullBack
 from metaopt.modes.run import Run, Watchable
 from metaopt.modes.tangents import push_forward
@@ -157,7 +157,10 @@ class Streaming(Run):
             found = self._compiled(segment, keys, tangents, self._columns, after)
             if found is not None:
                 return found
-        return push_forward(segment, keys, tangents, self._columns, self._chunk)
+        try:
+            return push_forward(segment, keys, tangents, self._columns, self._chunk)
+        except RuntimeError as error:
+            raise retold(error, self._loop.steps) from error
 
     def _state_keys(self) -> set[int]:
         tape = self._loop.tape
