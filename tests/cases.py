@@ -991,6 +991,23 @@ def complex_state(hyper: Hyper, context: Context) -> Trained:
     return looping(hyper, context, loss)
 
 
+@case(lr=0.3, filter=lambda: torch.rand(3, 2), weights=weights(12))
+def complex_state_in_the_objective(hyper: Hyper, context: Context) -> Trained:
+    spectrum = torch.zeros(3, dtype=torch.complex128)
+    given = hyper["filter"]
+    factor = given if given.is_complex() else torch.view_as_complex(given)
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        found = factor.exp() * torch.fft.fft(model(x).mean(0))
+        with torch.no_grad():
+            spectrum.mul_(0.5 + 0.2j).add_(found)
+        return (spectrum * found).abs().mean()
+
+    trained = looping(hyper, context, loss)
+    trained.outer = lambda: trained.model[0].weight.square().mean() + (spectrum * (1 + 2j)).real.square().sum()  # type: ignore[index, union-attr, operator]
+    return trained
+
+
 @case(lr=0.3, weights=weights(12))
 def objective_that_is_a_view(hyper: Hyper, context: Context) -> Trained:
     _, _, x_val, y_val = data()

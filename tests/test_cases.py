@@ -71,3 +71,19 @@ def test_watching_changes_nothing(case: Case) -> None:
         for name, tensor in state.items():
             if tensor is not None:
                 assert torch.equal(tensor, other["state"][key][name]), name
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_a_complex_hyperparameter_has_two_derivatives(mode: Callable[..., Any]) -> None:
+    (case,) = (case for case in CASES if case.name == "complex_state_in_the_objective")
+
+    def values() -> dict[str, torch.Tensor]:
+        return {name: torch.view_as_complex(v) if name == "filter" else v for name, v in case.values().items()}
+
+    gradients = []
+    for variant in (case, Case(case.name, case.train, values)):
+        run, trained, hyper = watched(mode, variant)
+        run.backward(trained.outer)
+        assert hyper["filter"].grad is not None
+        gradients.append(hyper["filter"].grad)
+    torch.testing.assert_close(torch.view_as_real(gradients[1]), gradients[0], rtol=1e-9, atol=1e-12)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Columns", "Directions"]
+__all__ = ["Columns", "Directions", "coordinates"]
 
 from collections.abc import Iterable
 from itertools import count
@@ -18,7 +18,7 @@ _runs = count(1)
 
 
 class Columns:
-    """A column for each entry of each hyperparameter."""
+    """A column for each entry of each hyperparameter, two for a complex one."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -45,20 +45,21 @@ class Columns:
 
     def _add(self, leaf: Tensor) -> None:
         self._places[id(leaf)] = (leaf, self.count)
-        self.count += leaf.numel()
+        self.count += _size(leaf)
 
     def tangent(self, external: Tensor, rows: slice) -> Tensor:
         """``d external / dλ`` along some columns: the identity for a leaf, else the transform's derivative."""
         whole = external.new_zeros((self.count, *external.shape))
         for leaf in leaves_of(external):
             _, start = self._places[id(leaf)]
-            whole[start : start + leaf.numel()] = _derivative(external, leaf)
+            derivative = _derivative(external, leaf)
+            whole[start : start + len(derivative)] = derivative
         return whole[rows]
 
     def gradients(self, along: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The gradient of each leaf, from the derivatives along all columns."""
         return [
-            (leaf, along[start : start + leaf.numel()].view(leaf.shape).to(leaf.dtype))
+            (leaf, _tensors(along[start : start + _size(leaf)].unsqueeze(0), leaf)[0])
             for leaf, start in self._places.values()
         ]
 
@@ -83,9 +84,9 @@ class Directions(Columns):
         self._drawn[id(leaf)] = (leaf, self._draw(leaf))
 
     def _draw(self, leaf: Tensor) -> Tensor:
-        shape = (self.count, *leaf.shape)
+        shape = (self.count, _size(leaf))
         bits = torch.randint(0, 2, shape, generator=self._generator, device=self._generator.device)
-        return bits.to(leaf) * 2 - 1
+        return _tensors(bits.to(leaf.device) * 2 - 1, leaf)
 
     def tangent(self, external: Tensor, rows: slice) -> Tensor:
         """``(d external / dλ) v`` for some of the directions."""
@@ -94,8 +95,8 @@ class Directions(Columns):
             _, drawn = self._drawn[id(leaf)]
             if external is leaf:
                 return drawn[rows]
-            derivative = _derivative(external, leaf).reshape(leaf.numel(), -1)
-            whole += (drawn.reshape(self.count, -1) @ derivative).view(whole.shape)
+            derivative = coordinates(_derivative(external, leaf))
+            whole += _tensors(coordinates(drawn).to(derivative.dtype) @ derivative, external)
         return whole[rows]
 
     def gradients(self, along: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -110,10 +111,28 @@ class Directions(Columns):
         self._drawn = {key: (leaf, self._draw(leaf)) for key, (leaf, _) in self._drawn.items()}
 
 
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def coordinates(tensors: Tensor) -> Tensor:
+    """Each tensor of a batch as a row of real numbers: a complex one's real parts, then its imaginary parts."""
+    rows = tensors.detach().flatten(1) if tensors.dim() > 1 else tensors.detach().unsqueeze(1)
+    return torch.cat([rows.real, rows.imag], 1) if rows.is_complex() else rows
+
+
+def _tensors(rows: Tensor, like: Tensor) -> Tensor:
+    """Tensors of a shape and type from their `coordinates`."""
+    if like.is_complex():
+        rows = torch.complex(*rows.to(like.dtype.to_real()).chunk(2, 1))
+    return rows.reshape(len(rows), *like.shape).to(like.dtype)
+
+
 def _derivative(external: Tensor, leaf: Tensor) -> Tensor:
+    """``d external / d leaf``, along each of the leaf's coordinates."""
+    basis = _tensors(torch.eye(_size(external), device=external.device), external)
     if external is leaf:
-        return torch.eye(leaf.numel(), dtype=leaf.dtype, device=leaf.device).view(leaf.numel(), *leaf.shape)
-    basis = torch.eye(external.numel(), dtype=external.dtype, device=external.device)
-    (rows,) = reverse_pass([external], [leaf], [basis.view(external.numel(), *external.shape)])
+        return basis
+    (rows,) = reverse_pass([external], [leaf], [basis])
     assert rows is not None
-    return rows.view(external.numel(), leaf.numel()).T.reshape(leaf.numel(), *external.shape)
+    return _tensors(coordinates(rows).T, external)

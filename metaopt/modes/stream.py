@@ -18,7 +18,7 @@ from torch import Tensor
 from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
 from metaopt.errors import CaptureError, MetaoptWarning, SweepError, whole
-from metaopt.modes.columns import Columns, Directions
+from metaopt.modes.columns import Columns, Directions, coordinates
 from metaopt.modes.compiled import CompiledPush
 from metaopt.modes.hypergradients import accumulate, collect, tensors_of
 from metaopt.modes.outer import Adjoint, Objective, retold
@@ -271,9 +271,7 @@ class Streaming(Run):
             adjoint.pull_back(PullBack(), segment, self._loop.steps)
             tangents = before
         parts = [
-            (
-                tangents[key].reshape(len(tangents[key]), alpha.numel()) @ alpha.flatten().to(tangents[key].dtype)
-            ).double()
+            (coordinates(tangents[key]) @ coordinates(alpha.to(tangents[key].dtype).unsqueeze(0))[0]).double()
             for key, alpha in adjoint.carried.items()
             if key in tangents
         ]
