@@ -1079,3 +1079,94 @@ def noise_that_the_loop_trains(hyper: Hyper, context: Context) -> Trained:
             noise.grad = None
             optimizer.step()
     return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.3, weights=weights(12))
+def an_optimizer_for_a_copy(hyper: Hyper, context: Context) -> Trained:
+    """First-order MAML: each iteration trains a copy of the model, and the model goes by the copy's gradients."""
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper, momentum=0.5)(model.parameters())
+    with context(optimizer):
+        for _ in range(2):
+            fast = copy.deepcopy(model)
+            inner = torch.optim.Adam(fast.parameters(), lr=0.1, eps=0.1)
+            for _ in range(2):
+                inner.zero_grad()
+                weighted(hyper, slice(None), fast(x), y).backward()
+                inner.step()
+            inner.zero_grad()
+            F.cross_entropy(fast(x_val), y_val).backward()
+            for weight, other in zip(model.parameters(), fast.parameters(), strict=True):
+                weight.grad = other.grad.clone() + 0.1 * (weight - other).detach()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.1, weights=weights(12))
+def adversary_made_in_the_loop(hyper: Hyper, context: Context) -> Trained:
+    x, _, x_val, _ = data()
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.Adam(model.parameters(), lr=hyper["lr"], eps=0.01)
+    with context(optimizer):
+        adversary = copy.deepcopy(mlp(3, 4, 1))
+        inner = torch.optim.AdamW(adversary.parameters(), lr=0.1, eps=0.01)
+        for _ in range(3):
+            inner.zero_grad()
+            real, fake = adversary(x[:, :3]), adversary(model(x).detach())
+            (F.softplus(-real).mean() + F.softplus(fake).mean()).backward()
+            inner.step()
+            optimizer.zero_grad()
+            (F.softplus(-adversary(model(x)))[:, 0] * hyper["weights"]).mean().backward()
+            optimizer.step()
+    return Trained(lambda: (adversary(model(x_val)) * model(x_val)).mean(), model, optimizer)
+
+
+@case(lr=0.3, decay=0.7, weights=weights(12))
+def data_replaced(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    teacher, start, kept = copy.deepcopy(model), torch.full((3,), 0.1), torch.zeros(6)
+    optimizer = sgd(hyper, momentum=0.5)(model.parameters())
+    with context(optimizer):
+        for t in range(4):
+            optimizer.zero_grad()
+            target = teacher(x).softmax(-1).detach()
+            soft = kept.mean() - (target * model(x).log_softmax(-1)).mean()
+            (weighted(hyper, slice(None), model(x), y) + soft * model[0].bias.sum()).backward()
+            model[0].weight.grad.data = model[0].weight.grad.data.tanh()
+            optimizer.step()
+            for slow, fast in zip(teacher.parameters(), model.parameters(), strict=True):
+                slow.data = 0.6 * slow.data + 0.4 * fast.data
+            if t == 0:
+                model[0].weight.data = model[0].weight.data * hyper["decay"]
+                nn.utils.vector_to_parameters(
+                    0.9 * nn.utils.parameters_to_vector(model.parameters()).detach(), model.parameters()
+                )
+            elif t == 1:
+                old, row = model[0].bias.data, model[0].weight.data[1]
+                kept.add_(model[0].bias.detach())
+                model[0].bias.data = kept  # what is written to the one is written to the other
+                model[0].weight.data = model[0].weight.data + 0.1
+                row.mul_(3)
+                model[2].bias.data = start
+    outer = lambda: F.cross_entropy(model(x_val) + old.square().sum() + row[:3] + kept[:3] + start, y_val)  # noqa: E731
+    return Trained(outer, model, optimizer)
+
+
+@case(lr=0.1, width=0.4, weights=weights(12))
+def samples_of_distributions(hyper: Hyper, context: Context) -> Trained:
+    """A policy gradient: the actions move with the policy, though no gradient of the loop goes through them."""
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        mean = model(x)
+        policy = torch.distributions.Normal(mean, hyper["width"])
+        action = policy.sample()
+        reward = (-((action - 1) ** 2)).detach()
+        scale = F.softplus(mean)
+        noise = torch.distributions.Laplace(mean, scale).sample() + torch.distributions.Exponential(scale).sample()
+        noise = noise + torch.normal(0.3, scale.detach()) + torch.normal(mean.detach(), 0.2)
+        noise = noise + torch.distributions.Binomial(5, logits=mean).sample()
+        return (-policy.log_prob(action) * reward + 0.1 * noise * mean).mean()
+
+    return looping(hyper, context, loss)

@@ -800,6 +800,17 @@ def test_functorch_inside_the_loop_is_refused() -> None:
         torch.func.grad(lambda w: (w**2).sum())(weight)
 
 
+def test_forward_mode_inside_the_loop_is_refused() -> None:
+    model = mlp(5, 6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, _, _, _ = data()
+    with warnings.catch_warnings(), torch.autograd.forward_ad.dual_level():
+        warnings.simplefilter("ignore")  # torch scripts something of its own
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(metaopt.CaptureError, match="forward-mode AD"), metaopt.record(optimizer):
+            model(dual)
+
+
 def test_a_graph_carried_over_a_step_is_refused() -> None:
     model = mlp(5, 6, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

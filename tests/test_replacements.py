@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -50,3 +52,15 @@ def test_torchs_weight_norm_still_has_a_wrong_second_derivative() -> None:
     # When this fails torch was mended, and the replacement can go.
     v, g = torch.randn(4, 5, requires_grad=True), torch.rand(4, 1, requires_grad=True)
     assert not torch.autograd.gradgradcheck(lambda v, g: torch._weight_norm(v, g, 0), (v, g), raise_exception=False)
+
+
+@pytest.mark.parametrize(
+    "mean", [0.3, torch.linspace(0, 1, 5), torch.linspace(0, 1, 3)[:, None]], ids=["number", "row", "column"]
+)
+@pytest.mark.parametrize("std", [0.5, torch.linspace(1, 2, 5), torch.ones(4, 3, 1)], ids=["number", "row", "batch"])
+def test_normal(mean: Any, std: Any) -> None:
+    if isinstance(mean, float) and isinstance(std, float):
+        return
+    functions = (replacements.normal, torch.normal)
+    found, expected = (function(mean, std, generator=torch.Generator().manual_seed(1)) for function in functions)
+    torch.testing.assert_close(found, expected)

@@ -79,6 +79,12 @@ def _full(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs
     return watcher.call(func, args, kwargs)
 
 
+def _new(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    # ``x.new(shape)`` of a `torch.Size` is memory of that shape; of a tuple, as the replay would have it, it is data.
+    sized = len(args) == 2 and isinstance(args[1], torch.Size) and not kwargs
+    return watcher.call(Tensor.new_empty if sized else func, args, kwargs)
+
+
 def _gumbel_softmax(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     given = dict(zip(("logits", "tau", "hard", "eps", "dim"), args, strict=False)) | kwargs
     if not given.get("hard") or not watcher.tape.is_live(given["logits"]):
@@ -281,6 +287,7 @@ SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.detach_: _detach_in_place,
     F.gumbel_softmax: _gumbel_softmax,
     torch.full: _full,
+    Tensor.new: _new,
     torch.full_like: _full,
     Tensor.grad.__get__: _get_grad,  # type: ignore[union-attr]
     Tensor.data.__get__: _detach,  # type: ignore[attr-defined]

@@ -11,6 +11,11 @@ the identity.
 ``F.cross_entropy`` and ``F.nll_loss`` with more than two dimensions: the kernel behind them refuses gradients that
 are not contiguous, which the transposed pass of forward mode has (torch 2.13: "grad_input must be contiguous").
 
+``torch.normal``, behind the samples of ``torch.distributions.Normal`` and its kin: its derivative by the mean and the
+standard deviation is 0, though the sample moves with them.
+
+``torch.binomial`` has no derivative, and says so; what it draws is a count, which has derivative 0.
+
 ``F.embedding`` with a ``padding_idx``: its backward leaves that row out on purpose, though the forward reads it.
 """
 
@@ -18,10 +23,12 @@ from __future__ import annotations
 
 __all__ = [
     "REPLACEMENTS",
+    "binomial",
     "cross_entropy",
     "foreach_copy_",
     "hard_gumbel_softmax",
     "nll_loss",
+    "normal",
     "padded_embedding",
     "unscale_",
     "weight_norm",
@@ -109,6 +116,23 @@ def unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
         grad.mul_(inv_scale.to(device=grad.device, dtype=grad.dtype))
 
 
+def normal(mean: Tensor | float, std: Tensor | float = 1.0, *args: Any, **kwargs: Any) -> Tensor:
+    """``mean + std · noise``, with the noise that ``torch.normal`` draws."""
+    known = [x for x in (mean, std) if isinstance(x, Tensor)]
+    if not known:
+        return torch.normal(mean, std, *args, **kwargs)
+    shape = torch.broadcast_shapes(*(x.shape for x in known))
+    unit = 1.0 if isinstance(std, Tensor) else std
+    noise = torch.empty(shape, dtype=known[0].dtype, device=known[0].device)
+    noise.normal_(0.0, unit, generator=kwargs.get("generator"))
+    return mean + (std * noise if isinstance(std, Tensor) else noise)
+
+
+def binomial(count: Tensor, prob: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """``torch.binomial`` of what it is given, as constants."""
+    return torch.binomial(count.detach(), prob.detach(), generator)
+
+
 def foreach_copy_(targets: list[Tensor], sources: list[Tensor], non_blocking: bool = False) -> None:
     """``target.copy_(source)``, pair by pair."""
     for target, source in zip(targets, sources, strict=True):
@@ -117,6 +141,8 @@ def foreach_copy_(targets: list[Tensor], sources: list[Tensor], non_blocking: bo
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
+    torch.normal: normal,
+    torch.binomial: binomial,
     F.cross_entropy: cross_entropy,
     F.nll_loss: nll_loss,
     torch._amp_foreach_non_finite_check_and_unscale_: unscale_,

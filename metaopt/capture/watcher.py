@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from metaopt.capture import calls, writes
@@ -158,6 +159,12 @@ class Watcher(TorchFunctionMode):
                 break
         else:
             return self._constant_call(func, args, kwargs, targets)
+        if forward_ad._current_level >= 0:
+            raise CaptureError(
+                f"`{name_of(func)}` was called on a tensor that depends on the weights or hyperparameters inside "
+                "forward-mode AD (`dual_level`), which can't be followed. Take the derivative along a direction by "
+                "two calls of `torch.autograd.grad(..., create_graph=True)`."
+            )
         if targets:
             return writes.call(self, func, args, kwargs, targets)
         seed = self.generators(func, kwargs)
