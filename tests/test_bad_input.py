@@ -786,6 +786,40 @@ def test_a_step_that_differs_from_its_rule_is_found_out_at_the_second_step() -> 
     assert_torch_is_as_it_was(optimizer)
 
 
+class Scaled(torch.autograd.Function):
+    """Its backward reads what is no argument of it."""
+
+    scale = 1.0
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def, override]
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        return grad * Scaled.scale
+
+
+@pytest.mark.parametrize("kind", ["hook", "function"])
+@pytest.mark.parametrize("moves", [False, True])
+def test_python_state_that_changes_after_it_was_used_is_found_out(kind: str, moves: bool) -> None:
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.Adam(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    x, y, _, _ = data()
+    Scaled.scale = 1.0
+    if kind == "hook":
+        model[0].weight.register_hook(lambda grad: grad * Scaled.scale)
+    with metaopt.record(optimizer) as run:
+        for t in range(3):
+            Scaled.scale = 1.0 + t * moves
+            optimizer.zero_grad()
+            hidden = model[0](x)
+            F.cross_entropy(model[2]((Scaled.apply(hidden) if kind == "function" else hidden).tanh()), y).backward()
+            optimizer.step()
+    with pytest.raises(metaopt.SweepError, match="has changed since") if moves else contextlib.nullcontext():
+        run.backward(outer(model))
+
+
 def test_verification_can_be_switched_off_and_is_checked() -> None:
     trained(verify="never")
     with pytest.raises(ValueError, match="verify must be"):

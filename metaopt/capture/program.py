@@ -7,12 +7,13 @@ __all__ = ["Library", "Program"]
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import fx
 
 from metaopt.capture.bindings import External
 from metaopt.capture.cells import Cell
 from metaopt.capture.lowering import Function, lower
-from metaopt.capture.primitives import inner_gradient
+from metaopt.capture.primitives import Surrogate, hooked, inner_gradient
 from metaopt.capture.segment import Segment
 from metaopt.capture.split import Split, split
 from metaopt.capture.trace import Instruction, Trace, needed, numbers_in
@@ -87,6 +88,17 @@ def _program(trace: Trace, outputs: list[int]) -> _Known:
     return program, picks[0], picks[1], picks[2]
 
 
+def _is_users(instruction: Instruction) -> bool:
+    func = instruction.func
+    owner = func.function if isinstance(func, Surrogate) else getattr(func, "__self__", None)
+    function = (
+        isinstance(owner, type)
+        and issubclass(owner, torch.autograd.Function)
+        and not owner.__module__.startswith("torch.")
+    )
+    return func is hooked or function
+
+
 class Program:
     """Straight-line code over numbered values, with the outputs that iterations of this structure leave behind."""
 
@@ -109,6 +121,8 @@ class Program:
         self.offered: set[int] = set()
         self.useful: set[int] = set()
         self.uses_autocast = any(instruction.autocast for instruction in code)
+        # Gradient hooks and custom functions are the user's own Python, which may depend on more than its arguments.
+        self.runs_user_code = any(_is_users(instruction) for instruction in code)
         # Whether the loop may differentiate its own gradients, as a gradient penalty does.
         self.nests = sum(instruction.func is inner_gradient for instruction in code) > 1
         self._functions: dict[tuple[int, ...], Function] = {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["Verifier"]
+__all__ = ["Verifier", "check_replay"]
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from metaopt.capture.derivatives import check_segment
 from metaopt.capture.program import Program
 from metaopt.capture.segment import Segment
 from metaopt.capture.tape import Tape
-from metaopt.errors import CaptureError
+from metaopt.errors import CaptureError, SweepError
 
 # Relative to the norm of what is compared. The replay may use other kernels than the loop did (math attention for flash
 # attention), so agreement is to some digits and not bitwise; what goes wrong goes wrong by much more.
@@ -60,6 +62,33 @@ class Verifier:
         if not program.derivative_checked:
             check_segment(segment, step)
             program.derivative_checked = last
+
+
+def check_replay(segment: Segment, found: Mapping[int, Tensor], known: Mapping[int, Tensor], *, exact: bool) -> None:
+    """Raise if a replay in the sweep, which runs the user's own code, does not give what the loop left behind.
+
+    Args:
+        segment: the iteration.
+        found: what the replay gave, by key.
+        known: what the loop left behind, by key.
+        exact: whether both began with the loop's own state; if not, only double precision is compared.
+    """
+    if not segment.program.runs_user_code:
+        return
+    pairs = [(value, known[key]) for key, value in found.items() if key in known]
+    pairs = [pair for pair in pairs if exact or pair[0].dtype == torch.float64]
+    floor = 1e-3 * max((float(actual.detach().double().norm()) for _, actual in pairs), default=0.0)
+    for replayed, actual in pairs:
+        difference = _difference(replayed, actual, floor)
+        loose = 5e-2 if segment.program.uses_autocast else _TOLERANCE.get(replayed.dtype, 5e-2)
+        if difference > loose:
+            raise SweepError(
+                f"replaying an iteration does not give what the loop computed (a tensor of shape {tuple(actual.shape)} "
+                f"differs by {difference:.1e} of its norm), though it did when it was recorded: a gradient hook, or an "
+                "autograd.Function of yours, depends on something in Python that has changed since, such as a counter. "
+                "Pass what changes to the function as an argument, or change the gradients in the loop, after "
+                "`loss.backward()`."
+            )
 
 
 def _wrong(

@@ -33,10 +33,13 @@ class CompiledPullBack(PullBack):
         segments: the iterations that will be asked for.
         backend: what compiles.
         wanted: as for `PullBack`.
+        exact: as for `PullBack`.
     """
 
-    def __init__(self, segments: Iterable[Segment], backend: str, *, wanted: set[int] | None = None) -> None:
-        super().__init__(wanted=wanted)
+    def __init__(
+        self, segments: Iterable[Segment], backend: str, *, wanted: set[int] | None = None, exact: bool = True
+    ) -> None:
+        super().__init__(wanted=wanted, exact=exact)
         self._versions = Versions(backend)
         self._count: Counter[Program] = Counter()
         numbers: dict[Program, dict[tuple[float, ...], None]] = {}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metaopt.capture.lowering import Function
 from metaopt.capture.segment import Segment
+from metaopt.capture.verify import check_replay
 from metaopt.modes.passes import reverse_pass
 
 
@@ -48,11 +49,14 @@ class PullBack:
     Args:
         wanted: the identities of the hyperparameters that are asked for; None for all.
         batched: whether the adjoints have a leading dimension.
+        exact: whether the states are those of the loop, and not computed again from others, which in low precision
+            drifts away from them.
     """
 
-    def __init__(self, *, wanted: set[int] | None = None, batched: bool = False) -> None:
+    def __init__(self, *, wanted: set[int] | None = None, batched: bool = False, exact: bool = True) -> None:
         self._wanted = wanted
         self._batched = batched
+        self._exact = exact
 
     def __call__(self, segment: Segment, alpha: Mapping[int, Tensor], after: Mapping[int, Tensor]) -> Pulled:
         """The adjoint before an iteration.
@@ -62,19 +66,22 @@ class PullBack:
             alpha: the adjoint of its outputs, by key.
             after: what it left behind, as far as that is at hand, by key.
         """
-        grads = self.gradients(segment, alpha)
+        grads = self.gradients(segment, alpha, after)
         return Pulled.of(segment, segment.program.function(places_of(segment, alpha)), grads)
 
-    def gradients(self, segment: Segment, alpha: Mapping[int, Tensor]) -> list[Tensor | None]:
+    def gradients(
+        self, segment: Segment, alpha: Mapping[int, Tensor], after: Mapping[int, Tensor]
+    ) -> list[Tensor | None]:
         """The gradients with respect to what the iteration reads, in its order."""
         replay = segment.replay(list(alpha))
+        check_replay(segment, dict(zip(alpha, replay.outputs, strict=True)), after, exact=self._exact)
         hypers = [x if self.asks(external.tensor) else None for external, x in replay.externals]
         variables = [*replay.inputs.values(), *hypers]
         return gradients(replay.outputs, variables, list(alpha.values()), batched=self._batched)
 
     def by_autograd(self) -> PullBack:
         """The same by autograd, for which what has no adjoint has none: zeros times infinity are not a number."""
-        return PullBack(wanted=self._wanted, batched=self._batched)
+        return PullBack(wanted=self._wanted, batched=self._batched, exact=self._exact)
 
     def asks(self, hyper: Tensor) -> bool:
         """Whether the sweep is for this hyperparameter."""

@@ -215,9 +215,10 @@ class Recording(Run):
         backend = self._backend
         if backend is None and self._keeping.level == "graphs":
             backend = "aot_eager"  # what was computed on the way is of use to a graph of calls only
-        pull = PullBack(wanted=asked, batched=batched)
+        exact = self._keeping.level != "checkpoints"
+        pull = PullBack(wanted=asked, batched=batched, exact=exact)
         if backend is not None and not batched:
-            pull = CompiledPullBack(segments, backend, wanted=asked)
+            pull = CompiledPullBack(segments, backend, wanted=asked, exact=exact)
         adjoint.sweep(self._walk, progressing(self._walk(), len(segments), self._progress, "reverse sweep"), pull)
         if not retain and not self._open:
             self._free()
