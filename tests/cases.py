@@ -1043,7 +1043,7 @@ def networks_trained_aside(hyper: Hyper, context: Context) -> Trained:
 
 @case(lr=0.3, weights=weights(12))
 def replay_buffer_with_repeated_indices(hyper: Hyper, context: Context) -> Trained:
-    buffer, table = torch.zeros(4, 6), torch.ones(2, 6)
+    buffer, table, twice = torch.zeros(4, 6), torch.ones(2, 6), torch.tensor([2, 2])
     index = torch.tensor([[0, 1, 2, 0], [3, 3, 1, 0], [2, 1, 2, 2], [0, 1, 3, 0]])
 
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -1055,7 +1055,7 @@ def replay_buffer_with_repeated_indices(hyper: Hyper, context: Context) -> Train
         buffer[index[t]] = features
         table.scatter_(0, (index % 2)[:, [0, 1, 2, 3, 0, 1]], features)
         table.index_copy_(1, index[t], torch.index_put(table, (index[t] % 2, index[t]), features[0, :4])[:, :4])
-        table[1, [2, 2]] = features[:2, 0]
+        table[1, twice] = features[:2, 0]
 
     _, _, x_val, y_val = data()
     outer = lambda model: F.cross_entropy(model(x_val), y_val) + buffer.square().mean() + table.mean()  # noqa: E731

@@ -21,13 +21,14 @@ from tests.test_cases import watched
 
 # Loops whose steps can't be written as aten calls, and why; all others are compiled.
 EAGER = {
+    "samples_of_distributions": "draws random numbers",  # a binomial's, which depend on its parameters
     "backward_that_is_no_derivative": "is an autograd.Function",
     "custom_function": "is an autograd.Function",
     "gradient_hooks": "gradient hooks run Python code",
     "numpy_index_shuffled_in_place": "neither a tensor nor a number",
 }
-# Here it depends on whether an index is the same in all steps that share a program.
-SOMETIMES = {"writes_through_views_and_data"}
+# Here it depends on whether an index, or a count of steps, is the same in all steps that share a program.
+SOMETIMES = {"writes_through_views_and_data", "adversary_made_in_the_loop"}
 # Forwards, tracing takes longer than all else: every fourth loop, unless slow tests are asked for.
 FORWARDS = [
     pytest.param(case, id=str(case), marks=() if place % 4 == 0 else pytest.mark.slow)
