@@ -834,6 +834,14 @@ def test_functorch_inside_the_loop_is_refused() -> None:
         torch.func.grad(lambda w: (w**2).sum())(weight)
 
 
+@pytest.mark.parametrize("name", ["Gamma", "Beta", "StudentT"])
+def test_samples_that_are_drawn_by_rejection_are_refused(name: str) -> None:
+    weight = nn.Parameter(torch.full((3,), 2.0))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    with pytest.raises(metaopt.CaptureError, match="drawn by rejection"), metaopt.record(optimizer):
+        getattr(torch.distributions, name)(weight, weight).sample()
+
+
 def test_forward_mode_inside_the_loop_is_refused() -> None:
     model = mlp(5, 6, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -85,6 +85,21 @@ def _new(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs)
     return watcher.call(Tensor.new_empty if sized else func, args, kwargs)
 
 
+def _gamma(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    if any(watcher.tape.is_live(tensor) for tensor in flatten(args)):
+        raise _rejection_sampler()
+    return func(*args, **kwargs)
+
+
+def _rejection_sampler() -> CaptureError:
+    return CaptureError(
+        "a sample of a gamma distribution, or of one made of it (Beta, Chi2, Dirichlet, StudentT), was drawn with "
+        "parameters that depend on the weights or hyperparameters. It is drawn by rejection, and torch's derivative of "
+        "it is not that of what the loop draws. Draw from a distribution whose samples are a function of noise "
+        "(normal, Kumaraswamy, …), or with constant parameters."
+    )
+
+
 def _gumbel_softmax(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     given = dict(zip(("logits", "tau", "hard", "eps", "dim"), args, strict=False)) | kwargs
     if not given.get("hard") or not watcher.tape.is_live(given["logits"]):
@@ -230,6 +245,8 @@ def apply_function(watcher: Watcher, cls: type, apply: Callable[..., Any], args:
         )
     if watcher.check_functions and cls not in _checked and any(tape.inner_of(tensor) for tensor in sources):
         _checked[cls] = None if check_function(cls, args, kwargs) else Surrogate(cls)
+    if cls is torch.distributions.dirichlet._Dirichlet:
+        raise _rejection_sampler()
     seed = watcher.generators(apply, kwargs)
     versions = [version_of(tensor) for tensor in sources]
     result = apply(*args, **kwargs)
@@ -288,6 +305,7 @@ SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     F.gumbel_softmax: _gumbel_softmax,
     torch.full: _full,
     Tensor.new: _new,
+    torch._standard_gamma: _gamma,
     torch.full_like: _full,
     Tensor.grad.__get__: _get_grad,  # type: ignore[union-attr]
     Tensor.data.__get__: _detach,  # type: ignore[attr-defined]
