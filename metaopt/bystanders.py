@@ -1,4 +1,8 @@
-"""Optimizers that step inside a context and are not watched: those of hyperparameters, or of other models."""
+"""Optimizers that step inside a context and are not watched: those of hyperparameters, or of other models.
+
+Where the loop made what is stepped (a copy of the model, say), the tape follows it, and the step is recorded call by
+call, as a wrapped optimizer's is.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ __all__ = ["Bystanders"]
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
@@ -15,7 +20,7 @@ from metaopt.errors import CaptureError
 
 
 class Bystanders:
-    """Looks at the steps of optimizers that are not watched: their updates are not recorded.
+    """Looks at the steps of optimizers that are not watched: their updates are not recorded, or call by call.
 
     Args:
         watcher: what sees the loop.
@@ -31,6 +36,9 @@ class Bystanders:
         self.protected = protected
         # Tensors that were given a hypergradient.
         self.given: set[int] = set()
+        # Whether a step is running unseen.
+        self.away = False
+        self._stepping: Callable[[], bool] | None = None
 
     def before(self, optimizer: Optimizer) -> None:
         """Such a step is about to run.
@@ -40,23 +48,36 @@ class Bystanders:
         """
         if self.inside(optimizer):
             return
-        self.watcher.paused = True
+        if self._is_followed(optimizer):
+            self._stepping, self.watcher.stepping = self.watcher.stepping, lambda: True
+            return
+        self.away = self.watcher.paused = True
         try:
             for group in optimizer.param_groups:
                 for weight in group["params"]:
                     self._look_at(weight, type(optimizer).__name__)
         except CaptureError:
-            self.watcher.paused = False
+            self.away = self.watcher.paused = False
             raise
 
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """It has run."""
+        if self._stepping is not None:
+            self.watcher.stepping, self._stepping = self._stepping, None
         if not self.inside(optimizer):
-            self.watcher.paused = False
+            self.away = self.watcher.paused = False
+
+    def _is_followed(self, optimizer: Optimizer) -> bool:
+        """Whether all that is stepped are leaves that the loop made."""
+        tape = self.watcher.tape
+        with torch._C.DisableTorchFunction():
+            moved = [w for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
+            found = [tape.find(weight) for weight in moved]
+        return bool(found) and all(b is not None and b.leaf for b in found) and not any(map(tape.is_trained, moved))
 
     def _look_at(self, weight: Tensor, name: str) -> None:
         tape = self.watcher.tape
-        if id(weight) in tape.trained:
+        if tape.is_trained(weight):
             raise CaptureError(
                 f"{name}, which is not watched, steps weights of the watched optimizer inside the context. Let one "
                 "optimizer train them."
@@ -69,6 +90,7 @@ class Bystanders:
                 "watch both optimizers, `metaopt.record([first, second])`. If it is a hyperparameter, make it one of "
                 "`metaopt.Hyperparameters`, or call `run.backward` before its optimizer steps."
             )
-        tape.lead(weight)
+        if not self.protected(weight):
+            tape.lead(weight)
         # A hyperparameter, or the weight of another model: whoever needs its old value has it.
         tape.before_write(weight)

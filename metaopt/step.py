@@ -252,6 +252,8 @@ class Loop:
         update.begin()
 
     def _note_failed_step(self) -> None:
+        if self._bystanders.away:
+            self._error = _failed_step()
         for update in self.updates.values():
             if update.running:
                 update.stop()
@@ -331,8 +333,8 @@ def listed(optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
                 f"a training is told by its optimizer, a torch.optim.Optimizer, and this is {optimizer!r:.60}. Give "
                 "the object that the loop calls `step()` of, or a list of these."
             )
-    weights = [id(w) for optimizer in found for group in optimizer.param_groups for w in group["params"]]
-    if not found or len(set(weights)) != len(weights):
+    weights = [{id(w) for group in optimizer.param_groups for w in group["params"]} for optimizer in found]
+    if not found or len(set.union(*weights)) != sum(map(len, weights)):
         raise RuleError(
             "the list of optimizers to watch is empty, or two of them train the same weight. Let each weight have one "
             "optimizer."

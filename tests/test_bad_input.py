@@ -642,6 +642,30 @@ def test_a_second_network_under_its_own_optimizer() -> None:
         other.step()
 
 
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_a_gradient_of_a_second_network_that_the_loop_reads_is_followed(mode: Any) -> None:
+    x, _, _, _ = data()
+    critic = mlp(3, 4, 1)
+
+    def train(lr: Tensor, watch: Any) -> tuple[Any, nn.Module]:
+        model = mlp(5, 6, 3)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+        with watch(optimizer) as run:
+            for _ in range(2):
+                critic.zero_grad()
+                critic(model(x).detach()).square().mean().backward()
+                optimizer.zero_grad()
+                (loss(model) * critic[0].weight.grad.norm()).backward()
+                optimizer.step()
+        return run, model
+
+    lr = torch.tensor(0.1, requires_grad=True)
+    run, model = train(lr, mode)
+    (found,) = run.hypergradient(outer(model), lr)
+    bare = lambda shift: outer(train(lr.detach() + shift, contextlib.nullcontext)[1]).item()  # noqa: E731
+    torch.testing.assert_close(float(found), (bare(1e-5) - bare(-1e-5)) / 2e-5, rtol=1e-6, atol=0)
+
+
 def test_an_unrelated_training_inside_is_left_alone() -> None:
     other = mlp(5, 6, 3)
     alone = torch.optim.SGD(other.parameters(), lr=0.1)
@@ -1069,11 +1093,13 @@ def test_a_loop_that_goes_on_after_any_error_is_told_in_the_end(fails: str) -> N
                 optimizer.step()
 
 
+@pytest.mark.parametrize("watched", [True, False])
 @pytest.mark.parametrize("after", [0, 1])
-def test_a_step_that_failed_and_was_caught_is_said(after: int) -> None:
+def test_a_step_that_failed_and_was_caught_is_said(after: int, watched: bool) -> None:
     """The update runs out of sight, so that what follows a failure in it would not be seen."""
     model = nn.Linear(2, 1)
     optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    aside = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -1087,7 +1113,7 @@ def test_a_step_that_failed_and_was_caught_is_said(after: int) -> None:
             optimizer.zero_grad()
             model(torch.ones(1, 2)).sum().backward()
             with contextlib.suppress(ZeroDivisionError):
-                optimizer.step()
+                (optimizer if watched else aside).step()
         for _ in range(after):
             step()
     with metaopt.record(optimizer) as run:  # torch is as it was: calls are seen again

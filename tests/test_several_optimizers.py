@@ -119,8 +119,15 @@ def test_one_that_is_not_watched_is_an_error(loop: Any, mode: Any) -> None:
     """The head got no gradient, in silence; the critic was taken for a constant."""
     hyper = {"lr": leaf(0.1)}
     with pytest.raises(metaopt.CaptureError, match=r"metaopt.record\(\[first, second\]\)"):
-        loop(lambda both: mode(both[0]), hyper, "plain", 1)
-        raise AssertionError("the loop ran to its end")
+        runs: list[Any] = []
+
+        def watch(both: list[torch.optim.Optimizer]) -> Any:
+            runs.append(mode(both[0]))
+            return runs[0]
+
+        trained = loop(watch, hyper, "plain", 1)
+        runs[0].backward(outer(trained))
+        raise AssertionError("there was a hypergradient")
 
 
 def test_a_probe_that_only_looks_on() -> None:

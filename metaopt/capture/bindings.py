@@ -110,9 +110,9 @@ class External:
         # Writes through `.data` leave no trace in the version.
         self.copy = tensor.detach().clone() if tensor.numel() <= _COPIED_AT_MOST and not moving else None
 
-    def check(self) -> None:
-        """Raise if the hyperparameter is not what it was when these steps used it, or is none."""
-        if self.led:
+    def check(self, *, derived: bool = True) -> None:
+        """Raise if the hyperparameter is not what it was when these steps used it, or is none and differentiated."""
+        if self.led and derived:
             raise led_error(self.tensor)
         if self.moving:
             return

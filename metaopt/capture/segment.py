@@ -62,24 +62,33 @@ class Segment:
     def values(self, keys: Sequence[int], *, state: dict[int, Tensor] | None = None) -> list[Tensor]:
         """Outputs of ``Φ_t`` without a graph, as `replay` computes them but at the cost of a plain step."""
         part = self.program.function(tuple(self.outputs[key] for key in keys))
-        found = self.call(part, state=state, phase=Phase(graph=self.program.nests)).outputs
+        found = self.call(part, state=state, phase=Phase(graph=self.program.nests), derived=False).outputs
         return [value.detach() for value in found]
 
-    def call(self, part: Function, *, state: dict[int, Tensor] | None = None, phase: Phase | None = None) -> Replay:
-        """Call a part of ``Φ_t``, with a graph from its inputs, as `replay` does."""
+    def call(
+        self,
+        part: Function,
+        *,
+        state: dict[int, Tensor] | None = None,
+        phase: Phase | None = None,
+        derived: bool = True,
+    ) -> Replay:
+        """Call a part of ``Φ_t``, with a graph from its inputs, as `replay` does; ``derived``: to differentiate it."""
         phase = phase or Phase()
         state = state or {}
-        values, hypers = self.arguments(part)
+        values, hypers = self.arguments(part, derived=derived)
         inputs = {key: variable(state.get(key, value)) for key, value in values.items()}
         externals = [(external, variable(value)) for external, value in hypers]
         with torch.enable_grad():
             outputs = self.apply(part, [*inputs.values(), *(value for _, value in externals)], phase=phase)
         return Replay(inputs, externals, outputs, phase)
 
-    def arguments(self, part: Function) -> tuple[dict[int, Tensor], list[tuple[External, Tensor]]]:
+    def arguments(
+        self, part: Function, *, derived: bool = True
+    ) -> tuple[dict[int, Tensor], list[tuple[External, Tensor]]]:
         """What a part of ``Φ_t`` was recorded with: carried values by key, and hyperparameters."""
         for place in part.externals:
-            self.externals[place].check()
+            self.externals[place].check(derived=derived)
         hypers = [(self.externals[place], self.externals[place].cell.value()) for place in part.externals]
         return {key: cell.value() for key, cell in self._pick(part.inputs)}, hypers
 

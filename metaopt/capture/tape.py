@@ -67,6 +67,10 @@ class Tape:
         self.own_memory(tensor)
         return binding
 
+    def is_trained(self, tensor: Tensor) -> bool:
+        """Whether this is a weight of a watched optimizer."""
+        return self.trained.get(id(tensor)) is tensor
+
     def bind(self, tensor: Tensor) -> Binding:
         """Follow a tensor object whose value is carried over from before this iteration."""
         binding = Binding(next(self._keys), tensor)
@@ -162,9 +166,15 @@ class Tape:
 
     def lead(self, leaf: Tensor) -> None:
         """A leaf that is not followed is about to be moved, out of sight, along a gradient that may be followed."""
-        if self.find(leaf) is None and leaf.grad is not None and self.find(leaf.grad) is not None:
+        gradient = None if leaf.grad is None else self.find(leaf.grad)
+        if self.find(leaf) is None and gradient is not None and self._is_of_state(gradient):
             self._led[id(leaf)] = leaf
             del self._bindings[id(leaf.grad)]
+
+    def _is_of_state(self, binding: Binding) -> bool:
+        """Whether a value depends on what is carried, and not on hyperparameters and data alone."""
+        behind = self.trace.behind(Val(binding.value)) if binding.epoch == self.epoch else set()
+        return binding.epoch != self.epoch or not behind.isdisjoint(self.trace.inputs)
 
     def is_led(self, leaf: Tensor) -> bool:
         """Whether a leaf was moved along a gradient that depends on the weights, which is not followed."""
@@ -210,7 +220,8 @@ class Tape:
         """Follow a tensor as a view, by its strides, of another one."""
         shape, stride, start, dtype, dense = geometry
         offset = tensor.storage_offset() - start
-        if offset < 0 or not dense or tensor.dtype != dtype:
+        outside = offset < 0 or offset + _reach(tensor.shape, tensor.stride()) > _reach(shape, stride)
+        if outside or not dense or tensor.dtype != dtype:
             raise _shared_memory(tensor, shape)
         binding = self._bear(tensor)
         binding.base = base
@@ -270,6 +281,8 @@ class Tape:
     def inner_of(self, tensor: Tensor) -> int:
         """Whether the loop's own gradients pass through this tensor (see `Binding`)."""
         binding = self.find(tensor)
+        if binding is None and tensor.requires_grad:
+            binding = self.alias(tensor)  # a copy of weights that is a leaf of its own
         if binding is None:
             return 0
         root = binding.root
@@ -466,6 +479,8 @@ class Tape:
             # A view may outlive its base: it gets a value of its own.
             if view.base is not None and view.root.epoch == self.epoch and view.root.fresh:
                 self.read_binding(view)
+                if (tensor := view.ref()) is not None:
+                    view.version = version_of(tensor)
         outputs = {
             b.key: b.value
             for b in self._bindings.values()
@@ -518,6 +533,10 @@ class Tape:
         self.trace.constants = [number for number, _ in pairs]
         self._constant_cells = [cell for _, cell in pairs]
         self._constants = {key: known for key, known in self._constants.items() if known[2] in used}
+
+
+def _reach(shape: Sequence[int], stride: Sequence[int]) -> int:
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if all(shape) else 0
 
 
 def _parted(tensor: Tensor) -> CaptureError:
