@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.func import functional_call
 import metaopt
 from metaopt.errors import FallbackWarning, ResponseError
 from metaopt.stn import Tuned, structures, transform
+from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.structures import Structure
 from tests.stn_models import CASES, Case, at, hyperparameters, output, responding
 
@@ -264,6 +266,42 @@ def test_a_sequence_as_long_as_the_batch_is_not_taken_for_it() -> None:
     for b in range(5):
         alone = functional_call(tuned.model, effective(tuned, z[b]), (x[:, b : b + 1],))
         torch.testing.assert_close(y[:, b : b + 1], alone, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["bare", "vision", "queries", "language", "written", "weights", "functions"])
+@modes
+def test_parameters_that_join_the_batch_have_one_perturbation_for_each_example(name: str, training: bool) -> None:
+    tuned, x = responding(CASES[name], training=training)
+    output(tuned, x, at(tuned, draw(CASES[name], tuned)[0], linearised=True))
+    assert not tuned.fallback
+
+
+@pytest.mark.parametrize(
+    ("use", "why"),
+    [
+        (lambda x, p: x * p[: len(x)], "has examples and what it is given has none"),
+        (lambda x, p: torch.cat([x, p])[len(p) :].sin(), "can't be told apart"),
+        (lambda x, p: (x[x[:, 0].argsort()] * p[0]).sin()[x[:, 0].argsort().argsort()], "another output than at"),
+        (lambda x, p: torch.stack([row * p[0] for row in x]), "depends on the batch"),
+        (lambda x, p: x * p[0] + Hidden.apply(x, p * 2)[:, :1], "another output than at"),
+        (lambda x, p: F.batch_norm(x, x.mean(0), x.var(0), p.mean(0)), "for each example alone"),
+        (lambda x, p: x * F.dropout(p, 0.1)[0], "dropout"),
+    ],
+    ids=["a part for each", "joined to the batch", "sorted", "a loop", "unseen", "BatchNorm", "dropout"],
+)
+def test_what_cannot_be_proved_per_example_takes_groups(use: Any, why: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parameter = nn.Parameter(torch.randn(6, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = use(x, self.parameter)
+            return y
+
+    tuned = transform(Model().eval(), hyperparameters())
+    with pytest.raises(NeedsGroups, match=why):
+        output(tuned, torch.randn(5, 3), at(tuned, torch.randn(5, 3)))
 
 
 class Hidden(torch.autograd.Function):

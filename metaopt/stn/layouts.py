@@ -8,7 +8,7 @@ examples, and the axis is the one that grew.
 
 from __future__ import annotations
 
-__all__ = ["Layout", "NeedsGroups", "Site", "infer", "reordered"]
+__all__ = ["Layout", "NeedsGroups", "Site", "infer", "layout_of", "reordered"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -147,14 +147,15 @@ def _moved(layout: Layout, order: Tensor, given: Tensor, permuted: Tensor) -> bo
 def _site(two: Sequence[Tensor], three: Sequence[Tensor]) -> Layout | str:
     if len(two) != len(three):
         return "it is used a number of times that depends on the batch"
-    found = [_layout(a, b) for a, b in zip(two, three, strict=True)]
+    found = [layout_of(a, b) for a, b in zip(two, three, strict=True)]
     first = found[0]
     if any(layout != first for layout in found):
         return "its uses see the examples along different axes"
     return first
 
 
-def _layout(two: Tensor, three: Tensor) -> Layout | str:
+def layout_of(two: Tensor, three: Tensor) -> Layout | str:
+    """The layout of a tensor from its values in runs on two and on three examples, or the reason why it has none."""
     grown = [d for d, (a, b) in enumerate(zip(two.shape, three.shape, strict=False)) if a != b]
     if two.ndim != three.ndim or len(grown) != 1:
         return "what it is applied to has no axis of examples"
