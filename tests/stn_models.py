@@ -273,6 +273,21 @@ class Functions(nn.Module):
         return torch.cat([a, b, c.flatten(1), d, e], 1)
 
 
+class Gaps(nn.Module):
+    """Functions whose derivatives torch has in part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gate, self.centres = nn.Linear(3, 8), nn.Linear(4, 4), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.glu(self.layer(x), -1)
+        y = y * F.hardsigmoid(self.gate(y))
+        scores = F.softmin(torch.cdist(y, self.centres), dim=-1)
+        loss = F.cross_entropy(scores, scores.detach().argmax(-1), reduction="none")
+        return torch.cat([y, scores.logsumexp(-1, keepdim=True), loss.unsqueeze(-1)], -1)
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, an input, and how they are used.
@@ -379,6 +394,7 @@ CASES |= {
     "written": Case(Written, (B, 4, 3)),
     "weights": Case(Weights, (B, 3), exact=False),
     "functions": Case(Functions, (B, 3), exact=False),
+    "gaps": Case(Gaps, (B, 3), exact=False),
 }
 
 

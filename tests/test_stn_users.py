@@ -331,6 +331,22 @@ def test_a_parameter_that_is_frozen_too_late_is_said() -> None:
             tuner.train_step(torch.randn(6, 4))
 
 
+def test_sequences_with_the_time_first_are_counted_along_their_own_axis() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.drop = nn.GRU(2, 3), nn.Dropout(0.2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.drop(self.gru(x)[0])[-1]
+            return y
+
+    loss: Callable[..., Tensor] = lambda m, b, v=None: (m(b[1]).sum(1) - b[0]).square().mean()  # noqa: E731
+    with train(problem(Last, batch_dim=1), lambda m, b, v: loss(m, b) + l2(m, v.decay), loss) as tuner:
+        tuner.train_step((torch.randn(6), torch.randn(4, 6, 2)))
+        assert tuner.valid_step((torch.randn(5), torch.randn(4, 5, 2))) > 0
+
+
 def test_a_batch_begins_with_its_examples() -> None:
     x, y = torch.arange(3), torch.randn(6, 4)
     loss: Callable[..., Tensor] = lambda model, batch, values=None: model(batch[1]).mean()  # noqa: E731

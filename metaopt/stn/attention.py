@@ -16,6 +16,7 @@ from metaopt.stn.composites import inside, untouched, written_out
 from metaopt.stn.layouts import Layout
 from metaopt.stn.passes import Pass
 from metaopt.stn.rules import register
+from metaopt.stn.spelt import spell_out
 
 
 def _bias(mask: Tensor | None, like: Tensor) -> Any:
@@ -175,6 +176,7 @@ def scaled_dot_product_attention(
         return _written_out(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
+@spell_out(F.scaled_dot_product_attention)
 def _written_out(
     query: Tensor,
     key: Tensor,
@@ -195,6 +197,3 @@ def _written_out(
         # Here a boolean mask is true where attention is allowed.
         scores = scores + _bias(attn_mask if attn_mask.is_floating_point() else ~attn_mask, scores)
     return torch.matmul(F.dropout(torch.softmax(scores, -1), dropout_p, dropout_p > 0), value)
-
-
-Pass.spelt_out[F.scaled_dot_product_attention] = _written_out

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from metaopt.stn.calls import Call, plain_sizes, written_in_place
 from metaopt.stn.layouts import Layout, NeedsGroups
+from metaopt.stn.spelt import SPELT_OUT
 
 if TYPE_CHECKING:
     from metaopt.stn.passes import Pass
@@ -104,7 +105,8 @@ def apply(p: Pass, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         for i, tensor in zip(places, tensors, strict=True):
             given[i] = tensor
         arguments, options = pytree.tree_unflatten(given, spec)
-        return p.spelt_out.get(func, func)(*arguments, **options)
+        result = SPELT_OUT[func](*arguments, **options) if func in SPELT_OUT else NotImplemented
+        return func(*arguments, **options) if result is NotImplemented else result
 
     one.__name__ = name
     mapped = _mapped(p, func, one, values, axes, first, name)

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from metaopt.stn.forward_mode import dual_level
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.passes import Pass, Unsupported, function_name
+from metaopt.stn.spelt import SPELT_OUT
 
 Rule = Callable[..., Any]
 _ATTRIBUTE = "_metaopt_tangent"
@@ -47,6 +48,11 @@ class LinearisedPass(Pass):
         rule = self.tangent_rules.get(func)
         if rule is not None:
             return rule(self, func, *args, **kwargs)
+        if func in SPELT_OUT:
+            with self:
+                result = SPELT_OUT[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         return self.by_forward_ad(func, args, kwargs)
 
     def each(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], needs: NeedsGroups | None = None) -> Any:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.passes import Pass
@@ -244,21 +243,3 @@ def rms_norm(
         derivative,
         lambda v: v.reshape(shape),
     )
-
-
-@register(torch._weight_norm)
-def weight_norm(p: Pass, func: Any, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """``w = g v / ‖v‖``, the norm over all axes but one; torch's own has no forward mode."""
-    p.refuse_marked(func, (v, g), {})
-    if p.recording or all(p.tangent(x) is None and unpack_dual(x).tangent is None for x in (v, g)):
-        return func(v, g, dim)
-    with p:
-        return _weight_norm(v, g, dim)
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    axes = [d for d in range(v.ndim) if dim != -1 and d != dim % v.ndim]
-    return v * (g / v.square().sum(axes or None, keepdim=True).sqrt())
-
-
-Pass.spelt_out[torch._weight_norm] = _weight_norm

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from metaopt.stn.calls import Call, Noted, Place, flat
 from metaopt.stn.instances import LARGEST, Instances, apply
@@ -59,8 +60,6 @@ class Pass(TorchFunctionMode):
     """
 
     rules: ClassVar[dict[Any, Rule]] = {}
-    # Functions in terms of others, where their own derivatives or vectorised forms have gaps.
-    spelt_out: ClassVar[dict[Any, Rule]] = {}
     linearised: ClassVar[bool] = False
     recording: ClassVar[bool] = False
 
@@ -181,6 +180,13 @@ class Pass(TorchFunctionMode):
         self._kept.append(tensor)
         self.held[id(tensor)] = instances
         return tensor
+
+    def require_joined(self, output: Any) -> None:
+        """Raise `NeedsGroups` if a result was computed from parameters alone: it has no axis of examples."""
+        for leaf in pytree.tree_leaves(output) if not self.recording else ():
+            held = self.instances(leaf)
+            if held is not None:
+                raise NeedsGroups(held.name, "the model returns what was computed from it alone")
 
     def each(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], needs: NeedsGroups | None = None) -> Any:
         """Call a function for each example alone.

@@ -147,7 +147,11 @@ class Prepared(nn.Module):
         finally:
             for module, mode in modes:
                 module.training = mode
-        joined = pytree.tree_map(lambda *ys: self._join(ys), *halves)
+        try:
+            joined = pytree.tree_map(lambda *ys: self._join(ys), *halves)
+        except ResponseError:
+            # Something has no axis of examples, such as a loss.
+            return True
         # Where the model draws random numbers in evaluation, no two runs agree, and shapes must do.
         return shapes(together) != shapes(joined) or not (drawn or close(together, joined, epsilon))
 
@@ -274,7 +278,7 @@ class Prepared(nn.Module):
         """Compare hand-written tangents with another engine's, once: a wrong one must not go unnoticed."""
         # The response starts at zero, where all engines agree.
         with same_randomness(self.device):
-            weight = torch.randn_like(self.responses.weight)
+            weight = torch.randn_like(self.responses.weight).requires_grad_()
 
         found, passes = [], []
 
@@ -286,7 +290,8 @@ class Prepared(nn.Module):
         for engine in ENGINES:
             with same_randomness(self.device):
                 try:
-                    found.append(ENGINES[engine](run, z.detach()))
+                    output = ENGINES[engine](run, z.detach())
+                    found.append((output, _gradient(output, weight)))
                 except Unsupported as reason:
                     if engine == engines[0]:
                         self._fall_back(engines, reason)
@@ -301,6 +306,20 @@ class Prepared(nn.Module):
             raise ResponseError(f'{differ}; {why} Use `engine="auto"`, which takes another engine then.')
         engines.pop(0)
         warnings.warn(f"{differ}, which are used from now on; {why}", FallbackWarning, stacklevel=2)
+
+
+def _gradient(output: Any, weight: Tensor) -> Tensor | None:
+    """A gradient through the tangents; some functions of torch have tangents without one."""
+    leaves = [y for y in pytree.tree_leaves(output) if isinstance(y, Tensor) and y.requires_grad]
+    if not leaves:
+        return None
+    try:
+        return torch.autograd.grad(torch.stack([y.square().mean() for y in leaves]).sum(), weight, allow_unused=True)[0]
+    except RuntimeError as error:
+        text = str(error)
+        if "not implemented" not in text and "inplace operation" not in text:
+            raise
+        raise Unsupported(text.splitlines()[0]) from error
 
 
 def _order(whole: int) -> Tensor:

@@ -140,6 +140,7 @@ _elementwise(_silu, F.silu)
 _elementwise(_leaky, F.leaky_relu)
 _elementwise(_elu, F.elu)
 _elementwise(lambda x, y: ((x > 0) & (x < 6)).to(y), F.relu6)
+_elementwise(lambda x, y: ((y > 0) & (y < 1)).to(y) / 6, F.hardsigmoid)
 
 
 @_register(torch.relu_, _T.relu_)

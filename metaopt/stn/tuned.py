@@ -308,5 +308,6 @@ class Tuned(Prepared):
             p,
         ):
             output = self.model(*args, **kwargs)
+        p.require_joined(output)
         self._note(p, at)
         return output, p
