@@ -286,20 +286,12 @@ def test_parameters_that_join_the_batch_have_one_perturbation_for_each_example(n
         (lambda x, p: x * p[0] + Hidden.apply(x, p * 2)[:, :1], "another output than at"),
         (lambda x, p: F.batch_norm(x, x.mean(0), x.var(0), p.mean(0)), "for each example alone"),
         (lambda x, p: x * F.dropout(p, 0.1)[0], "dropout"),
+        (lambda x, p: x.index_add(0, torch.arange(len(x)).flip(0), (x * 0 + 1) * p[1]), "another output than at"),
+        (lambda x, p: x.clone().index_put_((torch.arange(len(x)),), p[1]), "of other examples"),
         (lambda x, p: (x * p[0], p.norm()), "returns what was computed from it alone"),
         (lambda x, p: (x * p[0], p), "returns what was computed from it alone"),
     ],
-    ids=[
-        "a part for each",
-        "joined to the batch",
-        "sorted",
-        "a loop",
-        "unseen",
-        "BatchNorm",
-        "dropout",
-        "returned",
-        "itself",
-    ],
+    ids=["part", "joined", "sorted", "loop", "unseen", "norm", "dropout", "added", "put", "returned", "itself"],
 )
 def test_what_cannot_be_proved_per_example_takes_groups(use: Any, why: str) -> None:
     class Model(nn.Module):

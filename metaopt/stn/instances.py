@@ -40,6 +40,7 @@ BROADCASTING = {
     *(torch.add, _T.add, _T.__add__, _T.__radd__, torch.sub, _T.sub, _T.__sub__, _T.__rsub__),
     *(torch.mul, _T.mul, _T.__mul__, _T.__rmul__, torch.div, _T.div, _T.__truediv__),
 }
+INDICES = {torch.int64, torch.int32}
 # Their result for an example depends on the others in training.
 COUPLED = {F.batch_norm, torch.batch_norm}
 
@@ -88,6 +89,12 @@ def apply(p: Pass, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     call = p.calls.get(place, "it was not used like that when the axes of examples were looked for")
     if func in COUPLED or kwargs.get("out") is not None or kwargs.get("inplace") or p.instances(target) is not None:
         call = "it can't be called for each example alone"
+    if isinstance(call, Call):
+        batched = [v for v, layout in zip(leaves, call.inputs, strict=True) if layout is not None]
+        indexed = any(isinstance(v, Tensor) and v.dtype in INDICES for v in leaves)
+        if indexed and any(v.dtype not in INDICES for v in batched):
+            # Such indices may be of other examples; out of range they would end a process that computes on a GPU.
+            call = "indices there may be of other examples"
     if isinstance(call, str):
         raise NeedsGroups(first.name, f"it is used by `{name}`, and {call}")
     given, values, axes = list(leaves), [], []
