@@ -288,6 +288,19 @@ class Gaps(nn.Module):
         return torch.cat([y, scores.logsumexp(-1, keepdim=True), loss.unsqueeze(-1)], -1)
 
 
+class Spectral(nn.Module):
+    """A long convolution by FFT, and a complex pole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.decay, self.turn = (nn.Parameter(torch.randn(n)) for n in (4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.fft.irfft(torch.fft.rfft(x, n=8) * torch.fft.rfft(self.kernel, n=8), n=8)[..., : x.shape[-1]]
+        pole = torch.exp(torch.complex(-self.decay.abs(), self.turn) * torch.arange(x.shape[-1]))
+        return torch.cat([y, (y * pole).sum(-1, keepdim=True).real], -1)
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, an input, and how they are used.
@@ -395,6 +408,7 @@ CASES |= {
     "weights": Case(Weights, (B, 3), exact=False),
     "functions": Case(Functions, (B, 3), exact=False),
     "gaps": Case(Gaps, (B, 3), exact=False),
+    "spectral": Case(Spectral, (B, 4)),
 }
 
 

@@ -106,12 +106,29 @@ class Pairs(nn.Module):
         return self.drop(self.one(x)) @ self.two(x).t() * self.temperature.exp()
 
 
+class Dropped(nn.Module):
+    """Whole layers that are left out at random in training, each with a scale of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.drop = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), nn.Dropout(0.2)
+        self.scales = nn.ParameterList(nn.Parameter(torch.randn(4)) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, scale in zip(self.layers, self.scales, strict=True):
+            if not self.training or torch.rand(()) > 0.3:
+                x = x + torch.tanh(layer(x)) * scale
+        y: Tensor = self.drop(x)
+        return y
+
+
 USERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "dict": (Dict, lambda: {"inputs": torch.randn(6, 4)}),
     "variational": (Variational, lambda: torch.randn(6, 4)),
     "unet": (UNet, lambda: torch.randn(6, 16)),
     "siamese": (Siamese, lambda: torch.randn(6, 4)),
     "classifier": (Classifier, lambda: torch.randint(9, (6, 4))),
+    "dropped": (Dropped, lambda: torch.randn(6, 4)),
     "pairs": (Pairs, lambda: torch.randn(6, 4)),
 }
 
@@ -170,6 +187,16 @@ def test_hypergradients_are_those_of_changed_weights_and_runs_resume(name: str, 
     with train(problem(build, method), train_loss, valid_loss, **{**FIXED, "seed": 9}) as tuner:
         tuner.load_state_dict(kept)
         assert [tuner.train_step(batch), tuner.valid_step(batch)] == found
+
+
+def test_layers_that_are_left_out_at_random_respond_per_example() -> None:
+    torch.manual_seed(0)
+    tuned, batch = problem(Dropped), torch.randn(6, 4)
+    with train(tuned, train_loss, valid_loss) as tuner:
+        for _ in range(4):
+            tuner.train_step(batch)
+        tuner.valid_step(batch)
+    assert not tuned.fallback
 
 
 # -- examples that see each other

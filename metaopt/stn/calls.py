@@ -117,7 +117,8 @@ def confirmed(found: Mapping[Place, Call | str], known: Mapping[Place, Call | st
         found: the calls of training.
         known: those of evaluation.
     """
-    result: dict[Place, Call | str] = {}
+    # Which layers are used in training may be random.
+    result = dict(known)
     for place, call in found.items():
         before = known.get(place, "it is used in training in a way that evaluation does not have")
         # Values that are random don't tell the order of a flattened axis.

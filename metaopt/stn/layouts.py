@@ -90,18 +90,19 @@ def infer(
         two: the tensors of each use in the first run.
         three: the same in the second.
         known: what was found in evaluation, where the order of a flattened axis can be read from the values; in
-            training they are random.
+            training they are random, and so may be which layers are used.
 
     Returns:
         A layout for each site, or the reason why it has none.
     """
-    found: dict[Site, Layout | str] = {}
+    found: dict[Site, Layout | str] = dict(known or {})
     for site in dict.fromkeys([*two, *three]):
-        layout = _site(two.get(site, ()), three.get(site, ()))
-        before = (known or {}).get(site)
+        uses = two.get(site, ()), three.get(site, ())
+        layout, before = _site(*uses), found.get(site)
         flat = isinstance(layout, str) and isinstance(before, Layout) and before.repeat > 1
+        dropped = len(uses[0]) != len(uses[1]) and isinstance(before, Layout)
         moved = isinstance(layout, Layout) and isinstance(before, str)
-        found[site] = before if (flat or moved) and before is not None else layout
+        found[site] = before if (flat or dropped or moved) and before is not None else layout
     return found
 
 

@@ -31,7 +31,7 @@ def rows(output: Any, examples: int, index: int, dim: int) -> list[Tensor]:
 def close(a: Any, b: Any, epsilon: float) -> bool:
     """Whether two outputs agree up to the rounding of the lowest precision within."""
     for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
-        if isinstance(x, Tensor) and x.is_floating_point():
+        if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
             rounding = max(epsilon, torch.finfo(x.dtype).eps)
             tolerance = 1e-8 if rounding < 1e-15 else 2e-3 if rounding < 1e-6 else 1e-1
             bound = tolerance * float(y.detach().abs().nan_to_num().max() if y.numel() else 0) + 1e-12

@@ -147,11 +147,10 @@ class Prepared(nn.Module):
         finally:
             for module, mode in modes:
                 module.training = mode
-        try:
-            joined = pytree.tree_map(lambda *ys: self._join(ys), *halves)
-        except ResponseError:
-            # Something has no axis of examples, such as a loss.
+        if any(len(shape) <= self.batch_dim for shape in shapes(together)):
+            # It has no axis of examples, such as a loss.
             return True
+        joined = pytree.tree_map(lambda *ys: self._join(ys), *halves)
         # Where the model draws random numbers in evaluation, no two runs agree, and shapes must do.
         return shapes(together) != shapes(joined) or not (drawn or close(together, joined, epsilon))
 
@@ -227,7 +226,8 @@ class Prepared(nn.Module):
         values = self.coordinates.values(self.coordinates.leaf().detach().expand(examples, -1))
         how: dict[str, Any] = {"weights": False, "response": False, "weight": weight}
         together, p = self._responses_of(z[point.to(z.device)], values, args, kwargs, how)
-        if not p.apart:
+        if not p.apart or self.fallback:
+            # The examples of a group have one perturbation, and that is checked.
             return
         seen = [rows(together, examples, b, self.batch_dim) for b in range(examples)]
         right = bool(seen[0])
@@ -314,7 +314,9 @@ def _gradient(output: Any, weight: Tensor) -> Tensor | None:
     if not leaves:
         return None
     try:
-        return torch.autograd.grad(torch.stack([y.square().mean() for y in leaves]).sum(), weight, allow_unused=True)[0]
+        return torch.autograd.grad(
+            torch.stack([y.abs().square().mean() for y in leaves]).sum(), weight, allow_unused=True
+        )[0]
     except RuntimeError as error:
         text = str(error)
         if "not implemented" not in text and "inplace operation" not in text:
