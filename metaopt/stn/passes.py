@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __all__ = ["Pass", "Recorder", "Tracer", "Unsupported", "function_name"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -92,10 +92,13 @@ class Pass(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # What was computed from parameters; they themselves may have a rule here.
-        if self.held and self._among(self.held, args, kwargs) - self.marks.keys() and not _reads_no_values(func):
-            return self.each(func, args, kwargs)
         rule = self.rules.get(func)
+        if not self.marks:
+            return self.plain(func, args, kwargs) if rule is None else rule(self, func, *args, **kwargs)
+        # What was computed from parameters; they themselves may have a rule here.
+        derived = self.held and any(key not in self.marks for key in _among(self.held, args, kwargs))
+        if derived and not _reads_no_values(func):
+            return self.each(func, args, kwargs)
         asked, self._asked = self._asked, set()
         try:
             if rule is None:
@@ -105,7 +108,7 @@ class Pass(TorchFunctionMode):
             self.refuse_marked(func, args, kwargs)
             return result
         except NeedsGroups as needs:
-            if self.fixed is not None or not self._among(self.marks, args, kwargs):
+            if self.fixed is not None or not any(_among(self.marks, args, kwargs)):
                 raise
             return self.each(func, args, kwargs, needs)
         finally:
@@ -153,8 +156,8 @@ class Pass(TorchFunctionMode):
 
     def refuse_marked(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Raise `NeedsGroups` if a responding weight is given to a function that has no rule for it."""
-        for key in self._among(self.marks, args, kwargs) - self._asked if self.marks else ():
-            if not _reads_no_values(func):
+        for key in _among(self.marks, args, kwargs):
+            if key not in self._asked and not _reads_no_values(func):
                 raise NeedsGroups(
                     self.marks[key].entry.name, f"it is used by `{function_name(func)}`, which has no rule per example"
                 )
@@ -203,15 +206,6 @@ class Pass(TorchFunctionMode):
     def differentiated(self, func: Any, values: tuple[Tensor, ...]) -> Any:
         """A function's result, with its tangent in a linearised pass."""
         return func(*values)
-
-    def _among(self, known: Mapping[int, Any], args: Any, kwargs: Mapping[str, Any]) -> set[int]:
-        """Which of some tensors are given to a function."""
-        found = set()
-        for value in (*args, *kwargs.values()):
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                if id(tensor) in known:
-                    found.add(id(tensor))
-        return found
 
     # -- tangents: none in the nonlinear pass
 
@@ -273,6 +267,15 @@ class Tracer(Recorder):
             self.noted.append(Noted(function_name(func), inputs, flat(result)))
             self._reached.update(id(v) for v in self.noted[-1].outputs if isinstance(v, Tensor))
         return result
+
+
+def _among(known: Mapping[int, Any], args: Any, kwargs: Mapping[str, Any]) -> Iterator[int]:
+    """Which of some tensors are given to a function."""
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, (list, tuple)):
+            yield from (id(v) for v in value if id(v) in known)
+        elif id(value) in known:
+            yield id(value)
 
 
 def _reads_no_values(func: Any) -> bool:
