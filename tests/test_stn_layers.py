@@ -182,6 +182,22 @@ def test_nothing_of_the_model_is_changed_by_a_response_pass(name: str, training:
             assert module.__dict__.get(rate) is attributes.get(rate)
 
 
+def test_reading_no_values_of_a_parameter_is_no_use_of_it() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parameter = nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert not self.parameter.is_sparse, f"{self.parameter}"
+            str(f"{self.parameter}")
+            return x * self.parameter
+
+    tuned = transform(Model(), hyperparameters())
+    output(tuned, torch.randn(4, 3), at(tuned, torch.randn(4, 3), linearised=True))
+    assert not tuned.fallback
+
+
 @names
 def test_export_round_trips(name: str) -> None:
     case = CASES[name]
@@ -288,10 +304,24 @@ def test_parameters_that_join_the_batch_have_one_perturbation_for_each_example(n
         (lambda x, p: x * F.dropout(p, 0.1)[0], "dropout"),
         (lambda x, p: x.index_add(0, torch.arange(len(x)).flip(0), (x * 0 + 1) * p[1]), "another output than at"),
         (lambda x, p: x.clone().index_put_((torch.arange(len(x)),), p[1]), "of other examples"),
+        (lambda x, p: x * p.clone().mul_(2)[0], "writes on it"),
         (lambda x, p: (x * p[0], p.norm()), "returns what was computed from it alone"),
         (lambda x, p: (x * p[0], p), "returns what was computed from it alone"),
     ],
-    ids=["part", "joined", "sorted", "loop", "unseen", "norm", "dropout", "added", "put", "returned", "itself"],
+    ids=[
+        "part",
+        "joined",
+        "sorted",
+        "loop",
+        "unseen",
+        "norm",
+        "dropout",
+        "added",
+        "put",
+        "written",
+        "returned",
+        "itself",
+    ],
 )
 def test_what_cannot_be_proved_per_example_takes_groups(use: Any, why: str) -> None:
     class Model(nn.Module):

@@ -77,6 +77,9 @@ def apply(p: Pass, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if written_in_place(name):
         # A new tensor is computed, and written.
         target, func = args[0], _out_of_place(name)
+        own = p.instances(target)
+        if own is not None:
+            raise NeedsGroups(own.name, f"`{name}` writes on it, or on what was computed from it")
         with p:
             args = (target.clone(), *args[1:])
     leaves, spec = pytree.tree_flatten(plain_sizes((args, kwargs)))
@@ -84,10 +87,10 @@ def apply(p: Pass, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         with suppress(NeedsGroups):
             return _of_constants(p, func, name, leaves, args, kwargs)
     held = [p.instances(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
-    index, first = next((i, h) for i, h in enumerate((*held, p.instances(target))) if h is not None)
+    index, first = next((i, h) for i, h in enumerate(held) if h is not None)
     place = first.path, name, index, len(leaves)
     call = p.calls.get(place, "it was not used like that when the axes of examples were looked for")
-    if func in COUPLED or kwargs.get("out") is not None or kwargs.get("inplace") or p.instances(target) is not None:
+    if func in COUPLED or kwargs.get("out") is not None or kwargs.get("inplace"):
         call = "it can't be called for each example alone"
     if isinstance(call, Call):
         batched = [v for v, layout in zip(leaves, call.inputs, strict=True) if layout is not None]

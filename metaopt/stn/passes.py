@@ -28,18 +28,8 @@ Rule = Callable[..., Any]
 PLAIN = {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_leaf", "grad_fn", "itemsize"}
 PLAIN |= {"is_nested", "is_sparse", "is_sparse_csr", "is_quantized", "is_cpu", "is_meta", "is_mps", "is_xpu", "grad"}
 PLAIN_METHODS = {"size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "ndimension"}
-PLAIN_METHODS |= {
-    "type",
-    "get_device",
-    "is_complex",
-    "__len__",
-    "__hash__",
-    "__repr__",
-    "data_ptr",
-    "nelement",
-    "is_signed",
-    "is_inference",
-}
+PLAIN_METHODS |= {"type", "get_device", "is_complex", "__len__", "__hash__", "__repr__", "data_ptr", "nelement"}
+PLAIN_METHODS |= {"is_signed", "is_inference", "__format__"}
 
 
 class Unsupported(Exception):
