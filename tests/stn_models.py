@@ -297,7 +297,7 @@ class Spectral(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.fft.irfft(torch.fft.rfft(x, n=8) * torch.fft.rfft(self.kernel, n=8), n=8)[..., : x.shape[-1]]
-        pole = torch.exp(torch.complex(-self.decay.abs(), self.turn) * torch.arange(x.shape[-1]))
+        pole = torch.exp(torch.complex(-self.decay.abs(), self.turn) * torch.arange(x.shape[-1], device=x.device))
         return torch.cat([y, (y * pole).sum(-1, keepdim=True).real], -1)
 
 
