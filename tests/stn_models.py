@@ -60,6 +60,18 @@ class Bare(nn.Module):
         return y
 
 
+class Kept(nn.Module):
+    """As many entries of a parameter as are not zero: a number that could differ from example to example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vector, self.layer = nn.Parameter(torch.randn(4)), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x) * self.vector[self.vector != 0]
+        return torch.tanh(y)
+
+
 class Functional(nn.Module):
     """A layer's function, called with a parameter of one's own, on more than one path."""
 
@@ -166,6 +178,129 @@ class Decoder(nn.Module):
         return y
 
 
+class Vision(nn.Module):
+    """A class token, positions and a layer scale, as in vision transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.positions = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(1, 4, 4))
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.3, batch_first=True)
+        self.scale = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions[:, : x.shape[1] + 1]
+        return x + self.encoder(x) * self.scale
+
+
+class Queries(nn.Module):
+    """Learned queries, of which each example gets a copy, with the time first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(2, 4))
+        self.attention = nn.MultiheadAttention(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(self.queries.unsqueeze(1).repeat(1, x.shape[1], 1), x, x)[0]
+        return y
+
+
+class Language(nn.Module):
+    """A small GPT: tied words, a table of positions, and a bias of attention by distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.positions = nn.Embedding(7, 4), nn.Embedding(6, 4)
+        self.inner, self.distance = nn.Linear(4, 12), nn.Parameter(torch.randn(11, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        time = torch.arange(x.shape[1], device=x.device)
+        hidden = self.words(x) + self.positions(time)
+        q, k, v = self.inner(hidden).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        bias = self.distance[(time - time[:, None]) + 5].permute(2, 0, 1)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        return F.linear(hidden + mixed, self.words.weight)
+
+
+class Written(nn.Module):
+    """Parameters that are written into the batch, and added to it in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.masked, self.added = (nn.Parameter(torch.randn(3)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.clone()
+        y[:, 0] = self.first
+        y[x[..., 0] > 0.5] = self.masked
+        y += self.added
+        return torch.tanh(y)
+
+
+class Weights(nn.Module):
+    """Weights that are computed from parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4))
+        self.conv = nn.Conv1d(1, 2, 3)
+        self.left, self.right = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(2, 4))
+        self.mix = nn.Parameter(torch.randn(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight
+        weight = (weight - weight.mean((1, 2), keepdim=True)) / weight.std((1, 2), keepdim=True)
+        y = F.conv1d(self.normed(x).unsqueeze(1), weight, self.conv.bias).flatten(1)
+        share = torch.softmax(self.mix, 0)
+        return share[0] * y + (y @ (self.right.t() @ self.left).t()) * share[1]
+
+
+class Functions(nn.Module):
+    """Functions of layers, called with bare parameters of many shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = [(4, 3), (4,), (1, 4), (4, 5), (2, 4, 3), (5, 2, 2), (4, 5)]
+        self.all = nn.ParameterList(nn.Parameter(torch.randn(shape)) for shape in shapes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias, row, matrix, heads, kernel, centres = self.all
+        y = F.linear(x, weight, bias)
+        a, b = F.linear(y, row) + y @ bias.unsqueeze(1), torch.tanh(y) @ matrix
+        c = F.conv_transpose1d(torch.einsum("bi,hij->bhj", y, heads), heads.mean((1, 2))[:, None, None])
+        d = F.conv1d(b.unsqueeze(-1).expand(-1, -1, 2), kernel.repeat(1, 5, 1)[:, :5]).flatten(1)
+        e = torch.exp(-(y.unsqueeze(1) - centres.t()).square().sum(-1))
+        return torch.cat([a, b, c.flatten(1), d, e], 1)
+
+
+class Gaps(nn.Module):
+    """Functions whose derivatives torch has in part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.gate, self.centres = nn.Linear(3, 8), nn.Linear(4, 4), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.glu(self.layer(x), -1)
+        y = y * F.hardsigmoid(self.gate(y))
+        scores = F.softmin(torch.cdist(y, self.centres), dim=-1)
+        loss = F.cross_entropy(scores, scores.detach().argmax(-1), reduction="none")
+        return torch.cat([y, scores.logsumexp(-1, keepdim=True), loss.unsqueeze(-1)], -1)
+
+
+class Spectral(nn.Module):
+    """A long convolution by FFT, and a complex pole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.decay, self.turn = (nn.Parameter(torch.randn(n)) for n in (4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.fft.irfft(torch.fft.rfft(x, n=8) * torch.fft.rfft(self.kernel, n=8), n=8)[..., : x.shape[-1]]
+        pole = torch.exp(torch.complex(-self.decay.abs(), self.turn) * torch.arange(x.shape[-1], device=x.device))
+        return torch.cat([y, (y * pole).sum(-1, keepdim=True).real], -1)
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, an input, and how they are used.
@@ -221,7 +356,8 @@ CASES: dict[str, Case] = {
     ),
     "tied": Case(Tied, (B, 4), classes=7, exact=False),
     "reused": Case(Reused, (B, 4)),
-    "bare": Case(Bare, (B, 3), grouped=True),
+    "bare": Case(Bare, (B, 3)),
+    "kept": Case(Kept, (B, 3), grouped=True),
     "cells": Case(Cells, (B, 3, 3), exact=False),
     "attention": Case(Cross, (B, 3, 4), exact=False),
     "encoder": Case(
@@ -261,6 +397,18 @@ CASES |= {
     "decoder": Case(lambda: Decoder(False, True), (B, 3, 4), exact=False),
     "transformer": Case(lambda: Decoder(True, True), (B, 3, 4), exact=False),
     "sequence first": Case(lambda: Decoder(False, False), (3, B, 4), batch_dim=1, exact=False),
+}
+
+
+CASES |= {
+    "vision": Case(Vision, (B, 3, 4), exact=False),
+    "queries": Case(Queries, (3, B, 4), batch_dim=1, exact=False),
+    "language": Case(Language, (B, 4), classes=7, exact=False),
+    "written": Case(Written, (B, 4, 3)),
+    "weights": Case(Weights, (B, 3), exact=False),
+    "functions": Case(Functions, (B, 3), exact=False),
+    "gaps": Case(Gaps, (B, 3), exact=False),
+    "spectral": Case(Spectral, (B, 4)),
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.func import functional_call
 import metaopt
 from metaopt.errors import FallbackWarning, ResponseError
 from metaopt.stn import Tuned, structures, transform
+from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.structures import Structure
 from tests.stn_models import CASES, Case, at, hyperparameters, output, responding
 
@@ -180,6 +182,22 @@ def test_nothing_of_the_model_is_changed_by_a_response_pass(name: str, training:
             assert module.__dict__.get(rate) is attributes.get(rate)
 
 
+def test_reading_no_values_of_a_parameter_is_no_use_of_it() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parameter = nn.Parameter(torch.randn(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert not self.parameter.is_sparse, f"{self.parameter}"
+            str(f"{self.parameter}")
+            return x * self.parameter
+
+    tuned = transform(Model(), hyperparameters())
+    output(tuned, torch.randn(4, 3), at(tuned, torch.randn(4, 3), linearised=True))
+    assert not tuned.fallback
+
+
 @names
 def test_export_round_trips(name: str) -> None:
     case = CASES[name]
@@ -264,6 +282,60 @@ def test_a_sequence_as_long_as_the_batch_is_not_taken_for_it() -> None:
     for b in range(5):
         alone = functional_call(tuned.model, effective(tuned, z[b]), (x[:, b : b + 1],))
         torch.testing.assert_close(y[:, b : b + 1], alone, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["bare", "vision", "queries", "language", "written", "weights", "functions"])
+@modes
+def test_parameters_that_join_the_batch_have_one_perturbation_for_each_example(name: str, training: bool) -> None:
+    tuned, x = responding(CASES[name], training=training)
+    output(tuned, x, at(tuned, draw(CASES[name], tuned)[0], linearised=True))
+    assert not tuned.fallback
+
+
+@pytest.mark.parametrize(
+    ("use", "why"),
+    [
+        (lambda x, p: x * p[: len(x)], "has examples and what it is given has none"),
+        (lambda x, p: torch.cat([x, p])[len(p) :].sin(), "can't be told apart"),
+        (lambda x, p: (x[x[:, 0].argsort()] * p[0]).sin()[x[:, 0].argsort().argsort()], "another output than at"),
+        (lambda x, p: torch.stack([row * p[0] for row in x]), "depends on the batch"),
+        (lambda x, p: x * p[0] + Hidden.apply(x, p * 2)[:, :1], "another output than at"),
+        (lambda x, p: F.batch_norm(x, x.mean(0), x.var(0), p.mean(0)), "for each example alone"),
+        (lambda x, p: x * F.dropout(p, 0.1)[0], "dropout"),
+        (lambda x, p: x.index_add(0, torch.arange(len(x)).flip(0), (x * 0 + 1) * p[1]), "another output than at"),
+        (lambda x, p: x.clone().index_put_((torch.arange(len(x)),), p[1]), "of other examples"),
+        (lambda x, p: x * p.clone().mul_(2)[0], "writes on it"),
+        (lambda x, p: (x * p[0], p.norm()), "returns what was computed from it alone"),
+        (lambda x, p: (x * p[0], p), "returns what was computed from it alone"),
+    ],
+    ids=[
+        "part",
+        "joined",
+        "sorted",
+        "loop",
+        "unseen",
+        "norm",
+        "dropout",
+        "added",
+        "put",
+        "written",
+        "returned",
+        "itself",
+    ],
+)
+def test_what_cannot_be_proved_per_example_takes_groups(use: Any, why: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parameter = nn.Parameter(torch.randn(6, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = use(x, self.parameter)
+            return y
+
+    tuned = transform(Model().eval(), hyperparameters())
+    with pytest.raises(NeedsGroups, match=why):
+        output(tuned, torch.randn(5, 3), at(tuned, torch.randn(5, 3)))
 
 
 class Hidden(torch.autograd.Function):

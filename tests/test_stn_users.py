@@ -106,12 +106,29 @@ class Pairs(nn.Module):
         return self.drop(self.one(x)) @ self.two(x).t() * self.temperature.exp()
 
 
+class Dropped(nn.Module):
+    """Whole layers that are left out at random in training, each with a scale of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.drop = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), nn.Dropout(0.2)
+        self.scales = nn.ParameterList(nn.Parameter(torch.randn(4)) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, scale in zip(self.layers, self.scales, strict=True):
+            if not self.training or torch.rand(()) > 0.3:
+                x = x + torch.tanh(layer(x)) * scale
+        y: Tensor = self.drop(x)
+        return y
+
+
 USERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "dict": (Dict, lambda: {"inputs": torch.randn(6, 4)}),
     "variational": (Variational, lambda: torch.randn(6, 4)),
     "unet": (UNet, lambda: torch.randn(6, 16)),
     "siamese": (Siamese, lambda: torch.randn(6, 4)),
     "classifier": (Classifier, lambda: torch.randint(9, (6, 4))),
+    "dropped": (Dropped, lambda: torch.randn(6, 4)),
     "pairs": (Pairs, lambda: torch.randn(6, 4)),
 }
 
@@ -170,6 +187,16 @@ def test_hypergradients_are_those_of_changed_weights_and_runs_resume(name: str, 
     with train(problem(build, method), train_loss, valid_loss, **{**FIXED, "seed": 9}) as tuner:
         tuner.load_state_dict(kept)
         assert [tuner.train_step(batch), tuner.valid_step(batch)] == found
+
+
+def test_layers_that_are_left_out_at_random_respond_per_example() -> None:
+    torch.manual_seed(0)
+    tuned, batch = problem(Dropped), torch.randn(6, 4)
+    with train(tuned, train_loss, valid_loss) as tuner:
+        for _ in range(4):
+            tuner.train_step(batch)
+        tuner.valid_step(batch)
+    assert not tuned.fallback
 
 
 # -- examples that see each other
@@ -329,6 +356,22 @@ def test_a_parameter_that_is_frozen_too_late_is_said() -> None:
         next(tuned.model.parameters()).requires_grad_(False)
         with pytest.raises(ResponseError, match="frozen after the response"):
             tuner.train_step(torch.randn(6, 4))
+
+
+def test_sequences_with_the_time_first_are_counted_along_their_own_axis() -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.drop = nn.GRU(2, 3), nn.Dropout(0.2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.drop(self.gru(x)[0])[-1]
+            return y
+
+    loss: Callable[..., Tensor] = lambda m, b, v=None: (m(b[1]).sum(1) - b[0]).square().mean()  # noqa: E731
+    with train(problem(Last, batch_dim=1), lambda m, b, v: loss(m, b) + l2(m, v.decay), loss) as tuner:
+        tuner.train_step((torch.randn(6), torch.randn(4, 6, 2)))
+        assert tuner.valid_step((torch.randn(5), torch.randn(4, 5, 2))) > 0
 
 
 def test_a_batch_begins_with_its_examples() -> None:

@@ -16,6 +16,7 @@ from metaopt.stn.composites import inside, untouched, written_out
 from metaopt.stn.layouts import Layout
 from metaopt.stn.passes import Pass
 from metaopt.stn.rules import register
+from metaopt.stn.spelt import spell_out
 
 
 def _bias(mask: Tensor | None, like: Tensor) -> Any:
@@ -172,15 +173,27 @@ def scaled_dot_product_attention(
     if not moving and (p.recording or not dropout_p):
         return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     with p:
-        if enable_gqa:
-            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-        scores = torch.matmul(
-            query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale), key.transpose(-2, -1)
-        )
-        if is_causal:
-            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril().logical_not()
-            scores = scores + _bias(hidden, scores)
-        if attn_mask is not None:
-            # Here a boolean mask is true where attention is allowed.
-            scores = scores + _bias(attn_mask if attn_mask.is_floating_point() else ~attn_mask, scores)
-        return torch.matmul(F.dropout(torch.softmax(scores, -1), dropout_p, dropout_p > 0), value)
+        return _written_out(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+
+
+@spell_out(F.scaled_dot_product_attention)
+def _written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    scores = torch.matmul(query * (1 / math.sqrt(query.shape[-1]) if scale is None else scale), key.transpose(-2, -1))
+    if is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril().logical_not()
+        scores = scores + _bias(hidden, scores)
+    if attn_mask is not None:
+        # Here a boolean mask is true where attention is allowed.
+        scores = scores + _bias(attn_mask if attn_mask.is_floating_point() else ~attn_mask, scores)
+    return torch.matmul(F.dropout(torch.softmax(scores, -1), dropout_p, dropout_p > 0), value)

@@ -52,8 +52,8 @@ def select(args: Any, kwargs: Any, number: int, dim: int) -> tuple[Any, Any]:
     return split(args, kwargs, torch.arange(number) % examples, dim, examples)
 
 
-def size_of(batch: Any, dim: int = 0) -> int:
-    """The number of examples in a batch of data.
+def size_of(batch: Any, dim: int) -> int:
+    """The number of examples in a batch of data: the size of the first tensor that has their axis.
 
     Raises:
         ResponseError: if it holds no tensor with examples.
@@ -64,6 +64,6 @@ def size_of(batch: Any, dim: int = 0) -> int:
                 raise ResponseError("a batch has no examples; leave empty batches out.")
             return leaf.shape[dim]
     raise ResponseError(
-        "a batch must hold a tensor with its examples along an axis, and this one holds none; pass what the loss "
-        "function needs, such as `(x, y)`, or say `examples=...`."
+        f"a batch must hold a tensor with its examples along axis {dim}, and this one holds none; pass what the loss "
+        "function needs, such as `(x, y)`."
     )

@@ -53,8 +53,8 @@ def groups_of(tuned: Tuned, examples: int) -> int | None:
         why = "; ".join(dict.fromkeys(tuned.fallback[name] for name in new))
         warnings.warn(
             f"parameters that can't respond per example ({why}): {', '.join(new)}. Each group of examples has one "
-            "perturbation, which makes the response noisier. `groups` in `transform` says how many groups, "
-            "`metaopt.stn.structures.register` gives a layer of your own a rule.",
+            "perturbation and is run by itself, which takes longer and makes the response noisier. `groups` in "
+            "`transform` says how many there are.",
             FallbackWarning,
             stacklevel=7,
         )

@@ -108,7 +108,7 @@ def diagnose(
 
 
 def _loss(tuner: Tuner, batch: Any, *, smooth: bool = False) -> Tensor:
-    tuned, examples = tuner.tuned, size_of(batch)
+    tuned, examples = tuner.tuned, size_of(batch, tuner.tuned.batch_dim)
     values = tuned.coordinates.present(examples)
     if smooth:
         given = {name: tuned.hyper[name] for name in values}

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,6 +25,7 @@ from torch.utils import _pytree as pytree
 from metaopt.stn.forward_mode import dual_level
 from metaopt.stn.linearised import LinearisedPass
 from metaopt.stn.passes import Pass, Unsupported
+from metaopt.stn.spelt import SPELT_OUT
 
 
 class Runner(Protocol):
@@ -49,47 +49,27 @@ def manual(run: Runner, z: Tensor) -> Any:
     return pytree.tree_map(lambda y: combine(y, p.tangent(y)), output)
 
 
-SOFTMAX = {F.softmax, torch.softmax, torch.Tensor.softmax}
-LOG_SOFTMAX = {F.log_softmax, torch.log_softmax, torch.Tensor.log_softmax}
-LOGSUMEXP = {torch.logsumexp, torch.Tensor.logsumexp}
-
-
-class _ForwardMode(TorchFunctionMode):
-    """What torch's forward mode gets wrong for us.
-
-    It ignores ``no_grad``; what the model computes under it is a constant here, as it is in training. And the backward
-    of its softmax and logsumexp fails where the primal has a graph too (torch 2.13: a saved value is written in place).
-    """
+class _Spelt(TorchFunctionMode):
+    """Functions of which torch's own derivatives have gaps are written in terms of others."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in SOFTMAX and kwargs.get("dtype") is None:
-            return _softmax(*args, **kwargs)
-        if func in LOG_SOFTMAX and kwargs.get("dtype") is None:
-            return _log_softmax(*args, **kwargs)
-        if func in LOGSUMEXP:
-            return _logsumexp(*args, **kwargs)
-        result = func(*args, **kwargs)
+        if func in SPELT_OUT:
+            with self:
+                result = SPELT_OUT[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
+
+
+class _ForwardMode(_Spelt):
+    """Torch's forward mode ignores ``no_grad``; what a model computes under it is a constant here, as in training."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
         if torch.is_grad_enabled():
             return result
         return pytree.tree_map(lambda v: forward_ad.unpack_dual(v).primal if isinstance(v, Tensor) else v, result)
-
-
-def _softmax(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:  # noqa: A002
-    axis = -1 if dim is None else dim
-    exponentials = torch.exp(input - input.amax(axis, keepdim=True).detach())
-    return exponentials / exponentials.sum(axis, keepdim=True)
-
-
-def _log_softmax(input: Tensor, dim: int | None = None, *_: Any, **__: Any) -> Tensor:  # noqa: A002
-    axis = -1 if dim is None else dim
-    return input - _logsumexp(input, axis, keepdim=True)
-
-
-def _logsumexp(input: Tensor, dim: Any, keepdim: bool = False) -> Tensor:  # noqa: A002
-    largest = input.amax(dim, keepdim=True).detach()
-    total = torch.exp(input - largest).sum(dim, keepdim=True).log() + largest
-    return total if keepdim else total.squeeze(dim)
 
 
 def forward(run: Runner, z: Tensor) -> Any:
@@ -118,7 +98,7 @@ def forward(run: Runner, z: Tensor) -> Any:
 def double(run: Runner, z: Tensor) -> Any:
     """Two backward passes: the derivative by ``v`` of ``vᵀ J`` is ``J``, applied to ε."""
     zero = torch.zeros_like(z).requires_grad_()
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), _Spelt(), sdpa_kernel(SDPBackend.MATH):
         output, _ = run(zero, Pass)
         leaves, spec = pytree.tree_flatten(output)
         live = [y for y in leaves if isinstance(y, Tensor) and y.requires_grad]
@@ -130,7 +110,9 @@ def double(run: Runner, z: Tensor) -> Any:
                 pushed: Any = ()
                 if pulled is not None:
                     pushed = torch.autograd.grad(pulled, adjoints, z, create_graph=True, allow_unused=True)
-            except NotImplementedError as error:
+            except RuntimeError as error:
+                if "not implemented" not in str(error):
+                    raise
                 raise Unsupported(str(error).splitlines()[0]) from error
             if pulled is not None:
                 tangents = {id(y): t for y, t in zip(live, pushed, strict=True) if t is not None}

@@ -8,7 +8,7 @@ examples, and the axis is the one that grew.
 
 from __future__ import annotations
 
-__all__ = ["Layout", "NeedsGroups", "Site", "infer", "reordered"]
+__all__ = ["Layout", "NeedsGroups", "Site", "infer", "layout_of", "reordered"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -90,18 +90,19 @@ def infer(
         two: the tensors of each use in the first run.
         three: the same in the second.
         known: what was found in evaluation, where the order of a flattened axis can be read from the values; in
-            training they are random.
+            training they are random, and so may be which layers are used.
 
     Returns:
         A layout for each site, or the reason why it has none.
     """
-    found: dict[Site, Layout | str] = {}
+    found: dict[Site, Layout | str] = dict(known or {})
     for site in dict.fromkeys([*two, *three]):
-        layout = _site(two.get(site, ()), three.get(site, ()))
-        before = (known or {}).get(site)
+        uses = two.get(site, ()), three.get(site, ())
+        layout, before = _site(*uses), found.get(site)
         flat = isinstance(layout, str) and isinstance(before, Layout) and before.repeat > 1
+        dropped = len(uses[0]) != len(uses[1]) and isinstance(before, Layout)
         moved = isinstance(layout, Layout) and isinstance(before, str)
-        found[site] = before if (flat or moved) and before is not None else layout
+        found[site] = before if (flat or dropped or moved) and before is not None else layout
     return found
 
 
@@ -147,14 +148,15 @@ def _moved(layout: Layout, order: Tensor, given: Tensor, permuted: Tensor) -> bo
 def _site(two: Sequence[Tensor], three: Sequence[Tensor]) -> Layout | str:
     if len(two) != len(three):
         return "it is used a number of times that depends on the batch"
-    found = [_layout(a, b) for a, b in zip(two, three, strict=True)]
+    found = [layout_of(a, b) for a, b in zip(two, three, strict=True)]
     first = found[0]
     if any(layout != first for layout in found):
         return "its uses see the examples along different axes"
     return first
 
 
-def _layout(two: Tensor, three: Tensor) -> Layout | str:
+def layout_of(two: Tensor, three: Tensor) -> Layout | str:
+    """The layout of a tensor from its values in runs on two and on three examples, or the reason why it has none."""
     grown = [d for d, (a, b) in enumerate(zip(two.shape, three.shape, strict=False)) if a != b]
     if two.ndim != three.ndim or len(grown) != 1:
         return "what it is applied to has no axis of examples"

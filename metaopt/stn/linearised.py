@@ -21,7 +21,9 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from metaopt.stn.forward_mode import dual_level
+from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.passes import Pass, Unsupported, function_name
+from metaopt.stn.spelt import SPELT_OUT
 
 Rule = Callable[..., Any]
 _ATTRIBUTE = "_metaopt_tangent"
@@ -39,21 +41,25 @@ class LinearisedPass(Pass):
         # Storages that several tensors with tangents share: what writes on one would leave the others' tangents stale.
         self._shared: set[int] = set()
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        rule = self.rules.get(func)
-        if rule is not None:
-            return rule(self, func, *args, **kwargs)
-        self.refuse_marked(func, args, kwargs)
+    def plain(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._carries(args, kwargs) or not torch.is_grad_enabled():
             # Under the user's `no_grad` a value is a constant, in training too.
             return func(*args, **kwargs)
         rule = self.tangent_rules.get(func)
         if rule is not None:
             return rule(self, func, *args, **kwargs)
+        if func in SPELT_OUT:
+            with self:
+                result = SPELT_OUT[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         return self.by_forward_ad(func, args, kwargs)
+
+    def each(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], needs: NeedsGroups | None = None) -> Any:
+        return super().each(func, args, kwargs, needs) if torch.is_grad_enabled() else func(*args, **kwargs)
+
+    def differentiated(self, func: Any, values: tuple[Tensor, ...]) -> Any:
+        return self.by_forward_ad(func, values, {})
 
     def tangent(self, value: Any) -> Tensor | None:
         """The tangent of a tensor in this pass, if it has one."""
@@ -103,7 +109,11 @@ class LinearisedPass(Pass):
 
             def dual(value: Any) -> Any:
                 tangent = self.tangent(value)
-                return value if tangent is None else forward_ad.make_dual(value, tangent.expand_as(value).contiguous())
+                if tangent is None:
+                    return value
+                # Forward mode refuses expanded tensors, whose entries lie on one another.
+                lies = value.contiguous() if 0 in value.stride() else value
+                return forward_ad.make_dual(lies, tangent.expand_as(value).contiguous())
 
             try:
                 result = func(*pytree.tree_map(dual, args), **pytree.tree_map(dual, dict(kwargs)))

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.passes import Pass
 from metaopt.stn.rules import plus, register
 
@@ -56,6 +57,8 @@ def _finish(
             continue
         layout = p.layout(active, func, x)
         if layout is not None:
+            if active.bases != (None,):
+                raise NeedsGroups(active.entry.name, f"`{func.__name__}` has no rule for rows along one axis")
             term = _spread(active.coefficients[0], layout, x, shape)
             terms.append(term.expand_as(x) if factor is None else factor * term)
     return p.join(y, plus(*terms))

@@ -6,15 +6,18 @@ each function of torch that is given one adds that response's effect by the rule
 
 from __future__ import annotations
 
-__all__ = ["Pass", "Recorder", "Unsupported", "function_name"]
+__all__ = ["Pass", "Recorder", "Tracer", "Unsupported", "function_name"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
+from metaopt.stn.calls import Call, Noted, Place, flat
+from metaopt.stn.instances import LARGEST, Instances, apply
 from metaopt.stn.layouts import Layout, NeedsGroups, Site
 from metaopt.stn.perturbations import Noise
 from metaopt.stn.responses import Active
@@ -23,8 +26,10 @@ Rule = Callable[..., Any]
 
 # Attributes of a tensor that are not tensors: reading them is no use of a weight.
 PLAIN = {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_leaf", "grad_fn", "itemsize"}
+PLAIN |= {"is_nested", "is_sparse", "is_sparse_csr", "is_quantized", "is_cpu", "is_meta", "is_mps", "is_xpu", "grad"}
 PLAIN_METHODS = {"size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "ndimension"}
 PLAIN_METHODS |= {"type", "get_device", "is_complex", "__len__", "__hash__", "__repr__", "data_ptr", "nelement"}
+PLAIN_METHODS |= {"is_signed", "is_inference", "__format__"}
 
 
 class Unsupported(Exception):
@@ -38,6 +43,7 @@ class Pass(TorchFunctionMode):
         marks: the responses by ``id`` of the parameter's alias.
         layouts: where the examples are, by site.
         rates: the dropout rates of each example by hyperparameter.
+        calls: how functions without a rule are called, by site.
 
     Attributes:
         rules: by function: what it does with weights that respond, or with rates. Filled by `metaopt.stn.rules`.
@@ -48,12 +54,17 @@ class Pass(TorchFunctionMode):
     recording: ClassVar[bool] = False
 
     def __init__(
-        self, marks: Mapping[int, Active], layouts: Mapping[Site, Layout | str], rates: Mapping[str, Tensor]
+        self,
+        marks: Mapping[int, Active],
+        layouts: Mapping[Site, Layout | str],
+        rates: Mapping[str, Tensor],
+        calls: Mapping[Place, Call | str] | None = None,
     ) -> None:
         super().__init__()
         self.marks = dict(marks)
         self.layouts = layouts
         self.rates = rates
+        self.calls = {} if calls is None else calls
         self.used: set[str] = set()
         self.hyper_used: set[str] = set()
         self.functional_dropout = False
@@ -61,6 +72,10 @@ class Pass(TorchFunctionMode):
         self.moves_statistics = False
         self.fixed: Layout | None = None
         self.epsilon = 0.0
+        # Parameters of which every example has an instance.
+        self.apart: set[str] = set()
+        self.held: dict[int, Instances] = {}
+        self._asked: set[int] = set()
         self._kept: list[Tensor] = []
 
     def __torch_function__(
@@ -68,16 +83,39 @@ class Pass(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         rule = self.rules.get(func)
-        if rule is not None:
-            return rule(self, func, *args, **kwargs)
-        self.refuse_marked(func, args, kwargs)
+        if not self.marks:
+            return self.plain(func, args, kwargs) if rule is None else rule(self, func, *args, **kwargs)
+        # What was computed from parameters; they themselves may have a rule here.
+        derived = self.held and any(key not in self.marks for key in _among(self.held, args, kwargs))
+        if derived and not _reads_no_values(func):
+            return self.each(func, args, kwargs)
+        asked, self._asked = self._asked, set()
+        try:
+            if rule is None:
+                self.refuse_marked(func, args, kwargs)
+                return self.plain(func, args, kwargs)
+            result = rule(self, func, *args, **kwargs)
+            self.refuse_marked(func, args, kwargs)
+            return result
+        except NeedsGroups as needs:
+            if self.fixed is not None or not any(_among(self.marks, args, kwargs)):
+                raise
+            return self.each(func, args, kwargs, needs)
+        finally:
+            self._asked = asked
+
+    def plain(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function for which there is nothing to respond."""
         return func(*args, **kwargs)
 
     # -- responses
 
     def mark_of(self, tensor: Any) -> Active | None:
-        """The response of an alias, if it is one."""
-        return self.marks.get(id(tensor))
+        """The response of an alias, if it is one; who asks has a rule for it."""
+        active = self.marks.get(id(tensor))
+        if active is not None:
+            self._asked.add(id(tensor))
+        return active
 
     def mark(self, tensor: Tensor, active: Active) -> Tensor:
         """Let a part of a parameter, such as its first rows, respond as it does."""
@@ -108,15 +146,56 @@ class Pass(TorchFunctionMode):
 
     def refuse_marked(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Raise `NeedsGroups` if a responding weight is given to a function that has no rule for it."""
-        if not self.marks:
-            return
-        for value in (*args, *kwargs.values()):
-            for tensor in value if isinstance(value, (list, tuple)) else (value,):
-                active = self.marks.get(id(tensor))
-                if active is not None and not _reads_no_values(func):
-                    raise NeedsGroups(
-                        active.entry.name, f"it is used by `{function_name(func)}`, which has no rule per example"
-                    )
+        for key in _among(self.marks, args, kwargs):
+            if key not in self._asked and not _reads_no_values(func):
+                raise NeedsGroups(
+                    self.marks[key].entry.name, f"it is used by `{function_name(func)}`, which has no rule per example"
+                )
+
+    # -- instances
+
+    def instances(self, tensor: Any) -> Instances | None:
+        """What a tensor is for each example, if it depends on a responding parameter, and on no example."""
+        held, active = self.held.get(id(tensor)), self.marks.get(id(tensor))
+        if held is not None or active is None:
+            return held
+        name, examples = active.entry.name, len(active.coefficients[0])
+        if examples * tensor.numel() > LARGEST:
+            raise NeedsGroups(name, "it is too large to be made for each example")
+        held = Instances(name, name, self.join(tensor.expand(examples, *tensor.shape), active.changes()))
+        self.used.add(name)
+        self.apart.add(name)
+        self.hold(tensor, held)
+        return held
+
+    def hold(self, tensor: Tensor, instances: Instances) -> Tensor:
+        """Let a tensor stand for its instances."""
+        self._kept.append(tensor)
+        self.held[id(tensor)] = instances
+        return tensor
+
+    def require_joined(self, output: Any) -> None:
+        """Raise `NeedsGroups` if a result was computed from parameters alone: it has no axis of examples."""
+        for leaf in pytree.tree_leaves(output) if not self.recording else ():
+            held = self.instances(leaf)
+            if held is not None:
+                raise NeedsGroups(held.name, "the model returns what was computed from it alone")
+
+    def each(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], needs: NeedsGroups | None = None) -> Any:
+        """Call a function for each example alone.
+
+        Raises:
+            NeedsGroups: if it can't be; the reason is that of the rule, if there was one.
+        """
+        try:
+            return apply(self, func, function_name(func), args, kwargs)
+        except NeedsGroups as why:
+            # The first reason is the rule's, if there is one.
+            raise (why if needs is None or func not in self.rules else needs) from None
+
+    def differentiated(self, func: Any, values: tuple[Tensor, ...]) -> Any:
+        """A function's result, with its tangent in a linearised pass."""
+        return func(*values)
 
     # -- tangents: none in the nonlinear pass
 
@@ -158,6 +237,35 @@ class Recorder(Pass):
 
     def refuse_marked(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         return
+
+
+class Tracer(Recorder):
+    """A recorder that also notes the calls to which parameters lead."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.starts = {key: active.entry.name for key, active in self.marks.items()}
+        self.noted: list[Noted] = []
+        self._reached = set(self.starts)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs)
+        inputs = flat((args, kwargs or {}))
+        if not self._reached.isdisjoint(map(id, inputs)) and not _reads_no_values(func):
+            self.noted.append(Noted(function_name(func), inputs, flat(result)))
+            self._reached.update(id(v) for v in self.noted[-1].outputs if isinstance(v, Tensor))
+        return result
+
+
+def _among(known: Mapping[int, Any], args: Any, kwargs: Mapping[str, Any]) -> Iterator[int]:
+    """Which of some tensors are given to a function."""
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, (list, tuple)):
+            yield from (id(v) for v in value if id(v) in known)
+        elif id(value) in known:
+            yield id(value)
 
 
 def _reads_no_values(func: Any) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["Prepared"]
+__all__ = ["Found", "Prepared"]
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +16,38 @@ from torch.utils import _pytree as pytree
 
 from metaopt.errors import FallbackWarning, ResponseError
 from metaopt.stn.batches import count, select, split
+from metaopt.stn.calls import Call, Place, confirmed, follow
 from metaopt.stn.engines import ENGINES
 from metaopt.stn.generators import random_state, same_randomness
 from metaopt.stn.layouts import Layout, NeedsGroups, Site, infer, reordered
-from metaopt.stn.passes import Pass, Recorder, Unsupported
+from metaopt.stn.outputs import close, moved, rows, shapes
+from metaopt.stn.passes import Pass, Recorder, Tracer, Unsupported
 from metaopt.stn.perturbations import Coordinates, Perturbation
 from metaopt.stn.responses import Responses
 
 # Examples on which it is seen whether a model keeps their order.
 MOST = 16
+# Different perturbations of these examples.
+POINTS = 4
+
+
+Traced = TypeVar("Traced", bound=Recorder)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a model in one mode: where the examples are, and how functions without a rule are called."""
+
+    layouts: dict[Site, Layout | str]
+    calls: dict[Place, Call | str]
+
+    def refuse(self, why: Mapping[Site, str]) -> None:
+        """Note why examples can't be told apart at some sites."""
+        self.layouts.update(why)
+        for name, function in why:
+            for place in self.calls:
+                if place[0] == name and place[1].rpartition(".")[2] == function:
+                    self.calls[place] = why[name, function]
 
 
 class Prepared(nn.Module):
@@ -38,7 +62,7 @@ class Prepared(nn.Module):
     names: set[str]
     fallback: dict[str, str]
     mixes: bool
-    _layouts: dict[bool, dict[Site, Layout | str]]
+    _layouts: dict[bool, Found]
 
     @property
     def device(self) -> torch.device:
@@ -69,9 +93,10 @@ class Prepared(nn.Module):
         try:
             with same_randomness(self.device), torch.no_grad():
                 self.model.eval()
-                known = self._infer(args, kwargs, {})
+                known = self._infer(args, kwargs, None)
                 if self.verify:
-                    known |= self._reordered(known, args, kwargs)
+                    known.refuse(self._reordered(known.layouts, args, kwargs))
+                    self._in_turn(known, args, kwargs)
                 for module, mode in modes:
                     module.training = mode
                 self._layouts[training] = self._infer(args, kwargs, known) if training else known
@@ -85,18 +110,20 @@ class Prepared(nn.Module):
             for module, mode in modes:
                 module.training = mode
 
-    def _infer(self, args: Any, kwargs: Any, known: Mapping[Site, Layout | str]) -> dict[Site, Layout | str]:
-        runs = [self._recorded(*select(args, kwargs, n, self.batch_dim), n) for n in (2, 3)]
-        return infer(runs[0].seen, runs[1].seen, known)
+    def _infer(self, args: Any, kwargs: Any, known: Found | None) -> Found:
+        parts = [(select(args, kwargs, n, self.batch_dim), n) for n in (2, 3)]
+        two, three = (self._recorded(*inputs, n, Tracer) for inputs, n in parts)
+        layouts = infer(two.seen, three.seen, None if known is None else known.layouts)
+        calls = follow(two.noted, three.noted, (two.starts, three.starts))
+        return Found(layouts, calls if known is None else confirmed(calls, known.calls))
 
     def _reordered(self, known: Mapping[Site, Layout | str], args: Any, kwargs: Any) -> dict[Site, str]:
         whole = count(args, kwargs, self.batch_dim)
-        first = torch.arange(min(whole, MOST), device="cpu")
-        # An order of its own, with which a reversal or a rotation by the model does not commute.
-        order = torch.randperm(len(first), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        order = _order(whole)
+        first = order.sort().values
         try:
             given, permuted = (
-                self._recorded(*split(args, kwargs, part, self.batch_dim, whole), len(part)).seen
+                self._recorded(*split(args, kwargs, part, self.batch_dim, whole), len(part), Recorder).seen
                 for part in (first, order)
             )
         except ResponseError:
@@ -116,22 +143,25 @@ class Prepared(nn.Module):
             parts = [split(args, kwargs, part, self.batch_dim, whole) for part in (examples, *examples.tensor_split(2))]
             before = random_state(self.device)
             together, *halves = [self.model(*inputs, **options) for inputs, options in parts]
-            drawn = _moved(before, random_state(self.device))
+            drawn = moved(before, random_state(self.device))
         finally:
             for module, mode in modes:
                 module.training = mode
+        if any(len(shape) <= self.batch_dim for shape in shapes(together)):
+            # It has no axis of examples, such as a loss.
+            return True
         joined = pytree.tree_map(lambda *ys: self._join(ys), *halves)
         # Where the model draws random numbers in evaluation, no two runs agree, and shapes must do.
-        return _shapes(together) != _shapes(joined) or not (drawn or _close(together, joined, epsilon))
+        return shapes(together) != shapes(joined) or not (drawn or close(together, joined, epsilon))
 
     def _join(self, parts: tuple[Any, ...]) -> Any:
         raise NotImplementedError
 
-    def _recorded(self, args: Any, kwargs: Any, examples: int) -> Recorder:
+    def _recorded(self, args: Any, kwargs: Any, examples: int, kind: type[Traced]) -> Traced:
         z = self.rho.new_zeros(examples, self.coordinates.size)
         values = self.coordinates.values(self.coordinates.leaf().detach().expand(examples, -1))
         try:
-            _, p = self._run(z, Recorder, values, args, kwargs, weights=False, response=False)
+            _, p = self._run(z, kind, values, args, kwargs, weights=False, response=False)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ResponseError(
                 f"`{type(self.model).__name__}` was run on {examples} examples, to find out where they are in what "
@@ -139,7 +169,7 @@ class Prepared(nn.Module):
                 "every tensor that it is called with (`transform(..., batch_dim=...)` says which), and tensors "
                 "without examples must be of another size along it."
             ) from error
-        assert isinstance(p, Recorder)
+        assert isinstance(p, kind)
         return p
 
     def _check(self, args: Any, kwargs: Any) -> float:
@@ -154,34 +184,80 @@ class Prepared(nn.Module):
         values = self.coordinates.values(self.coordinates.leaf().detach().expand(examples, -1))
         constant: dict[str, Any] = {"weights": False, "response": False, "weight": weight}
         before = dict(self.fallback)
-        while True:
-            try:
-                with same_randomness(self.device):
-                    output, p = self._run(z.expand(examples, -1), Pass, values, args, kwargs, **constant)
-                break
-            except NeedsGroups as needs:
-                if needs.name not in self.names:
-                    raise
-                self.fallback[needs.name] = needs.why
+        output, p = self._responses_of(z.expand(examples, -1), values, args, kwargs, constant)
         unseen = {e.name for e in self.responses.entries} - p.used - set(self.fallback)
-        everything = dict.fromkeys((e.name for e in self.responses.entries), "")
-        with same_randomness(self.device):
-            kept, self.fallback = self.fallback, everything
-            try:
-                expected, _ = self._run(z, Pass, values, args, kwargs, **constant)
-            finally:
-                self.fallback = kept
-        if _close(output, expected, p.epsilon):
+        if close(output, self._changed(z, values, args, kwargs, constant), p.epsilon):
             return p.epsilon
-        if not unseen:
+        if not unseen and not p.apart:
             self.fallback = before
             raise ResponseError(
                 f"`{type(self.model).__name__}` uses its weights in a way that can't be seen, such as a custom "
                 "autograd.Function beside a layer: its response would be wrong. Let one parameter be used either by "
                 "layers or by such a function."
             )
+        self.fallback |= dict.fromkeys(p.apart, "its responses by example are not those of a changed parameter")
         self.fallback |= dict.fromkeys(unseen, "no function of torch was seen to use it")
         return self._check(args, kwargs)
+
+    def _in_turn(self, known: Found, args: Any, kwargs: Any) -> None:
+        """Where examples have instances of a parameter, compare each with itself at changed weights."""
+        whole = count(args, kwargs, self.batch_dim)
+        kept = self._layouts.get(False)
+        order = _order(whole) if whole >= POINTS else torch.arange(POINTS, device="cpu") % whole
+        self._layouts[False] = known
+        try:
+            try:
+                # A model that sorts its examples does not keep this order.
+                inputs = split(args, kwargs, order, self.batch_dim, whole)
+                self._alone(len(order), *inputs)
+            except (RuntimeError, ValueError, TypeError, IndexError):
+                # It insists on one.
+                self._alone(len(order), *split(args, kwargs, order.sort().values, self.batch_dim, whole))
+        finally:
+            self._layouts.pop(False)
+            if kept is not None:
+                self._layouts[False] = kept
+
+    def _alone(self, examples: int, args: Any, kwargs: Any) -> None:
+        # A few points are enough to see that an example has another's.
+        point = torch.arange(examples, device="cpu") % POINTS
+        z = torch.randn(POINTS, self.coordinates.size, device="cpu").to(self.rho)
+        weight = 0.3 * torch.randn_like(self.responses.weight) / self.coordinates.size
+        values = self.coordinates.values(self.coordinates.leaf().detach().expand(examples, -1))
+        how: dict[str, Any] = {"weights": False, "response": False, "weight": weight}
+        together, p = self._responses_of(z[point.to(z.device)], values, args, kwargs, how)
+        if not p.apart or self.fallback:
+            # The examples of a group have one perturbation, and that is checked.
+            return
+        seen = [rows(together, examples, b, self.batch_dim) for b in range(examples)]
+        right = bool(seen[0])
+        for i in range(min(POINTS, examples)):
+            # The others don't matter, unless they are seen: then their weights do, and groups are right.
+            changed = self._changed(z[i : i + 1], values, args, kwargs, how)
+            for b in range(i, examples, POINTS):
+                right = right and close(seen[b], rows(changed, examples, b, self.batch_dim), p.epsilon)
+        if not right:
+            self.fallback |= dict.fromkeys(p.apart, "an example has another output than at changed weights")
+
+    def _responses_of(self, z: Tensor, values: Mapping[str, Tensor], args: Any, kwargs: Any, how: Any) -> Any:
+        """A nonlinear pass; what can't respond per example is noted."""
+        while True:
+            try:
+                with same_randomness(self.device):
+                    return self._run(z, Pass, values, args, kwargs, **how)
+            except NeedsGroups as needs:
+                if needs.name not in self.names:
+                    raise
+                self.fallback[needs.name] = needs.why
+
+    def _changed(self, z: Tensor, values: Mapping[str, Tensor], args: Any, kwargs: Any, how: Any) -> Any:
+        """The output with all weights changed by the response at one point."""
+        kept, self.fallback = self.fallback, dict.fromkeys((e.name for e in self.responses.entries), "")
+        try:
+            with same_randomness(self.device):
+                return self._run(z, Pass, values, args, kwargs, **how)[0]
+        finally:
+            self.fallback = kept
 
     def _fall_back(self, engines: list[str], reason: Exception) -> None:
         if len(engines) == 1:
@@ -202,7 +278,7 @@ class Prepared(nn.Module):
         """Compare hand-written tangents with another engine's, once: a wrong one must not go unnoticed."""
         # The response starts at zero, where all engines agree.
         with same_randomness(self.device):
-            weight = torch.randn_like(self.responses.weight)
+            weight = torch.randn_like(self.responses.weight).requires_grad_()
 
         found, passes = [], []
 
@@ -214,14 +290,15 @@ class Prepared(nn.Module):
         for engine in ENGINES:
             with same_randomness(self.device):
                 try:
-                    found.append(ENGINES[engine](run, z.detach()))
+                    output = ENGINES[engine](run, z.detach())
+                    found.append((output, _gradient(output, weight)))
                 except Unsupported as reason:
                     if engine == engines[0]:
                         self._fall_back(engines, reason)
             if len(found) == 2:
                 break
         epsilon = max((p.epsilon for p in passes), default=0.0)
-        if len(found) < 2 or engines[0] != "manual" or _close(found[0], found[1], epsilon):
+        if len(found) < 2 or engines[0] != "manual" or close(found[0], found[1], epsilon):
             return
         differ = f"hand-written tangents of `{type(self.model).__name__}` differ from torch's own"
         why = "does the model write on its intermediate values, or use a custom autograd.Function?"
@@ -229,6 +306,27 @@ class Prepared(nn.Module):
             raise ResponseError(f'{differ}; {why} Use `engine="auto"`, which takes another engine then.')
         engines.pop(0)
         warnings.warn(f"{differ}, which are used from now on; {why}", FallbackWarning, stacklevel=2)
+
+
+def _gradient(output: Any, weight: Tensor) -> Tensor | None:
+    """A gradient through the tangents; some functions of torch have tangents without one."""
+    leaves = [y for y in pytree.tree_leaves(output) if isinstance(y, Tensor) and y.requires_grad]
+    if not leaves:
+        return None
+    try:
+        return torch.autograd.grad(
+            torch.stack([y.abs().square().mean() for y in leaves]).sum(), weight, allow_unused=True
+        )[0]
+    except RuntimeError as error:
+        text = str(error)
+        if "not implemented" not in text and "inplace operation" not in text:
+            raise
+        raise Unsupported(text.splitlines()[0]) from error
+
+
+def _order(whole: int) -> Tensor:
+    """Some examples in an order with which a reversal or a rotation by the model does not commute."""
+    return torch.randperm(min(whole, MOST), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
 
 
 def _culprit(model: nn.Module, reason: BaseException) -> str:
@@ -240,26 +338,3 @@ def _culprit(model: nn.Module, reason: BaseException) -> str:
         trace = trace.tb_next
     inner = model.get_submodule(found)
     return f"`{type(model).__name__}`" if inner is model else f"{found!r}, of type `{type(inner).__name__}`,"
-
-
-def _moved(before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]) -> bool:
-    pairs = zip(before, after, strict=True)
-    return any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs)
-
-
-def _shapes(output: Any) -> list[Any]:
-    return [leaf.shape for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
-def _close(a: Any, b: Any, epsilon: float) -> bool:
-    """Whether two outputs agree up to the rounding of the lowest precision within."""
-    for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
-        if isinstance(x, Tensor) and x.is_floating_point():
-            rounding = max(epsilon, torch.finfo(x.dtype).eps)
-            tolerance = 1e-8 if rounding < 1e-15 else 2e-3 if rounding < 1e-6 else 1e-1
-            bound = tolerance * float(y.detach().abs().nan_to_num().max() if y.numel() else 0) + 1e-12
-            if x.shape != y.shape or not torch.allclose(
-                x.detach(), y.detach(), rtol=tolerance, atol=bound, equal_nan=True
-            ):
-                return False
-    return True

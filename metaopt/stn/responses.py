@@ -24,7 +24,6 @@ class Entry:
         name: its first name in the model.
         aliases: all its names, where it is tied.
         structure: its rows.
-        known: whether its layers have rules per example; else it responds through the fallback.
         start: its first row in ``U``.
         banks: the terms of its response.
         rank: the rank of each term; None where a term has a scalar for each row.
@@ -33,7 +32,6 @@ class Entry:
     name: str
     aliases: tuple[str, ...]
     structure: Structure
-    known: bool
     start: int
     banks: int
     rank: int | None = None
@@ -88,14 +86,19 @@ class Active:
 
     def change(self, example: int = 0) -> Tensor:
         """``ΔP`` of one example, of the parameter's shape."""
-        terms = [self._term(s[example], base, mixer) for s, base, mixer in self.terms()]
+        return replace(self, coefficients=tuple(s[example : example + 1] for s in self.coefficients)).changes()[0]
+
+    def changes(self) -> Tensor:
+        """``ΔP`` of all examples, along a first axis."""
+        terms = [self._term(s, base, mixer) for s, base, mixer in self.terms()]
         return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
     def _term(self, scalars: Tensor, base: Tensor | None, mixer: Tensor | None) -> Tensor:
         axis = self.entry.structure.axis
         if mixer is None or base is None or axis is None:
             return self.entry.structure.scale(scalars, base)
-        return torch.tensordot(mixer * scalars, base, ([1], [axis])).movedim(0, axis)
+        mixed = mixer * scalars.unsqueeze(1)
+        return torch.tensordot(mixed, base, ([2], [axis])).movedim(1, axis + 1)
 
 
 class Responses(nn.Module):
@@ -137,7 +140,7 @@ class Responses(nn.Module):
     ) -> None:
         super().__init__()
         found = _parameters(model)
-        kinds = {(p.dtype, p.device) for p, _, _, _ in found}
+        kinds = {(p.dtype, p.device) for p, _, _ in found}
         if len(kinds) != 1:
             raise ResponseError(
                 "a best response needs trained parameters of one floating-point type on one device, got "
@@ -148,10 +151,10 @@ class Responses(nn.Module):
         self.bases, self.mixers = nn.ParameterList(), nn.ParameterList()
         self._slots: list[tuple[int, ...]] = []
         rows = 0
-        for parameter, names, structure, known in found:
+        for parameter, names, structure in found:
             count = 1 if structure.axis is None else banks
             low = structure.axis is not None and structure.mixable and names[0] not in whole
-            entry = Entry(names[0], names, structure, known, rows, count, rank if low else None)
+            entry = Entry(names[0], names, structure, rows, count, rank if low else None)
             rows = entry.stop
             self.entries.append(entry)
             first = len(self.bases)
@@ -209,8 +212,8 @@ class Responses(nn.Module):
         self.weight.mul_(ratio.to(self.weight))
 
 
-def _parameters(model: nn.Module) -> list[tuple[Parameter, tuple[str, ...], Structure, bool]]:
-    """Each unique trained parameter with all its names, its structure, and whether its layers have rules."""
+def _parameters(model: nn.Module) -> list[tuple[Parameter, tuple[str, ...], Structure]]:
+    """Each unique trained parameter with all its names, and its structure."""
     seen: dict[int, tuple[Parameter, list[str], list[Structure | None]]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         declared: Mapping[str, Structure] = structures(module)
@@ -225,13 +228,14 @@ def _parameters(model: nn.Module) -> list[tuple[Parameter, tuple[str, ...], Stru
         given = [kind for kind in kinds if kind is not None]
         # A table of words that is tied to a decoder responds along its columns, in both.
         structure = max(given, key=lambda s: s.axis or 0, default=None)
-        known = len(given) == len(kinds)
-        found.append((parameter, tuple(names), structure or _bare(parameter), known))
+        found.append((parameter, tuple(names), structure or _bare(parameter)))
     return found
 
 
 def _bare(parameter: Tensor) -> Structure:
-    return along(parameter, 0) if parameter.ndim > 1 else dense(parameter)
+    # A class token (1, 1, d) and the scale of a layer (c, 1, 1) are vectors; axes of one in front are no rows.
+    axes = [d for d, n in enumerate(parameter.shape) if n > 1]
+    return along(parameter, axes[0]) if len(axes) > 1 else dense(parameter)
 
 
 def _base(parameter: Tensor, entry: Entry) -> Tensor:

@@ -81,7 +81,7 @@ def affine(
             terms.append(op(x, tangent))
         active = p.mark_of(weight)
         if active is not None:
-            terms += _weight(p, func, op, x, active, feature % y.ndim, y.ndim, rows)
+            terms += _weight(p, func, op, x, active, y, feature % y.ndim, rows)
     if bias is not None:
         tangent = p.tangent(bias)
         if tangent is not None:
@@ -95,22 +95,24 @@ def affine(
 
 
 def _weight(
-    p: Pass, func: Any, op: Operation, x: Tensor, active: Active, feature: int, ndim: int, rows: int | None
+    p: Pass, func: Any, op: Operation, x: Tensor, active: Active, y: Tensor, feature: int, rows: int | None
 ) -> list[Tensor]:
-    layout = p.layout(active, func, x)
+    ndim, layout = y.ndim, p.layout(active, func, x)
     if layout is None:
         return []
     axis, found = active.entry.structure.axis, []
     for coefficients, base, mixer in active.terms():
         if base is None:
+            if active.entry.structure.rows != y.shape[feature]:
+                raise NeedsGroups(active.entry.name, f"`{func.__name__}` has no rule for a weight that is a vector")
             # A vector: every entry is a row, and `op` with ones is the function of x alone.
             ones = coefficients.new_ones(active.entry.structure.view)
             found.append(layout.spread(coefficients, ndim, feature) * op(x, ones))
         elif axis == rows:
             scaled = layout.spread(coefficients, ndim, feature) * op(x, base)
             found.append(scaled if mixer is None else F.linear(scaled.movedim(feature, -1), mixer).movedim(-1, feature))
-        elif rows == 0 and axis == 1 and base.ndim == 2:
-            # Rows along the input axis: a decoder that is tied to a table of words.
+        elif rows is not None and axis == 1 - rows and base.ndim == 2 and func is not F.embedding:
+            # Rows along the input axis: a decoder that is tied to a table of words, a matrix behind `@`.
             columns = x if mixer is None else x @ mixer
             found.append(op(columns * layout.spread(coefficients, x.ndim, -1), base))
         else:
@@ -126,9 +128,26 @@ def _along(vector: Tensor, ndim: int, feature: int) -> Tensor:
 def linear(p: Pass, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
     """``y = x Wᵀ + b``."""
     y = F.linear(input, weight, bias)
+    active = p.mark_of(weight)
+    if active is not None and weight.ndim < 2 and not p.recording:
+        raise NeedsGroups(active.entry.name, "`linear` has no rule for a weight that is a vector")
     dx = p.tangent(input)
     dy = None if dx is None else F.linear(dx, weight)
     return affine(p, func, F.linear, y, input, weight, bias, feature=-1, rows=0, dy=dy)
+
+
+@register(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
+def matmul(p: Pass, func: Any, input: Tensor, other: Tensor) -> Tensor:  # noqa: A002
+    """``y = x W``, with a matrix behind."""
+    active = p.mark_of(other) if other.ndim == 2 else None
+    if active is None:
+        p.refuse_marked(func, (input, other), {})
+        result: Tensor = p.plain(func, (input, other), {})
+        return result
+    y = torch.matmul(input, other)
+    dx = p.tangent(input)
+    dy = None if dx is None else torch.matmul(dx, other)
+    return affine(p, func, torch.matmul, y, input, other, None, feature=-1, rows=1, dy=dy)
 
 
 def _convolution(p: Pass, func: Any, *args: Any, **kwargs: Any) -> Tensor:

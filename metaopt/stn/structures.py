@@ -41,11 +41,11 @@ class Structure:
     mixable: bool = True
 
     def scale(self, coefficients: Tensor, base: Tensor | None) -> Tensor:
-        """``diag(s) V``: a change of the parameter from the scalars of one example, shape ``(o,)``."""
-        scalars = coefficients.reshape(self.broadcast)
+        """``diag(s_b) V``: the changes of the parameter from the scalars of each example, shape ``(B, o)``."""
+        scalars = coefficients.reshape(-1, *self.broadcast)
         if base is None:
-            return scalars.reshape(self.view)
-        return (scalars * base.reshape(self.view)).reshape(base.shape)
+            return scalars.reshape(-1, *self.view)
+        return (scalars * base.reshape(self.view)).reshape(-1, *base.shape)
 
 
 def along(parameter: Tensor, axis: int) -> Structure:
@@ -66,9 +66,8 @@ def dense(parameter: Tensor) -> Structure:
 def structures(module: nn.Module) -> dict[str, Structure]:
     """The structures of the parameters that a layer holds itself, by name.
 
-    To let a layer of your own respond per example, register a function for its type; its parameters must then be used
-    by functions of torch that have a rule, such as ``F.linear``. A parameter that is not named here responds through
-    the fallback, along its first axis, with one perturbation for each group of examples.
+    To let the parameters of a layer of your own respond along other rows, register a function for its type. A parameter
+    that is not named here responds along its first axis that is longer than one.
 
     Args:
         module: a layer; parameters of its children are theirs.

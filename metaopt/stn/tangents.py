@@ -54,7 +54,7 @@ def _linear(p: LinearisedPass, func: Any, x: Tensor, *args: Any, **kwargs: Any) 
         return p.by_forward_ad(func, (x, *args), kwargs)
     y, dy = func(x, *args, **kwargs), func(dx, *args, **kwargs)
     if isinstance(y, Tensor):
-        return carry(p, y, dy) if y.is_floating_point() else y
+        return carry(p, y, dy) if y.is_floating_point() or y.is_complex() else y
     for value, tangent in zip(y, dy, strict=True):
         carry(p, value, tangent)
     return y
@@ -140,6 +140,7 @@ _elementwise(_silu, F.silu)
 _elementwise(_leaky, F.leaky_relu)
 _elementwise(_elu, F.elu)
 _elementwise(lambda x, y: ((x > 0) & (x < 6)).to(y), F.relu6)
+_elementwise(lambda x, y: ((y > 0) & (y < 1)).to(y) / 6, F.hardsigmoid)
 
 
 @_register(torch.relu_, _T.relu_)

@@ -106,7 +106,7 @@ class Tuner:
         present ones, and then ``Θ`` at perturbed ones, where w0 is a constant.
 
         Args:
-            batch: what the loss function takes; its first tensor has the examples along its first axis.
+            batch: what the loss function takes; its first tensor with a ``batch_dim`` has the examples there.
 
         Returns:
             The training loss: of the weights' step, or of the joint one.
@@ -141,7 +141,7 @@ class Tuner:
     # -- the steps
 
     def _weights(self, batch: Any) -> float:
-        examples = size_of(batch)
+        examples = size_of(batch, self.tuned.batch_dim)
         at = Perturbation(None, self.tuned.coordinates.present(examples), weights=True)
         loss = self._loss(self.train_loss, batch, at)
         self._noise = at.noise
@@ -149,7 +149,7 @@ class Tuner:
         return loss.item()
 
     def _response(self, batch: Any) -> float:
-        z, point, groups = self._perturb(size_of(batch))
+        z, point, groups = self._perturb(size_of(batch, self.tuned.batch_dim))
         at = Perturbation(z / self.tuned.reference, self.tuned.coordinates.values(point), groups)
         at.noise = Noise(self._noise)
         at.response, at.linearised = True, self.tuned.method == "delta"
@@ -160,7 +160,7 @@ class Tuner:
         return loss.item()
 
     def _joint(self, batch: Any) -> float:
-        _, point, groups = self._perturb(size_of(batch))
+        _, point, groups = self._perturb(size_of(batch, self.tuned.batch_dim))
         at = Perturbation(point, self.tuned.coordinates.values(point), groups, weights=True, response=True)
         loss = self._loss(self.train_loss, batch, at)
         if self.steps == 1:
@@ -170,7 +170,7 @@ class Tuner:
         return loss.item()
 
     def _validation(self, batch: Any) -> float:
-        tuned, examples = self.tuned, size_of(batch)
+        tuned, examples = self.tuned, size_of(batch, self.tuned.batch_dim)
         leaf, sigma = tuned.coordinates.leaf(), tuned.scale
         origin = 0 if tuned.method == "stn" else leaf.detach()
         if self.scale_optimizer is None:

@@ -20,11 +20,11 @@ from metaopt.stn.binding import Bound
 from metaopt.stn.engines import ENGINES
 from metaopt.stn.generators import random_state, set_random_state
 from metaopt.stn.guards import guarded
-from metaopt.stn.layouts import Layout, NeedsGroups, Site
+from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.masks import Mask, masks_of
 from metaopt.stn.passes import Pass, Unsupported
 from metaopt.stn.perturbations import Coordinates, Noise, Perturbation, inverse_softplus
-from metaopt.stn.preparation import Prepared
+from metaopt.stn.preparation import Found, Prepared
 from metaopt.stn.responses import Active, Responses
 from metaopt.stn.substitution import Slots, substituted
 
@@ -79,15 +79,11 @@ class Tuned(Prepared):
         self.bound = dict(bound.rates)
         self.slots = Slots(model, self.bound, masks)
         self.groups, self.batch_dim, self.verify = groups, batch_dim, verify
-        self.fallback: dict[str, str] = {
-            e.name: f"`{type(model).__name__}` uses it in a way without a rule"
-            for e in self.responses.entries
-            if not e.known
-        }
+        self.fallback: dict[str, str] = {}
         # Whether the model's output for some examples depends on others: then they are not split into groups.
         self.mixes = False
         self._engines = {mode: list(ENGINES) if engine == "auto" else [engine] for mode in (True, False)}
-        self._layouts: dict[bool, dict[Site, Layout | str]] = {}
+        self._layouts: dict[bool, Found] = {}
         self._compared: set[bool] = set()
         self._at: Perturbation | None = None
         self.names = {entry.name for entry in self.responses.entries}
@@ -243,8 +239,8 @@ class Tuned(Prepared):
             return run(z, Pass)[0]
         engines = self._engines[self.model.training]
         if self.verify and self.model.training not in self._compared:
-            self._compared.add(self.model.training)
             self._compare(z, values, args, kwargs, engines)
+            self._compared.add(self.model.training)
         while True:
             state = random_state(self.device)
             try:
@@ -299,7 +295,8 @@ class Tuned(Prepared):
         # A rate that has one draw for a minibatch is one number, wherever the examples are.
         shared = self.coordinates.per_batch
         rates = {n: values[n].flatten()[0] if n in shared else values[n] for n in set(self.bound.values())}
-        p = kind(marks, self._layouts.get(self.model.training, {}), rates)
+        found = self._layouts.get(self.model.training, Found({}, {}))
+        p = kind(marks, found.layouts, rates, found.calls)
         if at is not None:
             p.noise, p.moves_statistics = at.noise, at.weights
         for alias, change in held:
@@ -311,5 +308,6 @@ class Tuned(Prepared):
             p,
         ):
             output = self.model(*args, **kwargs)
+        p.require_joined(output)
         self._note(p, at)
         return output, p
