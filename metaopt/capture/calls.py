@@ -155,7 +155,7 @@ def _set_data(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kw
     # what shared the target's old memory.
     with torch.no_grad():
         writes.call(watcher, Tensor.copy_, (target, source), {}, [target])
-    tape.part(source, target)
+    tape.memory.part(source, target)
     return None
 
 

@@ -6,17 +6,17 @@ __all__ = ["Tape"]
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from metaopt.capture.bindings import BASE, Binding, External, Geometry, View, leaves_of, tensor_geometry
+from metaopt.capture.bindings import BASE, Binding, External, Geometry, View, leaves_of
 from metaopt.capture.cells import Cell, Cells, version_of
 from metaopt.capture.hooks import refuse_live_closure
+from metaopt.capture.memory import Memory, part_of
 from metaopt.capture.primitives import hooked, leaf, overwrite, stop
 from metaopt.capture.segment import Segment
 from metaopt.capture.trace import Group, Instruction, Num, Obj, Trace, Val, needed
@@ -40,11 +40,8 @@ class Tape:
         self._bindings: dict[int, Binding] = {}
         self._constants: dict[int, tuple[Tensor, int, int]] = {}
         self._constant_cells: list[Cell] = []
-        self._memory: dict[int, tuple[StorageWeakRef, Binding, Geometry]] = {}
+        self.memory = Memory()
         self._stopped: dict[int, int] = {}
-        # Memory that a tensor's `.data` was given, and did not get.
-        self.parted: dict[int, tuple[StorageWeakRef, list[tuple[weakref.ref[Tensor], int]]]] = {}
-        self._left: dict[int, StorageWeakRef] = {}
         self._compact_at = _COMPACT_EVERY
         self._behind: dict[int, Tensor] = {}
         # What the loop computes on the way, by number, if that is to be kept.
@@ -110,44 +107,38 @@ class Tape:
 
     def own_memory(self, tensor: Tensor) -> None:
         """Other tensors in this one's memory, made out of sight, are views of it."""
-        if tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
-            binding = self.find(tensor)
-            if binding is not None:
-                # The weak reference also keeps the address from being given to another storage.
-                self._memory[storage._cdata] = (StorageWeakRef(storage), binding, tensor_geometry(tensor))
+        self.memory.own(tensor, self.find(tensor))
 
     def alias(self, tensor: Tensor) -> Binding | None:
         """The binding of a tensor that was made out of sight in the memory of one that is followed."""
-        if tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        known = self.memory.owner(tensor)
+        if known is None:
             return None
-        known = self._memory.get(tensor.untyped_storage()._cdata)
-        if known is None or known[0].expired():
-            return None
-        _, base, geometry = known
+        base, geometry = known
         owner = base.ref()
-        if owner is tensor:
-            return None
-        if tensor.untyped_storage()._cdata in self._left:
-            raise _parted(tensor)
         if owner is None and base.epoch != self.epoch:
             return self._inherit(tensor, base, geometry)
         if not tensor.requires_grad:
-            return self.bind_view(tensor, base, geometry)
+            return self._bind_view(tensor, base, geometry)
         if owner is not None:
             raise CaptureError(
                 f"a parameter of shape {tuple(tensor.shape)} was made in the memory of another tensor that depends on "
                 "the weights, so that writing the one changes the other. Give it memory of its own (`x.clone()`)."
             )
         # A parameter made of a detached copy (`copy.deepcopy(model)`): a leaf of the loop with a known value.
-        value = self.read_binding(self.bind_view(tensor, base, geometry))
+        value = self.read_binding(self._bind_view(tensor, base, geometry))
         (number,) = self.trace.emit(leaf, Val(value))
         return self.define(tensor, number, inner=1, leaf=True)
 
+    def _bind_view(self, tensor: Tensor, base: Binding, geometry: Geometry) -> Binding:
+        via = part_of(tensor, geometry)
+        binding = self._bear(tensor)
+        binding.base, binding.via = base, via
+        return binding
+
     def _inherit(self, tensor: Tensor, base: Binding, geometry: Geometry) -> Binding:
         """A tensor in the memory of one that is gone: it carries that one's value on."""
-        if tensor_geometry(tensor) != geometry:
-            raise _shared_memory(tensor, geometry[0])
+        part_of(tensor, geometry, whole=True)
         binding = self._bindings[id(tensor)] = Binding(base.key, tensor)
         binding.leaf = tensor.requires_grad and tensor.is_leaf
         binding.inner = int(binding.leaf)
@@ -198,39 +189,6 @@ class Tape:
         """Whether another living tensor is followed as a view of this one."""
         base = self.find(tensor)
         return any(binding.base is not None and binding.root is base for binding in self.bindings())
-
-    def part(self, source: Tensor, target: Tensor) -> None:
-        """In the bare loop ``target`` has left its memory for that of ``source``; here it has not."""
-        new, old = source.untyped_storage(), target.untyped_storage()
-        self._left[old._cdata] = StorageWeakRef(old)
-        _, targets = self.parted.setdefault(new._cdata, (StorageWeakRef(new), []))
-        targets.append((weakref.ref(target), version_of(target)))
-
-    def refuse_parted(self, tensors: Iterable[Tensor], written: Sequence[Tensor]) -> None:
-        """Raise if a tensor in memory that the bare loop would share is written, or is read after the other was."""
-        for tensor in tensors:
-            known = self.parted.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
-            if known is None:
-                continue
-            moved = any((target := ref()) is not None and version_of(target) != version for ref, version in known[1])
-            if moved or any(target is tensor for target in written):
-                raise _parted(tensor)
-
-    def bind_view(self, tensor: Tensor, base: Binding, geometry: Geometry) -> Binding:
-        """Follow a tensor as a view, by its strides, of another one."""
-        shape, stride, start, dtype, dense = geometry
-        offset = tensor.storage_offset() - start
-        outside = offset < 0 or offset + _reach(tensor.shape, tensor.stride()) > _reach(shape, stride)
-        if outside or not dense or tensor.dtype != dtype:
-            raise _shared_memory(tensor, shape)
-        binding = self._bear(tensor)
-        binding.base = base
-        if tensor.shape == shape and tensor.stride() == stride and offset == 0:
-            binding.via = View(stop, (BASE,), {}, 1, 0, True)
-        else:
-            place = (tuple(tensor.shape), tensor.stride(), offset)
-            binding.via = View(torch.as_strided, (BASE, *place), {}, 1, 0, True)
-        return binding
 
     def bindings(self) -> list[Binding]:
         """The bindings whose tensors are alive."""
@@ -469,9 +427,7 @@ class Tape:
                 if external.tensor.grad_fn is None or external.epoch > self.epoch - 4
             }
         self._bindings = {key: b for key, b in self._bindings.items() if b.ref() is not None}
-        self._memory = {key: known for key, known in self._memory.items() if not known[0].expired()}
-        self.parted = {key: known for key, known in self.parted.items() if not known[0].expired()}
-        self._left = {key: known for key, known in self._left.items() if not known.expired()}
+        self.memory.purge()
 
     def end(self, seal: Callable[..., Segment]) -> Segment:
         """Finish the iteration: what it left behind in living tensors is what it computed."""
@@ -490,8 +446,8 @@ class Tape:
             and (t.dtype.is_floating_point or t.dtype.is_complex)
         }
         # The tensor may be gone and its memory live on, in one that was made of it out of sight.
-        for storage, b, _ in self._memory.values():
-            if b.epoch == self.epoch and b.fresh and b.ref() is None and not storage.expired():
+        for b in self.memory.outlived():
+            if b.epoch == self.epoch and b.fresh:
                 outputs.setdefault(b.key, b.value)
         segment = seal(
             self.trace,
@@ -533,25 +489,6 @@ class Tape:
         self.trace.constants = [number for number, _ in pairs]
         self._constant_cells = [cell for _, cell in pairs]
         self._constants = {key: known for key, known in self._constants.items() if known[2] in used}
-
-
-def _reach(shape: Sequence[int], stride: Sequence[int]) -> int:
-    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if all(shape) else 0
-
-
-def _parted(tensor: Tensor) -> CaptureError:
-    return CaptureError(
-        f"a tensor of shape {tuple(tensor.shape)} was used whose memory `x.data = …` has given to `x`, or taken from "
-        "it: a write to the one may change the other. Use copies (`x.data = y.clone()`, `old = x.detach().clone()`), "
-        "or write `with torch.no_grad(): x.copy_(y)`."
-    )
-
-
-def _shared_memory(tensor: Tensor, shape: Sequence[int]) -> CaptureError:
-    return CaptureError(
-        f"a tensor of shape {tuple(tensor.shape)} shares memory with one of shape {tuple(shape)} that depends on the "
-        "weights, in a way that can't be followed. Give it memory of its own (`x.clone()`)."
-    )
 
 
 def _unseen_write(tensor: Tensor) -> CaptureError:

@@ -99,8 +99,8 @@ class Watcher(TorchFunctionMode):
                 self._say_number_is_constant(func)
             if torch._C._are_functorch_transforms_active():
                 return self._inside_transform(func, args, kwargs)
-            if self.tape.parted:
-                self.tape.refuse_parted(flatten([*args, *kwargs.values()]), writes.targets(func, args, kwargs))
+            if self.tape.memory.parted:
+                self.tape.memory.refuse_parted(flatten([*args, *kwargs.values()]), writes.targets(func, args, kwargs))
             special = calls.SPECIAL.get(func)
             if special is not None:
                 return special(self, func, args, kwargs)

@@ -1,0 +1,108 @@
+"""Whose memory is whose: tensors that were made out of sight in the memory of one that is followed."""
+
+from __future__ import annotations
+
+__all__ = ["Memory", "part_of"]
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from metaopt.capture.bindings import BASE, Binding, Geometry, View, tensor_geometry
+from metaopt.capture.cells import version_of
+from metaopt.capture.primitives import stop
+from metaopt.errors import CaptureError
+
+
+class Memory:
+    """The owners of memory, and what ``x.data = y`` would have exchanged."""
+
+    def __init__(self) -> None:
+        self._owners: dict[int, tuple[StorageWeakRef, Binding, Geometry]] = {}
+        # Memory that a tensor's `.data` was given, and did not get; and that which it would have left.
+        self.parted: dict[int, tuple[StorageWeakRef, list[tuple[weakref.ref[Tensor], int]]]] = {}
+        self._left: dict[int, StorageWeakRef] = {}
+
+    def own(self, tensor: Tensor, binding: Binding | None) -> None:
+        """Other tensors in this one's memory, made out of sight, are views of it."""
+        if tensor.layout is torch.strided and binding is not None:
+            storage = tensor.untyped_storage()
+            # The weak reference also keeps the address from being given to another storage.
+            self._owners[storage._cdata] = (StorageWeakRef(storage), binding, tensor_geometry(tensor))
+
+    def owner(self, tensor: Tensor) -> tuple[Binding, Geometry] | None:
+        """Whose memory a tensor lies in, if that is another's."""
+        if tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return None
+        key = tensor.untyped_storage()._cdata
+        known = self._owners.get(key)
+        if known is None or known[0].expired() or known[1].ref() is tensor:
+            return None
+        if key in self._left:
+            raise _parted(tensor)
+        return known[1], known[2]
+
+    def outlived(self) -> Iterator[Binding]:
+        """The owners that are gone, and whose memory is not."""
+        for storage, binding, _ in self._owners.values():
+            if binding.ref() is None and not storage.expired():
+                yield binding
+
+    def part(self, source: Tensor, target: Tensor) -> None:
+        """In the bare loop ``target`` has left its memory for that of ``source``; here it has not."""
+        new, old = source.untyped_storage(), target.untyped_storage()
+        self._left[old._cdata] = StorageWeakRef(old)
+        _, targets = self.parted.setdefault(new._cdata, (StorageWeakRef(new), []))
+        targets.append((weakref.ref(target), version_of(target)))
+
+    def refuse_parted(self, tensors: Iterable[Tensor], written: Sequence[Tensor]) -> None:
+        """Raise if a tensor in memory that the bare loop would share is written, or is read after the other was."""
+        for tensor in tensors:
+            known = self.parted.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
+            if known is None:
+                continue
+            moved = any((target := ref()) is not None and version_of(target) != version for ref, version in known[1])
+            if moved or any(target is tensor for target in written):
+                raise _parted(tensor)
+
+    def purge(self) -> None:
+        """Forget memory that is gone."""
+        self._owners = {key: known for key, known in self._owners.items() if not known[0].expired()}
+        self.parted = {key: known for key, known in self.parted.items() if not known[0].expired()}
+        self._left = {key: known for key, known in self._left.items() if not known.expired()}
+
+
+def part_of(tensor: Tensor, geometry: Geometry, *, whole: bool = False) -> View:
+    """A tensor as a view, by its strides, of another one; ``whole``: it must be all of it."""
+    shape, stride, start, dtype, dense = geometry
+    if whole and tensor_geometry(tensor) != geometry:
+        raise _shared(tensor, shape)
+    offset = tensor.storage_offset() - start
+    outside = offset < 0 or offset + _reach(tensor.shape, tensor.stride()) > _reach(shape, stride)
+    if outside or not dense or tensor.dtype != dtype:
+        raise _shared(tensor, shape)
+    if tensor.shape == shape and tensor.stride() == stride and offset == 0:
+        return View(stop, (BASE,), {}, 1, 0, True)
+    return View(torch.as_strided, (BASE, tuple(tensor.shape), tensor.stride(), offset), {}, 1, 0, True)
+
+
+def _reach(shape: Sequence[int], stride: Sequence[int]) -> int:
+    return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) if all(shape) else 0
+
+
+def _parted(tensor: Tensor) -> CaptureError:
+    return CaptureError(
+        f"a tensor of shape {tuple(tensor.shape)} was used whose memory `x.data = …` has given to `x`, or taken from "
+        "it: a write to the one may change the other. Use copies (`x.data = y.clone()`, `old = x.detach().clone()`), "
+        "or write `with torch.no_grad(): x.copy_(y)`."
+    )
+
+
+def _shared(tensor: Tensor, shape: Sequence[int]) -> CaptureError:
+    return CaptureError(
+        f"a tensor of shape {tuple(tensor.shape)} shares memory with one of shape {tuple(shape)} that depends on the "
+        "weights, in a way that can't be followed. Give it memory of its own (`x.clone()`)."
+    )
