@@ -850,6 +850,37 @@ def test_verification_can_be_switched_off_and_is_checked() -> None:
         trained(verify="sometimes")
 
 
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_gradient_that_a_hook_keeps_may_be_logged_and_not_used(mode: Any, raw: bool) -> None:
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    kept: list[Tensor] = []
+    norms: list[float] = []
+
+    def hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
+        kept.append(outputs[0] if raw else outputs[0].detach().abs())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            norms.append(outputs[0].norm().item())
+
+    def train(used: float) -> None:
+        model[2].register_full_backward_hook(hook)
+        with mode(optimizer) as run:
+            for _ in range(2):
+                optimizer.zero_grad()
+                loss(model).backward()
+                if used:
+                    model[2].bias.grad.add_(used * kept[-1].square().sum(0))
+                optimizer.step()
+        run.backward(outer(model))
+
+    train(0.0)
+    assert len(norms) == 2 + 1  # the outer objective's backward pass runs it too
+    with pytest.raises(metaopt.SweepError, match=r"a gradient hook was shown.*retain_grad"):
+        train(1.0)
+
+
 def test_functorch_inside_the_loop_is_refused() -> None:
     model = mlp(5, 6, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["BASE", "Binding", "External", "Geometry", "View", "leaves_of", "led_error", "nodes_of", "tensor_geometry"]
+__all__ = [
+    "BASE",
+    "Binding",
+    "External",
+    "Geometry",
+    "Unseen",
+    "View",
+    "leaves_of",
+    "led_error",
+    "nodes_of",
+    "tensor_geometry",
+]
 
 import weakref
 from collections.abc import Callable
@@ -39,6 +50,13 @@ class View(NamedTuple):
 BASE = object()
 
 
+class Unseen(NamedTuple):
+    """How a value came about that depends on what is followed in a way that was not seen, and what to do about it."""
+
+    what: str
+    cure: str
+
+
 class Binding:
     """One tensor object that is followed: which value of the present iteration it holds.
 
@@ -47,6 +65,7 @@ class Binding:
     to the one changes the other. ``inner`` says whether the loop's own gradients reach trained weights through it:
     0 no, 1 yes, 2 they would, but through an earlier iteration's graph, which is gone. ``halted`` says that the
     replay's value does have a graph to them, which a reader must not follow: a gradient, as ``backward`` leaves it.
+    ``opaque`` is set if the value depends on what is followed in a way that was not seen.
     ``buffer`` says that a tensor that was no weight got a live value: 1, or 2 if it is a batch norm's statistic.
     """
 
@@ -62,6 +81,7 @@ class Binding:
         "key",
         "leaf",
         "leaves",
+        "opaque",
         "ref",
         "value",
         "version",
@@ -77,6 +97,7 @@ class Binding:
         self.fresh = False
         self.halted = False
         self.buffer = 0
+        self.opaque: Unseen | None = None
         self.cell: Cell | None = None
         self.inner = 0
         self.leaf = False

@@ -18,7 +18,7 @@ from metaopt.capture.bindings import BASE, View
 from metaopt.capture.cells import version_of
 from metaopt.capture.derivatives import check_function
 from metaopt.capture.gradients import autograd_backward, autograd_grad, tensor_backward
-from metaopt.capture.hooks import refuse_live_closure
+from metaopt.capture.hooks import Observed, observe_module_hooks, refuse_live_closure
 from metaopt.capture.primitives import Surrogate, flatten, hooked, leaf, stop
 from metaopt.capture.replacements import hard_gumbel_softmax, padded_embedding
 from metaopt.capture.trace import Instruction, Val
@@ -207,9 +207,10 @@ def _deepcopy(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kw
 
 
 def _hook(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    result = func(*args, **kwargs)
     tape = watcher.tape
-    if tape.is_live(args[0]):
+    live = tape.is_live(args[0])
+    result = func(args[0], Observed(watcher, args[1])) if live else func(*args, **kwargs)
+    if live:
         refuse_live_closure(tape, args[1])
         value = tape.read(args[0])
         place = tape.spec(args[1], tape.read)
@@ -247,6 +248,8 @@ def apply_function(watcher: Watcher, cls: type, apply: Callable[..., Any], args:
         _checked[cls] = None if check_function(cls, args, kwargs) else Surrogate(cls)
     if cls is torch.distributions.dirichlet._Dirichlet:
         raise _rejection_sampler()
+    if cls is torch.nn.modules._functions.BackwardHookFunction:
+        observe_module_hooks(watcher)
     seed = watcher.generators(apply, kwargs)
     versions = [version_of(tensor) for tensor in sources]
     result = apply(*args, **kwargs)

@@ -83,7 +83,8 @@ def _backward(
     if trains and inputs is None:
         watcher.withhold(outputs)
     if into:
-        torch.autograd.backward(losses, gradients, retain_graph, create_graph, inputs=into if trains else inputs)
+        with watcher.backward():
+            torch.autograd.backward(losses, gradients, retain_graph, create_graph, inputs=into if trains else inputs)
     received = [
         tensor
         for tensor in into
@@ -190,7 +191,8 @@ def autograd_grad(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs
         Group(list, tuple(tape.read(tensor) for tensor in inputs)),
         bool(given.get("is_grads_batched")),
     )
-    result = func(*args, **kwargs)
+    with watcher.backward():
+        result = func(*args, **kwargs)
     grads = [result] if isinstance(result, Tensor) else list(result)
     outs = tuple(None if grad is None else tape.trace.new() for grad in grads)
     tape.trace.code.append(Instruction(inner_gradient, spec, outs=outs, many=True, phased=True))

@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from metaopt.capture.bindings import BASE, Binding, External, Geometry, View, leaves_of
+from metaopt.capture.bindings import BASE, Binding, External, Geometry, Unseen, View, leaves_of
 from metaopt.capture.cells import Cell, Cells, version_of
 from metaopt.capture.hooks import refuse_live_closure
 from metaopt.capture.memory import Memory, part_of
@@ -44,6 +44,8 @@ class Tape:
         self._stopped: dict[int, int] = {}
         self._compact_at = _COMPACT_EVERY
         self._behind: dict[int, Tensor] = {}
+        # Keys of values of which nobody knows the derivative and that were read, and how they came about.
+        self.opaque: dict[int, Unseen] = {}
         # What the loop computes on the way, by number, if that is to be kept.
         self.keeps_values = False
         self._known: dict[int, Cell] = {}
@@ -153,6 +155,11 @@ class Tape:
         binding = self.bind(tensor)
         binding.leaf = tensor.requires_grad
         binding.inner, binding.buffer = int(binding.leaf), 1
+        self.own_memory(tensor)
+
+    def shade(self, tensor: Tensor, how: Unseen) -> None:
+        """A tensor has a value that depends on what is followed, in a way that was not seen."""
+        self.bind(tensor).opaque = how
         self.own_memory(tensor)
 
     def lead(self, leaf: Tensor) -> None:
@@ -281,6 +288,8 @@ class Tape:
         binding.value, binding.epoch, binding.fresh = number, self.epoch, False
         binding.halted = False
         binding.leaves = [number] if binding.leaf else []
+        if binding.opaque is not None:
+            self.opaque[binding.key] = binding.opaque
         for hook in (getattr(tensor, "_backward_hooks", None) or {}).values() if binding.leaf else ():
             refuse_live_closure(self, hook)
             self.trace.code.append(
@@ -371,7 +380,7 @@ class Tape:
     def define(self, tensor: Tensor, value: int, *, inner: int = 0, leaf: bool = False) -> Binding:
         """The tensor object now holds this value of the present iteration."""
         binding = self.find(tensor) or self._bear(tensor)
-        binding.cell = binding.base = binding.via = None
+        binding.cell = binding.base = binding.via = binding.opaque = None
         binding.halted = False
         binding.version = version_of(tensor)
         binding.value, binding.epoch, binding.fresh = value, self.epoch, True

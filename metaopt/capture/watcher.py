@@ -8,7 +8,8 @@ import re
 import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -77,6 +78,7 @@ class Watcher(TorchFunctionMode):
         super().__init__()
         self.tape = tape
         self.paused = False
+        self.in_backward = False
         self.check_functions = True
         # Leaves that got no training gradient, where the bare loop's would have, and the last losses that reach such.
         self.withheld: set[int] = set()
@@ -136,6 +138,15 @@ class Watcher(TorchFunctionMode):
                     "loop instead of `torch.func.grad`, and a loop or a batch dimension instead of `vmap`."
                 )
         return func(*args, **kwargs)
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """The span of a backward pass of the loop, in which its gradient hooks run."""
+        before, self.in_backward = self.in_backward, True
+        try:
+            yield
+        finally:
+            self.in_backward = before
 
     def apply(self, cls: type, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a custom ``autograd.Function``, and record it as one call."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Adjoint", "Objective", "retold"]
+__all__ = ["Adjoint", "Objective", "opaque", "retold"]
 
 import gc
 import math
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.capture.bindings import leaves_of, led_error, nodes_of
+from metaopt.capture.bindings import Unseen, leaves_of, led_error, nodes_of
 from metaopt.capture.segment import Segment
 from metaopt.errors import HeldConstantWarning, StaleError, SweepError
 from metaopt.modes.pullback import PullBack
@@ -215,10 +215,17 @@ class Adjoint:
             pulled = pull(segment, alpha, after or {})
         except RuntimeError as error:
             raise retold(error, step) from error
+        self._refuse_opaque(pulled.carried)
         for key, grad in pulled.carried.items():
             _add(self.carried, key, grad)
         for key, grad in pulled.external.items():
             _add(self.external, key, grad)
+
+    def _refuse_opaque(self, adjoint: Mapping[int, Tensor]) -> None:
+        known = self.loop.tape.opaque
+        for key in known.keys() & adjoint.keys() if known else ():
+            if bool((adjoint[key] != 0).any()):
+                raise opaque(adjoint[key].shape[self.batch is not None :], known[key])
 
     def check_value(self, walk: Iterable[tuple[float, Segment]] = ()) -> None:
         """Raise if the objective is not finite, and say since when the training is not.
@@ -291,6 +298,14 @@ class Adjoint:
     def _finite(self) -> bool:
         values = [*self.carried.values(), *self.external.values()]
         return all(bool(torch.isfinite(value).all()) for value in values)
+
+
+def opaque(shape: Sequence[int], how: Unseen) -> SweepError:
+    """The derivative goes through what came about out of sight."""
+    return SweepError(
+        f"the hypergradient goes through a tensor of shape {tuple(shape)} {how.what}. It depends on the watched "
+        f"weights or on hyperparameters in a way that was not seen, which the hypergradient would lack. {how.cure}"
+    )
 
 
 def _add(store: dict[int, Tensor], key: int, value: Tensor) -> None:

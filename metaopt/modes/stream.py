@@ -21,8 +21,8 @@ from metaopt.errors import CaptureError, MetaoptWarning, SweepError, whole
 from metaopt.modes.columns import Columns, Directions, coordinates
 from metaopt.modes.compiled import CompiledPush
 from metaopt.modes.hypergradients import accumulate, collect, tensors_of
-from metaopt.modes.outer import Adjoint, Objective, retold
-from metaopt.modes.pullback import PullBack
+from metaopt.modes.outer import Adjoint, Objective, opaque, retold
+from metaopt.modes.pullback import PullBack, places_of
 from metaopt.modes.run import Run, Watchable
 from metaopt.modes.tangents import push_forward
 
@@ -153,6 +153,7 @@ class Streaming(Run):
     ) -> dict[int, Tensor]:
         if not keys:
             return {}
+        self._refuse_opaque(segment, keys)
         if self._compiled is not None and (self._chunk is None or self._chunk >= self._columns.count):
             found = self._compiled(segment, keys, tangents, self._columns, after)
             if found is not None:
@@ -161,6 +162,14 @@ class Streaming(Run):
             return push_forward(segment, keys, tangents, self._columns, self._chunk)
         except RuntimeError as error:
             raise retold(error, self._loop.steps) from error
+
+    def _refuse_opaque(self, segment: Segment, keys: list[int]) -> None:
+        strangers = self._loop.tape.opaque
+        if strangers:
+            for place in segment.program.function(places_of(segment, keys)).inputs:
+                key, cell = segment.inputs[place]
+                if key in strangers:
+                    raise opaque(cell.value().shape, strangers[key])
 
     def _state_keys(self) -> set[int]:
         tape = self._loop.tape
