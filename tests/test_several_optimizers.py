@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import metaopt
 from metaopt.check import hypergradcheck
+from metaopt.modes import versions
 from tests.cases import data, mlp
 
 Watch = Callable[[Any], AbstractContextManager[Any]]
@@ -231,3 +232,30 @@ def test_two_contexts_at_once_are_refused() -> None:
         pass
     with metaopt.record(two):
         pass
+
+
+WAYS: list[dict[str, Any]] = [{"keep": "graphs"}, {"budget": 4096}, {"compile": "aot_eager"}]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("second", ["linked", "wrapped"])
+@pytest.mark.parametrize("loop", [joint, closures])
+@pytest.mark.filterwarnings("ignore::metaopt.MetaoptWarning")
+def test_the_cost_dial_changes_nothing(
+    loop: Any, second: str, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "ENOUGH", 1)
+    monkeypatch.setattr(versions, "AGAIN", 1)
+    found = []
+    for options in ({}, way):
+        hyper = {"lr": leaf(0.1)} | ({"other": leaf(0.05)} if second == "linked" else {})
+        runs: list[Any] = []
+
+        def watch(both: list[torch.optim.Optimizer], runs: list[Any] = runs, options: Any = options) -> Any:
+            runs.append(metaopt.record(both, **options))
+            return runs[0]
+
+        trained = loop(watch, hyper, second, 1)
+        found.append(runs[0].hypergradient(outer(trained), list(hyper.values())))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
