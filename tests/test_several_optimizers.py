@@ -234,7 +234,7 @@ def test_two_contexts_at_once_are_refused() -> None:
         pass
 
 
-WAYS: list[dict[str, Any]] = [{"keep": "graphs"}, {"budget": 4096}, {"compile": "aot_eager"}]
+WAYS: list[dict[str, Any]] = [{"budget": 4096}, {"compile": "aot_eager"}]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
