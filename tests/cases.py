@@ -1139,7 +1139,8 @@ def data_replaced(hyper: Hyper, context: Context) -> Trained:
             for slow, fast in zip(teacher.parameters(), model.parameters(), strict=True):
                 slow.data = 0.6 * slow.data + 0.4 * fast.data
             if t == 0:
-                model[0].weight.data = model[0].weight.data * hyper["decay"]
+                with torch.no_grad():
+                    model[0].weight.data = model[0].weight.data * hyper["decay"]
                 nn.utils.vector_to_parameters(
                     0.9 * nn.utils.parameters_to_vector(model.parameters()).detach(), model.parameters()
                 )
