@@ -302,6 +302,7 @@ class Loop:
     # -- iterations -------------------------------------------------------------------------------------------------
 
     def _seal(self, *, check: bool) -> None:
+        self.tape.memory.refuse_written()
         if not self.tape.trace.code:
             self.tape.begin()
             return

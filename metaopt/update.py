@@ -41,6 +41,7 @@ class WatchedWeights:
 
     def check(self) -> None:
         """Raise `CaptureError` if the optimizer has other weights now, or the model has."""
+        self.tape.memory.refuse_written()
         self._refuse_other_weights()
         self._refuse_replaced()
 

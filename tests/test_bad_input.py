@@ -742,6 +742,34 @@ def test_data_that_is_replaced_and_then_shared_is_refused(inside: Callable[..., 
         trained(inside=lambda t, model: inside(t, model, kept))
 
 
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.filterwarnings("ignore::metaopt.HeldConstantWarning")
+def test_weights_written_through_numpy(mode: Any, writes: bool, keeps: bool) -> None:
+    """Looking at them is no matter; after the write, each way of keeping states had another hypergradient."""
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    expected = (
+        pytest.raises(metaopt.CaptureError, match="through a numpy array") if writes else contextlib.nullcontext()
+    )
+    kept: list[Any] = []
+    with expected, mode(optimizer):
+        for t in range(3):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+            for weight in model.parameters() if t == 0 or not keeps else ():
+                kept.append(weight.detach().numpy())
+                kept = kept[-4:] if keeps else []
+            for weight, array in zip(
+                model.parameters(), kept or map(Tensor.numpy, map(Tensor.detach, model.parameters()))
+            ):
+                if writes and t == 1:
+                    array *= 0.9
+    assert_torch_is_as_it_was(optimizer)
+
+
 def test_memory_shared_with_numpy_is_copied() -> None:
     x, y, _, _ = data()
     buffer = numpy.empty((12, 5))

@@ -6,6 +6,7 @@ __all__ = ["Memory", "part_of"]
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,15 @@ from metaopt.capture.primitives import stop
 from metaopt.errors import CaptureError
 
 
+class _Exposed(NamedTuple):
+    """A tensor whose memory arrays of numpy's share, as it was seen last."""
+
+    tensor: weakref.ref[Tensor]
+    arrays: list[weakref.ref[Any]]
+    value: Tensor
+    version: int
+
+
 class Memory:
     """The owners of memory, and what ``x.data = y`` would have exchanged."""
 
@@ -25,6 +35,7 @@ class Memory:
         # Memory that a tensor's `.data` was given, and did not get; and that which it would have left.
         self.parted: dict[int, tuple[StorageWeakRef, list[tuple[weakref.ref[Tensor], int]]]] = {}
         self._left: dict[int, StorageWeakRef] = {}
+        self._exposed: dict[int, _Exposed] = {}
 
     def own(self, tensor: Tensor, binding: Binding | None) -> None:
         """Other tensors in this one's memory, made out of sight, are views of it."""
@@ -68,11 +79,44 @@ class Memory:
             if moved or any(target is tensor for target in written):
                 raise _parted(tensor)
 
+    def expose(self, tensor: Tensor, array: Any) -> None:
+        """An array of numpy's shares a tensor's memory, and may be written without a trace."""
+        self.refuse_written()
+        known = self._exposed.get(id(tensor))
+        arrays = [] if known is None or known.tensor() is not tensor else known.arrays
+        self._exposed[id(tensor)] = _Exposed(weakref.ref(tensor), [*arrays, weakref.ref(array)], *_seen(tensor))
+
+    def refuse_written(self) -> None:
+        """Raise if memory was written through an array of numpy's."""
+        for key, exposed in list(self._exposed.items()):
+            tensor = exposed.tensor()
+            arrays = [array for array in exposed.arrays if array() is not None]
+            if tensor is None or not arrays:
+                del self._exposed[key]
+            if tensor is None:
+                continue
+            if version_of(tensor) == exposed.version and not torch.equal(exposed.value, _bytes(tensor)):
+                raise CaptureError(
+                    f"a tensor of shape {tuple(tensor.shape)} that depends on the weights was written through a numpy "
+                    "array that shares its memory (`x.detach().numpy()`), which leaves no trace. Write it with torch, "
+                    "`with torch.no_grad(): x.mul_(0.9)`, or give numpy a copy, `x.detach().clone().numpy()`."
+                )
+            if arrays:
+                self._exposed[key] = _Exposed(exposed.tensor, arrays, *_seen(tensor))
+
     def purge(self) -> None:
         """Forget memory that is gone."""
         self._owners = {key: known for key, known in self._owners.items() if not known[0].expired()}
         self.parted = {key: known for key, known in self.parted.items() if not known[0].expired()}
         self._left = {key: known for key, known in self._left.items() if not known.expired()}
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _seen(tensor: Tensor) -> tuple[Tensor, int]:
+    return _bytes(tensor).clone(), version_of(tensor)
 
 
 def part_of(tensor: Tensor, geometry: Geometry, *, whole: bool = False) -> View:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -206,7 +207,7 @@ class Watcher(TorchFunctionMode):
         many = not isinstance(result, Tensor)
         results = flatten([result]) if many else [result]
         if not results:
-            self._escaped(func, args)
+            self._escaped(func, args, result)
             return
         grad = torch.is_grad_enabled() if grad is None else grad
         read = tape.read if grad else tape.read_stopped
@@ -298,10 +299,15 @@ class Watcher(TorchFunctionMode):
             calls.inner_leaf(self, result)
         return result
 
-    def _escaped(self, func: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def _escaped(self, func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
         name = name_of(func)
         source = args[0] if args else None
         if name in _NUMBERS and isinstance(source, Tensor) and source.dtype.is_floating_point:
+            if isinstance(result, numpy.ndarray):
+                binding = self.tape.find(source) or self.tape.alias(source)
+                root = None if binding is None else binding.root.ref()
+                if root is not None:
+                    self.tape.memory.expose(root, result)
             self.say_constant(name)
 
     def _say_number_is_constant(self, func: Callable[..., Any]) -> None:
