@@ -4,8 +4,9 @@ from __future__ import annotations
 
 __all__ = ["Columns", "Directions", "coordinates"]
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,21 @@ class Columns:
     def renew(self) -> None:
         """Nothing to draw anew."""
 
+    def leaves(self) -> list[Tensor]:
+        """The hyperparameters, in the order of their columns."""
+        return [leaf for leaf, _ in self._places.values()]
+
+    def state(self) -> dict[str, Any]:
+        """What, besides the hyperparameters, the columns depend on."""
+        return {}
+
+    def restore(self, leaves: Sequence[Tensor], state: dict[str, Any]) -> None:
+        """Give the columns to these hyperparameters."""
+        self._shapes = {id(leaf): leaf.shape for leaf in leaves}
+        self._places, self.count = {}, 0
+        for leaf in leaves:
+            Columns._add(self, leaf)
+
 
 class Directions(Columns):
     """Columns along random directions ``v`` with independent entries ±1, over all hyperparameters together.
@@ -109,6 +125,24 @@ class Directions(Columns):
     def renew(self) -> None:
         """Draw new directions."""
         self._drawn = {key: (leaf, self._draw(leaf)) for key, (leaf, _) in self._drawn.items()}
+
+    def leaves(self) -> list[Tensor]:
+        return [leaf for leaf, _ in self._drawn.values()]
+
+    def state(self) -> dict[str, Any]:
+        return {"drawn": [drawn.clone() for _, drawn in self._drawn.values()], "generator": self._generator.get_state()}
+
+    def restore(self, leaves: Sequence[Tensor], state: dict[str, Any]) -> None:
+        if any(len(drawn) != self.count for drawn in state.get("drawn", [None])):
+            raise StaleError(
+                f"what was saved has another number of random directions than the {self.count} of this context. Give "
+                "`directions=` as it was."
+            )
+        self._shapes = {id(leaf): leaf.shape for leaf in leaves}
+        self._drawn = {
+            id(leaf): (leaf, drawn.to(leaf.device)) for leaf, drawn in zip(leaves, state["drawn"], strict=True)
+        }
+        self._generator.set_state(state["generator"])
 
 
 def _size(tensor: Tensor) -> int:

@@ -102,7 +102,7 @@ class Run(ABC):
             f"the run of a context ({type(self).__name__}) can't be copied or pickled: what it recorded belongs to the "
             "model and the optimizer that it watched. Copy these two, or save the `state_dict` of model, optimizer, "
             "scheduler and hyperparameters, and keep the hypergradients (`run.hypergradient`); a new context goes on "
-            "from there, without the past's derivative."
+            "from there, without the past's derivative unless `stream`'s `run.state_dict()` is saved along."
         )
 
     def __repr__(self) -> str:

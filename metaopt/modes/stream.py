@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
@@ -23,6 +23,7 @@ from metaopt.modes.compiled import CompiledPush
 from metaopt.modes.hypergradients import accumulate, collect, tensors_of
 from metaopt.modes.outer import Adjoint, Objective, opaque, retold
 from metaopt.modes.pullback import PullBack, places_of
+from metaopt.modes.resuming import Saved, load, save
 from metaopt.modes.run import Run, Watchable
 from metaopt.modes.tangents import push_forward
 
@@ -123,6 +124,33 @@ class Streaming(Run):
         """
         self._columns.renew()
         self._tangents.clear()
+        self._recent.clear()
+
+    def state_dict(self, *modules: nn.Module) -> Saved:
+        """``Z``, to go on from in another process; save it between two steps, beside the rest of the training.
+
+        Args:
+            modules: those whose buffers the training writes (BatchNorm's statistics), which have tangents too.
+
+        Raises:
+            SweepError: if a tensor that is no weight, no state of the optimizer and no such buffer has a tangent.
+        """
+        return save(self._loop, self._columns, self._tangents, modules)
+
+    def load_state_dict(self, state: Saved, hyperparameters: Iterable[Tensor], *modules: nn.Module) -> None:
+        """Go on from what `state_dict` kept: call it where the context begins, after the optimizer's state was loaded.
+
+        Args:
+            state: what was saved.
+            hyperparameters: the leaves (``hyper.parameters()``). Those of `metaopt.Hyperparameters` are known by their
+                names; others are taken in the order that ``run.hyperparameters`` had.
+            modules: as for `state_dict`.
+
+        Raises:
+            StaleError: if hyperparameters or tensors are missing, or have other shapes.
+            SweepError: after the first step.
+        """
+        self._tangents = load(self._loop, self._columns, state, hyperparameters, modules)
         self._recent.clear()
 
     # -- FORWARD-HG ----------------------------------------------------------------------------------------------------
