@@ -17,6 +17,7 @@ from metaopt.errors import ResponseError
 from metaopt.hyperparameters import Hyperparameters
 from metaopt.stn.batches import count, split
 from metaopt.stn.binding import Bound
+from metaopt.stn.comparing import Compared
 from metaopt.stn.engines import ENGINES
 from metaopt.stn.generators import random_state, set_random_state
 from metaopt.stn.guards import guarded
@@ -24,7 +25,7 @@ from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.masks import Mask, masks_of
 from metaopt.stn.passes import Pass, Unsupported
 from metaopt.stn.perturbations import Coordinates, Noise, Perturbation, inverse_softplus
-from metaopt.stn.preparation import Found, Prepared
+from metaopt.stn.preparation import Found
 from metaopt.stn.responses import Active, Responses
 from metaopt.stn.substitution import Slots, substituted
 
@@ -32,7 +33,7 @@ from metaopt.stn.substitution import Slots, substituted
 GROUPS = 8
 
 
-class Tuned(Prepared):
+class Tuned(Compared):
     """A model whose weights respond to hyperparameters; made by `transform`.
 
     Called as the model is. By itself it computes with the plain weights at the present hyperparameters; within a step

@@ -1,0 +1,99 @@
+"""Which engine linearises a model, and whether another one agrees with it."""
+
+from __future__ import annotations
+
+__all__ = ["Compared"]
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metaopt.errors import FallbackWarning, ResponseError
+from metaopt.stn.engines import ENGINES
+from metaopt.stn.generators import same_randomness
+from metaopt.stn.outputs import close
+from metaopt.stn.passes import Pass, Unsupported
+from metaopt.stn.preparation import Prepared
+
+
+class Compared(Prepared):
+    """The part of `Tuned` that compares its engines before it relies on one."""
+
+    def _fall_back(self, engines: list[str], reason: Exception) -> None:
+        if len(engines) == 1:
+            raise ResponseError(
+                f"{_culprit(self.model, reason)} can't be linearised by the engine {engines[0]!r}: {reason}. Use "
+                '`method="centered"`, which needs no second derivative, or `engine="auto"`.'
+            ) from reason
+        names = {"manual": "hand-written tangents", "forward": "forward-mode AD", "double": "two backward passes"}
+        warnings.warn(
+            f"{_culprit(self.model, reason)} can't be linearised by {names[engines[0]]} ({reason}); it falls back to "
+            f"{names[engines[1]]}, which is slower.",
+            FallbackWarning,
+            stacklevel=2,
+        )
+        engines.pop(0)
+
+    def _compare(self, z: Tensor, values: Mapping[str, Tensor], args: Any, kwargs: Any, engines: list[str]) -> None:
+        """Compare hand-written tangents with another engine's, once: a wrong one must not go unnoticed."""
+        # The response starts at zero, where all engines agree.
+        with same_randomness(self.device):
+            weight = torch.randn_like(self.responses.weight).requires_grad_()
+
+        found, passes = [], []
+
+        def run(point: Tensor, kind: type[Pass]) -> tuple[Any, Pass]:
+            output, p = self._run(point, kind, values, args, kwargs, weights=False, response=False, weight=weight)
+            passes.append(p)
+            return output, p
+
+        for engine in ENGINES:
+            with same_randomness(self.device):
+                try:
+                    output = ENGINES[engine](run, z.detach())
+                    found.append((output, _gradient(output, weight)))
+                except Unsupported as reason:
+                    if engine == engines[0]:
+                        self._fall_back(engines, reason)
+            if len(found) == 2:
+                break
+        epsilon = max((p.epsilon for p in passes), default=0.0)
+        if len(found) < 2 or engines[0] != "manual" or close(found[0], found[1], epsilon):
+            return
+        differ = f"hand-written tangents of `{type(self.model).__name__}` differ from torch's own"
+        why = "does the model write on its intermediate values, or use a custom autograd.Function?"
+        if len(engines) == 1:
+            raise ResponseError(f'{differ}; {why} Use `engine="auto"`, which takes another engine then.')
+        engines.pop(0)
+        warnings.warn(f"{differ}, which are used from now on; {why}", FallbackWarning, stacklevel=2)
+
+
+def _gradient(output: Any, weight: Tensor) -> Tensor | None:
+    """A gradient through the tangents; some functions of torch have tangents without one."""
+    leaves = [y for y in pytree.tree_leaves(output) if isinstance(y, Tensor) and y.requires_grad]
+    if not leaves:
+        return None
+    try:
+        return torch.autograd.grad(
+            torch.stack([y.abs().square().mean() for y in leaves]).sum(), weight, allow_unused=True
+        )[0]
+    except RuntimeError as error:
+        text = str(error)
+        if "not implemented" not in text and "inplace operation" not in text:
+            raise
+        raise Unsupported(text.splitlines()[0]) from error
+
+
+def _culprit(model: nn.Module, reason: BaseException) -> str:
+    """The innermost module in whose ``forward`` an exception was raised, in words."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found, trace = "", (reason.__cause__ or reason).__traceback__
+    while trace is not None:
+        found = names.get(id(trace.tb_frame.f_locals.get("self")), found)
+        trace = trace.tb_next
+    inner = model.get_submodule(found)
+    return f"`{type(model).__name__}`" if inner is model else f"{found!r}, of type `{type(inner).__name__}`,"
