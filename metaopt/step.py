@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Loop", "listed"]
+__all__ = ["Loop"]
 
 import threading
 import weakref
@@ -28,10 +28,11 @@ from metaopt.capture.segment import Segment
 from metaopt.capture.tape import Tape
 from metaopt.capture.verify import Verifier
 from metaopt.capture.watcher import Watcher
-from metaopt.errors import CaptureError, RuleError
+from metaopt.errors import CaptureError
 from metaopt.hyperparameters import owner_of
 from metaopt.rules import rule_of
-from metaopt.update import RuledUpdate, WatchedWeights, sparse
+from metaopt.update import RuledUpdate, sparse
+from metaopt.watched import WatchedWeights, listed
 from metaopt.wrapping import steps_on_stack, wrapped
 
 _open: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -323,24 +324,6 @@ class Loop:
         except CaptureError as error:
             self._error = error
             raise
-
-
-def listed(optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
-    """The optimizers to watch, as a list."""
-    found: list[Any] = list(optimizers) if isinstance(optimizers, list | tuple) else [optimizers]
-    for optimizer in found:
-        if not isinstance(optimizer, Optimizer):
-            raise RuleError(
-                f"a training is told by its optimizer, a torch.optim.Optimizer, and this is {optimizer!r:.60}. Give "
-                "the object that the loop calls `step()` of, or a list of these."
-            )
-    weights = [{id(w) for group in optimizer.param_groups for w in group["params"]} for optimizer in found]
-    if not found or len(set.union(*weights)) != sum(map(len, weights)):
-        raise RuleError(
-            "the list of optimizers to watch is empty, or two of them train the same weight. Let each weight have one "
-            "optimizer."
-        )
-    return found
 
 
 def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:

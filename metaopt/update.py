@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["RuledUpdate", "WatchedWeights", "sparse"]
+__all__ = ["RuledUpdate", "sparse"]
 
-import itertools
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,64 +21,6 @@ from metaopt.hyperparameters import name_of
 from metaopt.links import mixed, owner_of
 from metaopt.rules import Rule, Update
 from metaopt.wrapping import refuse_filled
-
-
-class WatchedWeights:
-    """The weights that the optimizers had when the context began, of which none may be exchanged."""
-
-    def __init__(self, optimizers: Sequence[Optimizer], tape: Tape) -> None:
-        self.optimizers = optimizers
-        self.tape = tape
-        self._known = 0
-        self._received: set[int] = set()
-
-    def weights(self) -> list[Tensor]:
-        """Every weight of the optimizers, in their order."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        return [weight for group in groups for weight in group["params"]]
-
-    def check(self) -> None:
-        """Raise `CaptureError` if the optimizer has other weights now, or the model has."""
-        self.tape.memory.refuse_written()
-        self._refuse_other_weights()
-        self._refuse_replaced()
-
-    def check_memory(self) -> None:
-        """Raise `CaptureError` if weights share memory, each of which would be followed by itself."""
-        found = (place for weight in self.weights() if (place := _place(weight)) is not None)
-        places = sorted(found, key=lambda place: place[:2])
-        for (_, end, one), (start, _, other) in itertools.pairwise(places):
-            if start < end:
-                raise CaptureError(
-                    f"two weights of the optimizer, of shapes {tuple(one.shape)} and {tuple(other.shape)}, share "
-                    "memory, so that its step writes one place twice. Tie weights by giving the modules one Parameter "
-                    "(`decoder.weight = encoder.weight`), and give that to the optimizer once."
-                )
-
-    def _refuse_other_weights(self) -> None:
-        if {id(weight) for weight in self.weights()} != set(self.tape.trained):
-            raise CaptureError(
-                "parameters were added to or removed from the optimizer inside the context. Build the optimizer "
-                "before the context, or open a new context for the new parameters."
-            )
-
-    def _refuse_replaced(self) -> None:
-        # A parameter that was replaced in the model looks like a new hyperparameter, while the old one, which the
-        # optimizer still holds, gets no gradient any more.
-        known, self._known = self._known, len(self.tape.externals)
-        trained, self._received = self._received, {id(w) for w in self.weights() if w.grad is not None}
-        new = [external.tensor for external in list(self.tape.externals.values())[known:]]
-        made = [b.ref() for b in self.tape.bindings() if b.leaf]
-        new += [tensor for tensor in made if tensor is not None and id(tensor) not in self.tape.trained]
-        lost = [weight for weight in self.weights() if id(weight) in trained and weight.grad is None]
-        shapes = {tensor.shape for tensor in new if isinstance(tensor, torch.nn.Parameter)}
-        replaced = [weight for weight in lost if weight.shape in shapes]
-        if replaced:
-            raise CaptureError(
-                f"a parameter of shape {tuple(replaced[0].shape)} was replaced inside the context: the optimizer "
-                "still holds the old one, which gets no gradient any more, and the new one is not trained. Change "
-                "the values in place, `with torch.no_grad(): parameter.copy_(new)`."
-            )
 
 
 class RuledUpdate:
@@ -304,16 +244,6 @@ class _Pending:
     begun: list[dict[str, Binding]]
     update: Update
     arguments: dict[str, Any]
-
-
-def _place(weight: Tensor) -> tuple[int, int, Tensor] | None:
-    """Where a trained weight lies in memory, if all that lies there is its own."""
-    if not weight.requires_grad or not weight.numel() or weight.layout is not torch.strided:
-        return None
-    if not torch.ops.aten.is_non_overlapping_and_dense(weight):
-        return None  # rows of a larger matrix, say, between which there is something else
-    start = weight.data_ptr()
-    return (start, start + weight.nbytes, weight) if start else None
 
 
 def sparse(weight: Tensor) -> CaptureError:

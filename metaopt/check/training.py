@@ -17,7 +17,7 @@ from metaopt.errors import CheckError, HeldConstantWarning, MetaoptWarning
 from metaopt.modes import Recording, Streaming, record, stream
 from metaopt.modes.run import Run, Watchable
 from metaopt.modes.start import random_states, set_random_states
-from metaopt.step import listed
+from metaopt.watched import listed
 
 Watch = Callable[[Watchable], AbstractContextManager[Any]]
 Train = Callable[[Watch], Any] | Callable[[], Any]
