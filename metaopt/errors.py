@@ -43,11 +43,15 @@ __all__ = [
     "SweepError",
     "UnusedHyperparameterWarning",
     "require",
+    "user_frame",
+    "warn",
     "whole",
 ]
 
 import importlib
 import operator
+import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -137,6 +141,19 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
             f"{module} is needed for {purpose} and is not installed; "
             f"run `pip install 'metaopt-torch[{extra}]'` (or `pip install {module}`)."
         ) from error
+
+
+def user_frame() -> int:
+    """How many frames above the caller the nearest one outside of torch and this package is."""
+    frame, level = sys._getframe(1), 0
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("metaopt.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn at the line of the user's from which this was reached, however deep in this package it was found out."""
+    warnings.warn(message, category, stacklevel=user_frame() + 1)
 
 
 def whole(name: str, number: Any, least: int, error: type[Exception] = ValueError) -> int:

@@ -6,14 +6,13 @@ __all__ = ["Given", "Link", "assign", "follow", "mixed", "owner_of", "shift", "u
 
 import functools
 import gc
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metaopt.errors import DomainError, HeldConstantWarning, RuleError
+from metaopt.errors import DomainError, HeldConstantWarning, RuleError, warn
 from metaopt.followed import Followed, shifted
 from metaopt.hyperparameters import Constrained, Hyperparameters
 from metaopt.rules import Rule
@@ -130,13 +129,12 @@ def follow(optimizer: torch.optim.Optimizer, origin: tuple[int, str], link: Link
         return found
     if not link.said:
         link.said = True
-        warnings.warn(
+        warn(
             f"{origin[1]} of group {origin[0]} is linked to a hyperparameter ({link.base:g}), but a scheduler or the "
             f"loop set it to {number:g}, a number that does not come from it: with another hyperparameter it would be "
             "the same. So it has no derivative there. If it should follow, compute it from the group's own number, as "
             'in `OneCycleLR(optimizer, max_lr=2 * optimizer.param_groups[0]["lr"], …)`, `group["lr"] *= 0.5`.',
             HeldConstantWarning,
-            stacklevel=6,
         )
     return Followed(number, 0.0, origin, owner)
 

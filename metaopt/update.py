@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["RuledUpdate", "sparse"]
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from metaopt.capture.bindings import Binding
 from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Group, Instruction, Val
-from metaopt.errors import CaptureError, UnusedHyperparameterWarning
+from metaopt.errors import CaptureError, UnusedHyperparameterWarning, warn
 from metaopt.followed import Followed, plainly, slopes_of
 from metaopt.hyperparameters import name_of
 from metaopt.links import mixed, owner_of
@@ -134,12 +133,11 @@ class RuledUpdate:
                 continue
             self._blind.add(id(external.tensor))
             name = name_of(external.tensor) or f"of shape {tuple(external.tensor.shape)}"
-            warnings.warn(
+            warn(
                 f"the hyperparameter {name} acts through the gradient, and {self.rule.optimizer.__name__} "
                 f"{self.rule.blind}: its derivative through these steps is 0. Train with an optimizer that follows the "
                 "gradient (SGD, AdamW, …), or make hyperparameters of the optimizer's own settings.",
                 UnusedHyperparameterWarning,
-                stacklevel=2,
             )
 
     def _read_state(

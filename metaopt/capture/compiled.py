@@ -19,7 +19,7 @@ from metaopt.capture.draws import Draw, Drawing, UntraceableError, draw_all
 from metaopt.capture.primitives import Phase, Surrogate, hooked
 from metaopt.capture.segment import Segment
 from metaopt.capture.trace import Val
-from metaopt.errors import FallbackWarning
+from metaopt.errors import FallbackWarning, warn
 
 if TYPE_CHECKING:
     from metaopt.capture.lowering import Function
@@ -210,7 +210,7 @@ _said: set[str] = set()
 def _say_once(text: str) -> None:
     if text not in _said:
         _said.add(text)
-        warnings.warn(text, FallbackWarning, stacklevel=2)
+        warn(text, FallbackWarning)
 
 
 def say_not_compiled(program: Program, reason: str) -> None:

@@ -6,7 +6,6 @@ __all__ = ["Watcher"]
 
 import re
 import sys
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from metaopt.capture.replacements import REPLACEMENTS
 from metaopt.capture.steps import in_step
 from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Instruction, Trace, Val
-from metaopt.errors import CaptureError, EagerWarning, HeldConstantWarning
+from metaopt.errors import CaptureError, EagerWarning, HeldConstantWarning, user_frame, warn
 from metaopt.followed import Followed
 
 _RANDOM = re.compile(
@@ -317,13 +316,12 @@ class Watcher(TorchFunctionMode):
         if place in self._said:
             return
         self._said.add(place)
-        warnings.warn(
+        warn(
             f"`{name_of(func)}` was called with a number of the optimizer's param group that comes from a "
             "hyperparameter; metaopt holds the number constant there, so what this call does has no derivative by it. "
             "Use the hyperparameter itself, a tensor, in place of the group's number. To silence: "
             "`warnings.simplefilter('ignore', metaopt.HeldConstantWarning)`.",
             HeldConstantWarning,
-            stacklevel=level,
         )
 
     def say_constant(self, name: str) -> None:
@@ -341,35 +339,25 @@ class Watcher(TorchFunctionMode):
         if place in self._said or frame.f_globals.get("__name__") == "torch.nn.init":
             return
         self._said.add(place)
-        warnings.warn(
+        warn(
             f"`{name}` took a Python number out of a tensor that depends on the weights or hyperparameters; metaopt "
             "holds that number constant. This is right for logging; if it goes back into the training, keep it a "
             "tensor (`x.detach()`). To silence: `warnings.simplefilter('ignore', metaopt.HeldConstantWarning)`.",
             HeldConstantWarning,
-            stacklevel=level + 1,
         )
 
     def _look_for_compiler(self) -> None:
         frame = sys._getframe(1)
         while frame is not None:
             if frame.f_code.co_name == "compile_wrapper":
-                warnings.warn(
+                warn(
                     "a compiled model or function runs eagerly inside the context: compiled code can't be "
                     "differentiated twice.",
                     EagerWarning,
-                    stacklevel=user_frame() + 1,
                 )
                 self._looked_for_compiler = 64
                 return
             frame = frame.f_back  # type: ignore[assignment]
-
-
-def user_frame() -> int:
-    """How many frames above the caller the nearest one outside of torch and this package is."""
-    frame, level = sys._getframe(1), 0
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("metaopt.", "torch.")):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _follows(arguments: Sequence[Any]) -> bool:

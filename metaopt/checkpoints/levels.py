@@ -9,12 +9,11 @@ from __future__ import annotations
 
 __all__ = ["LEVELS", "Keeping"]
 
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from metaopt.checkpoints.memory import Memory
-from metaopt.errors import MetaoptWarning
+from metaopt.errors import MetaoptWarning, warn
 
 if TYPE_CHECKING:
     from metaopt.capture.segment import Segment
@@ -65,11 +64,10 @@ class Keeping:
         self._producer.update(dict.fromkeys(segment.outputs, place))
         if self.budget is not None and not self._said and 2 * size > self.budget:
             self._said = True
-            warnings.warn(
+            warn(
                 f"the budget of {self.budget:,} bytes is less than two states of {size:,} bytes each, the least that a "
                 "sweep needs; two are kept all the same. Give a larger budget, or `offload=` the states.",
                 MetaoptWarning,
-                stacklevel=2,
             )
         if self.level == "checkpoints":
             self._thin()

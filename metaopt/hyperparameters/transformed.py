@@ -4,9 +4,7 @@ from __future__ import annotations
 
 __all__ = ["General", "Integer", "Interval", "Positive", "Simplex", "Transformed"]
 
-import inspect
 import math
-import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
 
@@ -15,7 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 from torch.distributions.transforms import Transform
 
-from metaopt.errors import DomainError, MetaoptWarning
+from metaopt.errors import DomainError, MetaoptWarning, warn
 from metaopt.hyperparameters.domains import Domain, outside, span
 from metaopt.hyperparameters.projections import widen
 
@@ -95,11 +93,12 @@ class Interval(Transformed):
         at_low, at_high = wide <= least, wide >= most
         if not (at_low | at_high).any():
             return wide
-        _warn_moved(
+        warn(
             f"{int((at_low | at_high).sum())} of {value.numel()} initial values of {self} lie on a bound, "
             f"which a sigmoid can't represent and where its derivative vanishes: they start {margin:g} "
             f"inside. Start inside, or use `box(value, {self.low:g}, {self.high:g})`, which reaches its "
-            "bounds by projection."
+            "bounds by projection.",
+            MetaoptWarning,
         )
         return wide.masked_fill(at_low, self.low + margin).masked_fill(at_high, self.high - margin)
 
@@ -171,10 +170,11 @@ class Simplex(Transformed):
         on_face = (value <= 4 * torch.finfo(value.dtype).tiny).any(-1, keepdim=True)
         if not on_face.any():
             return wide
-        _warn_moved(
+        warn(
             "simplex(value) has entries of 0, which a softmax can't represent and where its derivative "
             f"vanishes: the vectors concerned start mixed with {MARGIN:g} of the uniform one. Start from "
-            "positive entries."
+            "positive entries.",
+            MetaoptWarning,
         )
         return torch.where(on_face, (1 - MARGIN) * wide + MARGIN / value.shape[-1], wide)
 
@@ -235,11 +235,3 @@ def _transform(constraint: constraints.Constraint) -> Transform:
     # Looked up at each use, which costs microseconds: so a domain is no more than its bounds.
     transform: Transform = transform_to(constraint)
     return transform
-
-
-def _warn_moved(message: str) -> None:
-    # The warning points at the line that gave the value, however deep in this package it was judged.
-    level, frame = 1, inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(__package__ or __name__):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, MetaoptWarning, stacklevel=level)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 __all__ = ["accumulate", "collect", "leaves_behind", "tensors_of"]
 
-import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from metaopt.capture.bindings import leaves_of
-from metaopt.errors import SweepError, UnusedHyperparameterWarning
+from metaopt.errors import SweepError, UnusedHyperparameterWarning, warn
 from metaopt.hyperparameters import name_of, owner_of
 from metaopt.modes.outer import Adjoint
 from metaopt.modes.passes import reverse_pass
@@ -118,11 +117,10 @@ def _nothing(loop: Loop) -> SweepError:
 
 def _warn_one(tensor: Tensor) -> None:
     name = name_of(tensor) or f"a tensor of shape {tuple(tensor.shape)}"
-    warnings.warn(
+    warn(
         f"the hyperparameter {name} took no part in the recorded steps nor in the outer objective; its "
         "hypergradient is zero. Was it replaced by a copy, or turned into a Python number?",
         UnusedHyperparameterWarning,
-        stacklevel=4,
     )
 
 
@@ -135,11 +133,10 @@ def _warn_unused(adjoint: Adjoint, used: set[int]) -> None:
         if leaf.requires_grad and id(leaf) not in used
     ]
     if names:
-        warnings.warn(
+        warn(
             f"the hyperparameters {', '.join(names)} took no part in the recorded steps nor in the outer "
             "objective, and get no hypergradient. Were they replaced by copies, or turned into Python numbers?",
             UnusedHyperparameterWarning,
-            stacklevel=4,
         )
 
 

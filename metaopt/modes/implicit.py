@@ -9,14 +9,13 @@ from __future__ import annotations
 
 __all__ = ["Implicit", "implicit"]
 
-import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from metaopt.capture.segment import Segment
-from metaopt.errors import MetaoptWarning, SweepError, whole
+from metaopt.errors import MetaoptWarning, SweepError, warn, whole
 from metaopt.modes.hypergradients import accumulate, collect, tensors_of
 from metaopt.modes.outer import Adjoint, Objective
 from metaopt.modes.pullback import PullBack
@@ -161,12 +160,11 @@ class Implicit(Run):
                 size += float(weight.detach().double().square().sum())
         distance = (moved / size) ** 0.5 / max(1 - rate, 1e-12) if size else 0.0
         if distance > _FAR:
-            warnings.warn(
+            warn(
                 f"the training has not converged: its last step moved the weights by {(moved / size) ** 0.5:.1e} of "
                 f"their norm, and the stationary point is about {distance:.1e} away. The hypergradient is that of a "
                 "point which was not reached. Train longer, or use `metaopt.record`.",
                 MetaoptWarning,
-                stacklevel=4,
             )
 
 

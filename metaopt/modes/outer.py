@@ -6,7 +6,6 @@ __all__ = ["Adjoint", "Objective", "opaque", "retold"]
 
 import gc
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from metaopt.capture.bindings import Unseen, leaves_of, led_error, nodes_of
 from metaopt.capture.segment import Segment
-from metaopt.errors import HeldConstantWarning, StaleError, SweepError
+from metaopt.errors import HeldConstantWarning, StaleError, SweepError, warn
 from metaopt.modes.pullback import PullBack
 from metaopt.modes.statistics import statistics_gradients
 from metaopt.step import Loop
@@ -175,13 +174,12 @@ class Adjoint:
         )
         if buffers:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in buffers[:4])
-            warnings.warn(
+            warn(
                 f"the loop also wrote {len(buffers)} tensors that are not weights (buffers, averages; shapes "
                 f"{shapes}{', …' if len(buffers) > 4 else ''}). An outer objective computed outside of the context "
                 "holds them constant. If it reads them, pass it as a function, `run.backward(lambda: loss(model(x), "
                 "y))`, to have it exact.",
                 HeldConstantWarning,
-                stacklevel=6,
             )
 
     # -- through the iterations --------------------------------------------------------------------------------------

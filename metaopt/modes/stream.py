@@ -8,7 +8,6 @@ from __future__ import annotations
 
 __all__ = ["Streaming", "stream"]
 
-import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
-from metaopt.errors import CaptureError, MetaoptWarning, SweepError, whole
+from metaopt.errors import CaptureError, MetaoptWarning, SweepError, warn, whole
 from metaopt.modes.columns import Columns, Directions, coordinates
 from metaopt.modes.compiled import CompiledPush
 from metaopt.modes.hypergradients import accumulate, collect, tensors_of
@@ -244,12 +243,11 @@ class Streaming(Run):
         )
         if missing > _MANY and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"the hyperparameters have {missing} entries, and forward mode carries a tangent of the whole state "
                 "for each. With thousands of them `metaopt.record` is the right mode: its cost does not depend on "
                 "their number.",
                 MetaoptWarning,
-                stacklevel=2,
             )
 
     def _check_finite(self) -> None:

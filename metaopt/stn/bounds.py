@@ -4,11 +4,10 @@ from __future__ import annotations
 
 __all__ = ["keep_inside"]
 
-import warnings
 
 import torch
 
-from metaopt.errors import SaturatedWarning
+from metaopt.errors import SaturatedWarning, warn
 from metaopt.hyperparameters import Hyperparameters
 from metaopt.hyperparameters.transformed import Integer, Interval, Positive
 
@@ -40,10 +39,9 @@ def keep_inside(hyper: Hyperparameters, warned: set[str]) -> None:
             warned.add(name)
             values = domain.to_value(leaf)[beyond].reshape(-1)
             seen = f"{values[0].item():.3g}" + (f" (and {len(values) - 1} more entries)" if len(values) > 1 else "")
-            warnings.warn(
+            warn(
                 f"hyperparameter {name!r} has the value {seen}, {where}: it hardly moves there, and the response "
                 "learns little about it. If the validation loss wants it there, take a constant or wider bounds; if "
                 "not, lower the rate of `hyper_optimizer`, raise `warmup`, or use more validation data.",
                 SaturatedWarning,
-                stacklevel=7,
             )

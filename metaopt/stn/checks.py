@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["check_first", "evaluation", "groups_of", "repeat", "require_scalar"]
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from metaopt.errors import FallbackWarning, ResponseError, UnusedHyperparameterWarning
+from metaopt.errors import FallbackWarning, ResponseError, UnusedHyperparameterWarning, warn
 from metaopt.stn.perturbations import Perturbation
 from metaopt.stn.tuned import GROUPS, Tuned
 
@@ -51,12 +50,11 @@ def groups_of(tuned: Tuned, examples: int) -> int | None:
     if new:
         tuned.warned.update(new)
         why = "; ".join(dict.fromkeys(tuned.fallback[name] for name in new))
-        warnings.warn(
+        warn(
             f"parameters that can't respond per example ({why}): {', '.join(new)}. Each group of examples has one "
             "perturbation and is run by itself, which takes longer and makes the response noisier. `groups` in "
             "`transform` says how many there are.",
             FallbackWarning,
-            stacklevel=7,
         )
     coupled = any(isinstance(m, _BatchNorm) and m.training for m in tuned.model.modules())
     if tuned.groups is None:
@@ -93,12 +91,11 @@ def check_first(loss: Tensor, at: Perturbation, weights: Iterable[Tensor]) -> No
         " Its forward calls a functional dropout: make it a module, `self.drop = nn.Dropout()`, and bind that by "
         "`bind={'NAME': 'drop'}` in `transform`."
     )
-    warnings.warn(
+    warn(
         f"hyperparameters that neither the model nor the training loss uses: {', '.join(sorted(unused))}. Read them "
         "from the loss function's third argument, or bind them to a dropout module by name."
         + (functional if at.functional_dropout else ""),
         UnusedHyperparameterWarning,
-        stacklevel=6,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["Compared"]
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metaopt.errors import FallbackWarning, ResponseError
+from metaopt.errors import FallbackWarning, ResponseError, warn
 from metaopt.stn.engines import ENGINES
 from metaopt.stn.generators import same_randomness
 from metaopt.stn.outputs import close
@@ -30,11 +29,10 @@ class Compared(Prepared):
                 '`method="centered"`, which needs no second derivative, or `engine="auto"`.'
             ) from reason
         names = {"manual": "hand-written tangents", "forward": "forward-mode AD", "double": "two backward passes"}
-        warnings.warn(
+        warn(
             f"{_culprit(self.model, reason)} can't be linearised by {names[engines[0]]} ({reason}); it falls back to "
             f"{names[engines[1]]}, which is slower.",
             FallbackWarning,
-            stacklevel=2,
         )
         engines.pop(0)
 
@@ -69,7 +67,7 @@ class Compared(Prepared):
         if len(engines) == 1:
             raise ResponseError(f'{differ}; {why} Use `engine="auto"`, which takes another engine then.')
         engines.pop(0)
-        warnings.warn(f"{differ}, which are used from now on; {why}", FallbackWarning, stacklevel=2)
+        warn(f"{differ}, which are used from now on; {why}", FallbackWarning)
 
 
 def _gradient(output: Any, weight: Tensor) -> Tensor | None:

@@ -6,7 +6,6 @@ __all__ = ["Factory", "Tuner"]
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metaopt.errors import ResponseError, SkippedStepWarning, whole
+from metaopt.errors import ResponseError, SkippedStepWarning, warn, whole
 from metaopt.stn.batches import size_of
 from metaopt.stn.bounds import keep_inside
 from metaopt.stn.checks import check_first, evaluation, groups_of, repeat, require_scalar
@@ -263,11 +262,10 @@ class Tuner:
 
     def _skip(self, what: str) -> None:
         self.skipped += 1
-        warnings.warn(
+        warn(
             f"a step of the {what} was left out: its loss or gradient is not finite. Lower the learning rates, set "
             "`clip`, or bound the hyperparameters (a dropout rate by `interval(p, 0, 0.95)`).",
             SkippedStepWarning,
-            stacklevel=4,
         )
 
     @torch.no_grad()
