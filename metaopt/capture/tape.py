@@ -51,6 +51,7 @@ class Tape:
         self._known: dict[int, Cell] = {}
         self.protected: Callable[[Tensor], bool] = lambda tensor: False
         self._led: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self._moved: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self.before_first_write: Callable[[Tensor], None] | None = None
         for tensor in trained:
             self.train(tensor)
@@ -69,6 +70,10 @@ class Tape:
     def is_trained(self, tensor: Tensor) -> bool:
         """Whether this is a weight of a watched optimizer."""
         return self.trained.get(id(tensor)) is tensor
+
+    def is_moved(self, leaf: Tensor) -> bool:
+        """Whether a leaf is trained: by a watched optimizer, or by the loop itself."""
+        return id(leaf) in self.trained or id(leaf) in self._moved
 
     def bind(self, tensor: Tensor) -> Binding:
         """Follow a tensor object whose value is carried over from before this iteration."""
@@ -405,6 +410,8 @@ class Tape:
         leaves = binding.leaves if binding.epoch == self.epoch else []
         self.define(tensor, number, inner=1, leaf=True)
         binding.leaves = [*leaves, number]
+        if id(tensor) not in self.trained:
+            self._moved[id(tensor)] = tensor
 
     def write_whole(self, tensor: Tensor, value: Val | Num, *, inner: int = 0) -> None:
         """The whole tensor was overwritten with a value that does not depend on what it held."""
