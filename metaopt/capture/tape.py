@@ -15,7 +15,6 @@ from torch import Tensor
 
 from metaopt.capture.bindings import BASE, Binding, External, Geometry, Unseen, View, leaves_of
 from metaopt.capture.cells import Cell, Cells, version_of
-from metaopt.capture.hooks import refuse_live_closure
 from metaopt.capture.memory import Memory, part_of
 from metaopt.capture.primitives import hooked, leaf, overwrite, stop
 from metaopt.capture.segment import Segment
@@ -197,6 +196,16 @@ class Tape:
             self._bindings.pop(id(tensor), None)
             self.alias(tensor)
 
+    def numbers_of(self, tensors: Iterable[Tensor]) -> set[int]:
+        """The present values, by number, of those that were read or made in this iteration."""
+        found = [binding for tensor in tensors if (binding := self.find(tensor)) is not None]
+        return {binding.value for binding in found if binding.epoch == self.epoch}
+
+    def entered(self, tensors: Iterable[Tensor]) -> set[int]:
+        """The numbers by which values from before this iteration came in."""
+        keys = {binding.key for tensor in tensors if (binding := self.find(tensor)) is not None}
+        return {n for n, b in zip(self.trace.inputs, self._inputs, strict=True) if b.key in keys}
+
     def has_views(self, tensor: Tensor) -> bool:
         """Whether another living tensor is followed as a view of this one."""
         base = self.find(tensor)
@@ -296,7 +305,6 @@ class Tape:
         if binding.opaque is not None:
             self.opaque[binding.key] = binding.opaque
         for hook in (getattr(tensor, "_backward_hooks", None) or {}).values() if binding.leaf else ():
-            refuse_live_closure(self, hook)
             self.trace.code.append(
                 Instruction(hooked, (Val(number), self.spec(hook, self.read)), phased=True, effect=True)
             )
