@@ -147,7 +147,7 @@ class Tape:
         part_of(tensor, geometry, whole=True)
         binding = self._bindings[id(tensor)] = Binding(base.key, tensor)
         binding.leaf = tensor.requires_grad and tensor.is_leaf
-        binding.inner = int(binding.leaf)
+        binding.inner, binding.buffer = int(binding.leaf), base.buffer
         self.own_memory(tensor)
         return binding
 
@@ -214,6 +214,10 @@ class Tape:
     def bindings(self) -> list[Binding]:
         """The bindings whose tensors are alive."""
         return [binding for binding in self._bindings.values() if binding.ref() is not None]
+
+    def living(self) -> list[Binding]:
+        """Those, and the ones whose tensors are gone and whose memory lives on in one that was made out of sight."""
+        return [*self.bindings(), *self.memory.outlived()]
 
     def present(self) -> dict[int, Tensor]:
         """The values that the followed tensors hold, by key, where nobody wrote to them since."""
@@ -459,6 +463,7 @@ class Tape:
             # A view may outlive its base: it gets a value of its own.
             if view.base is not None and view.root.epoch == self.epoch and view.root.fresh:
                 self.read_binding(view)
+                view.buffer = view.buffer or view.root.buffer
                 if (tensor := view.ref()) is not None:
                     view.version = version_of(tensor)
         outputs = {
@@ -489,7 +494,7 @@ class Tape:
         code = self.trace.code
         if len(code) < self._compact_at:
             return
-        wanted = {b.value for b in self._bindings.values() if b.epoch == self.epoch and b.ref() is not None}
+        wanted = {binding.value for binding in self.living() if binding.epoch == self.epoch}
         for binding in self._bindings.values():
             if binding.epoch == self.epoch and binding.ref() is not None:
                 wanted.update(binding.leaves)
