@@ -110,8 +110,10 @@ class Bystanders:
                 f"{name}, which is not watched, steps a tensor of shape {tuple(weight.shape)} that took part in the "
                 "watched training. It is taken for a hyperparameter, which gets no training gradient, so the training "
                 "inside the context would not be the bare one. If it is a weight (of a second network, of a head), "
-                "watch both optimizers, `metaopt.record([first, second])`. If it is a hyperparameter, make it one of "
-                "`metaopt.Hyperparameters`, or call `run.backward` before its optimizer steps."
+                "watch both optimizers, `metaopt.record([first, second])`. If the loop makes it inside the context (a "
+                "fresh head, latent codes), say so there: `head.requires_grad_(False).requires_grad_(True)`. If it is "
+                "a hyperparameter, make it one of `metaopt.Hyperparameters`, or call `run.backward` before its "
+                "optimizer steps."
             )
         if not self.protected(weight):
             tape.lead(weight)

@@ -610,6 +610,27 @@ def teacher(hyper: Hyper, context: Context) -> Trained:
 
 
 @case(lr=0.3, weights=weights(12))
+def hooks_on_weights_that_move_within_a_step(hyper: Hyper, context: Context) -> Trained:
+    """Gradients are taken, and clipped by a hook, at weights that the iteration has written."""
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    for weight in model.parameters():
+        weight.register_hook(lambda grad: torch.nan_to_num(grad).clamp(-0.03, 0.03))
+    optimizer = sgd(hyper, momentum=0.5)(model.parameters())
+    with context(optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), model(x), y).backward()
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.add_(2 * weight.grad)
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), model(x), y).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.3, weights=weights(12))
 def written_through_data_now_and_then(hyper: Hyper, context: Context) -> Trained:
     """An average of some weights, and slow weights that the fast ones go back to, steps apart."""
     x, y, x_val, y_val = data()

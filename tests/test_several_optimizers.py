@@ -235,6 +235,35 @@ def test_an_optimizer_for_copies(way: str) -> None:
     assert hypergradcheck(lambda watch: copies(watch, hyper, way), outer, hyper)
 
 
+@pytest.mark.parametrize("said", [False, True])
+def test_a_head_that_is_made_inside_the_context(said: bool) -> None:
+    hyper = {"lr": leaf(0.3)}
+    x, y, _, _ = data()
+
+    def train(watch: Watch) -> nn.Module:
+        model, optimizer = first(hyper)
+        with watch(optimizer):
+            for _ in range(2):
+                head = mlp(3, 3)
+                if said:
+                    head.requires_grad_(False).requires_grad_(True)
+                inner = torch.optim.SGD(head.parameters(), lr=0.2)
+                for _ in range(2):
+                    inner.zero_grad()
+                    F.cross_entropy(head(model(x)), y).backward()
+                    inner.step()
+                optimizer.zero_grad()
+                F.cross_entropy(head(model(x)), y).backward()
+                optimizer.step()
+        return model
+
+    if said:
+        assert hypergradcheck(train, outer, hyper)
+        return
+    with pytest.raises(metaopt.CaptureError, match=r"requires_grad_\(False\)\.requires_grad_\(True\)"):
+        train(metaopt.record)
+
+
 @pytest.mark.filterwarnings("ignore::metaopt.HeldConstantWarning")
 def test_an_optimizer_for_copies_with_hyperparameters() -> None:
     """Its step is recorded call by call, in which the rate is a number: it got a hypergradient of 0."""

@@ -308,10 +308,14 @@ class Tape:
         binding.leaves = [number] if binding.leaf else []
         if binding.opaque is not None:
             self.opaque[binding.key] = binding.opaque
-        for hook in (getattr(tensor, "_backward_hooks", None) or {}).values() if binding.leaf else ():
-            self.trace.code.append(
-                Instruction(hooked, (Val(number), self.spec(hook, self.read)), phased=True, effect=True)
-            )
+        if binding.leaf:
+            self._hook_up(number, tensor)
+
+    def _hook_up(self, number: int, leaf: Tensor) -> None:
+        """The gradient hooks of a leaf act on those at each of its values."""
+        for hook in (leaf._backward_hooks or {}).values():
+            place = self.spec(hook, self.read)
+            self.trace.code.append(Instruction(hooked, (Val(number), place), phased=True, effect=True))
 
     _inputs: list[Binding]
     _input_cells: list[Cell]
@@ -420,7 +424,12 @@ class Tape:
         """A weight that requires grad was written under ``no_grad``: a new value to take gradients at."""
         (number,) = self.trace.emit(leaf, Val(value))
         leaves = binding.leaves if binding.epoch == self.epoch else []
-        self.define(tensor, number, inner=1, leaf=True)
+        value = number
+        if tensor._backward_hooks:
+            # On a value of its own: behind one with a graph, autograd takes the gradient before the hooks change it.
+            (value,) = self.trace.emit(torch.clone, Val(number))
+            self._hook_up(value, tensor)
+        self.define(tensor, value, inner=1, leaf=True)
         binding.leaves = [*leaves, number]
         if id(tensor) not in self.trained:
             self._moved[id(tensor)] = tensor
