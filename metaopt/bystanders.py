@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from metaopt.capture.watcher import Watcher
+from metaopt.closures import closure_of, with_closure
 from metaopt.errors import CaptureError
 
 
@@ -40,17 +41,22 @@ class Bystanders:
         self.away = False
         self._stepping: Callable[[], bool] | None = None
 
-    def before(self, optimizer: Optimizer) -> None:
+    def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Such a step is about to run.
+
+        Returns:
+            The arguments to call it with in place of these, as a hook does, or nothing.
 
         Raises:
             CaptureError: if it moves what the watched loop trains.
         """
         if self.inside(optimizer):
-            return
-        if self._is_followed(optimizer):
+            return None
+        closure = closure_of(args, kwargs)
+        if self._is_followed(optimizer, closure is not None):
+            _refuse_linked(optimizer)
             self._stepping, self.watcher.stepping = self.watcher.stepping, lambda: True
-            return
+            return None if closure is None else with_closure(self._in_loop(closure), args, kwargs)
         self.away = self.watcher.paused = True
         try:
             for group in optimizer.param_groups:
@@ -59,6 +65,7 @@ class Bystanders:
         except CaptureError:
             self.away = self.watcher.paused = False
             raise
+        return None
 
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """It has run."""
@@ -67,13 +74,29 @@ class Bystanders:
         if not self.inside(optimizer):
             self.away = self.watcher.paused = False
 
-    def _is_followed(self, optimizer: Optimizer) -> bool:
-        """Whether all that is stepped are leaves that the loop made."""
+    def _in_loop(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """A closure that a followed step calls, which is a part of the loop as any other."""
+
+        def called() -> Any:
+            step, self.watcher.stepping = self.watcher.stepping, self._stepping or self.watcher.stepping
+            try:
+                return closure()
+            finally:
+                self.watcher.stepping = step
+
+        return called
+
+    def _is_followed(self, optimizer: Optimizer, closed: bool) -> bool:
+        """Whether all that is stepped are leaves that the loop made; a closure is yet to make their gradients."""
         tape = self.watcher.tape
         with torch._C.DisableTorchFunction():
-            moved = [w for group in optimizer.param_groups for w in group["params"] if w.grad is not None]
-            found = [tape.find(weight) for weight in moved]
-        return bool(found) and all(b is not None and b.leaf for b in found) and not any(map(tape.is_trained, moved))
+            weights = [w for group in optimizer.param_groups for w in group["params"]]
+            moved = [w for w in weights if w.grad is not None or (closed and w.requires_grad)]
+            if any(map(tape.is_trained, moved)):
+                return False
+            # A copy that was not used yet is known by its memory.
+            found = [tape.find(weight) or tape.alias(weight) for weight in moved]
+        return bool(found) and all(b is not None and b.leaf for b in found)
 
     def _look_at(self, weight: Tensor, name: str) -> None:
         tape = self.watcher.tape
@@ -87,10 +110,24 @@ class Bystanders:
                 f"{name}, which is not watched, steps a tensor of shape {tuple(weight.shape)} that took part in the "
                 "watched training. It is taken for a hyperparameter, which gets no training gradient, so the training "
                 "inside the context would not be the bare one. If it is a weight (of a second network, of a head), "
-                "watch both optimizers, `metaopt.record([first, second])`. If it is a hyperparameter, make it one of "
-                "`metaopt.Hyperparameters`, or call `run.backward` before its optimizer steps."
+                "watch both optimizers, `metaopt.record([first, second])`. If the loop makes it inside the context (a "
+                "fresh head, latent codes), say so there: `head.requires_grad_(False).requires_grad_(True)`. If it is "
+                "a hyperparameter, make it one of `metaopt.Hyperparameters`, or call `run.backward` before its "
+                "optimizer steps."
             )
         if not self.protected(weight):
             tape.lead(weight)
         # A hyperparameter, or the weight of another model: whoever needs its old value has it.
         tape.before_write(weight)
+
+
+def _refuse_linked(optimizer: Optimizer) -> None:
+    """A step that is recorded call by call takes linked settings for the numbers that they are to torch."""
+    names = sorted({name for links in getattr(optimizer, "_links", {}).values() for name in links})
+    if names:
+        raise CaptureError(
+            f"{type(optimizer).__name__} steps tensors that the loop made inside the context (a copy of the model, "
+            f"say), and has hyperparameters among its settings ({', '.join(names)}), whose derivative its step would "
+            "lose. Give torch's own class the tensor (`torch.optim.SGD(copy.parameters(), lr=hyper.lr)`), or write the "
+            "update in the loop."
+        )

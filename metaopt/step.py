@@ -28,6 +28,7 @@ from metaopt.capture.segment import Segment
 from metaopt.capture.tape import Tape
 from metaopt.capture.verify import Verifier
 from metaopt.capture.watcher import Watcher
+from metaopt.closures import closure_of, with_closure
 from metaopt.errors import CaptureError
 from metaopt.hyperparameters import owner_of
 from metaopt.rules import rule_of
@@ -206,7 +207,7 @@ class Loop:
     # -- the optimizer's step -----------------------------------------------------------------------------------------
 
     def _pre_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        closure = closure_of(args, kwargs)
         update = self.updates.get(id(optimizer))
         if update is None:
             return self._pre_wrapped_step(optimizer, closure, args, kwargs)
@@ -224,7 +225,7 @@ class Loop:
             self._begin(update)
             return value
 
-        return _with_closure(watched, args, kwargs)
+        return with_closure(watched, args, kwargs)
 
     def _pre_wrapped_step(self, optimizer: Optimizer, closure: Any, args: Any, kwargs: Any) -> Any:
         """What the update calls is recorded as it runs; all there is to do is to look for what can't be."""
@@ -245,7 +246,7 @@ class Loop:
             finally:
                 self._in_closure = False
 
-        return _with_closure(watched, args, kwargs)
+        return with_closure(watched, args, kwargs)
 
     def _begin(self, update: RuledUpdate) -> None:
         with torch._C.DisableTorchFunction():
@@ -287,13 +288,13 @@ class Loop:
         finally:
             self.watcher.paused = False
 
-    def _pre_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _pre_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         if id(optimizer) in self._first and threading.get_ident() == self._thread:
             # `_pre_step` follows, after all of the optimizer's own hooks: what they do is a part of the loop.
             hooks = cast("OrderedDict[int, Any]", optimizer._optimizer_step_pre_hooks)
             hooks.move_to_end(self._first[id(optimizer)])
-        else:
-            self._bystanders.before(optimizer)
+            return None
+        return self._bystanders.before(optimizer, args, kwargs)
 
     def _is_inside(self, optimizer: Optimizer) -> bool:
         """Whether a step belongs to the watched loop: another optimizer's may run within a wrapped one's."""
@@ -343,12 +344,6 @@ def _failed_step() -> CaptureError:
         "an `optimizer.step()` inside the context raised an exception, which the loop caught, and went on. What it did "
         "since was not seen. Let the exception end the context."
     )
-
-
-def _with_closure(closure: Callable[[], Any], args: Any, kwargs: Any) -> Any:
-    if "closure" in kwargs:
-        return args, {**kwargs, "closure": closure}
-    return (args[0], closure, *args[2:]), kwargs
 
 
 def _put_first(hooks: OrderedDict[int, Any], key: int) -> None:

@@ -80,7 +80,8 @@ class WatchedWeights:
         trained, self._received = self._received, {id(w) for w in self.weights() if w.grad is not None}
         new = [external.tensor for external in list(self.tape.externals.values())[known:]]
         made = [b.ref() for b in self.tape.bindings() if b.leaf]
-        new += [tensor for tensor in made if tensor is not None and id(tensor) not in self.tape.trained]
+        # A copy that the loop trains itself takes nobody's place.
+        new += [leaf for leaf in made if leaf is not None and not self.tape.is_moved(leaf)]
         lost = [weight for weight in self.weights() if id(weight) in trained and weight.grad is None]
         shapes = {tensor.shape for tensor in new if isinstance(tensor, torch.nn.Parameter)}
         replaced = [weight for weight in lost if weight.shape in shapes]

@@ -609,6 +609,47 @@ def teacher(hyper: Hyper, context: Context) -> Trained:
     )
 
 
+@case(lr=0.3, weights=weights(12))
+def hooks_on_weights_that_move_within_a_step(hyper: Hyper, context: Context) -> Trained:
+    """Gradients are taken, and clipped by a hook, at weights that the iteration has written."""
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    for weight in model.parameters():
+        weight.register_hook(lambda grad: torch.nan_to_num(grad).clamp(-0.03, 0.03))
+    optimizer = sgd(hyper, momentum=0.5)(model.parameters())
+    with context(optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), model(x), y).backward()
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.add_(2 * weight.grad)
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), model(x), y).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.3, weights=weights(12))
+def written_through_data_now_and_then(hyper: Hyper, context: Context) -> Trained:
+    """An average of some weights, and slow weights that the fast ones go back to, steps apart."""
+    x, y, x_val, y_val = data()
+    model = mlp(5, 4, 3)
+    average = torch.zeros(4, 5)
+    slow = model[2].weight.detach().clone()
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for t in range(6):
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), model(x), y).backward()
+            optimizer.step()
+            if t in (0, 5):
+                average.data += model[0].weight.data / 2
+                slow.data.add_(0.5 * (model[2].weight.data - slow.data))
+                model[2].weight.data.copy_(slow.data)
+    return Trained(lambda: F.cross_entropy(model(x_val) + (x_val @ average.T)[:, :3], y_val), model, optimizer)
+
+
 @case(lr=0.3, rho=0.1, weights=weights(12))
 def sharpness_aware(hyper: Hyper, context: Context) -> Trained:
     x, y, x_val, y_val = data()

@@ -7,6 +7,7 @@ import copy
 import pickle
 import re
 import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -556,14 +557,52 @@ def test_the_gradient_of_an_untrained_parameter_is_missed() -> None:
         optimizer.step()
 
 
-def test_a_hook_that_reads_weights_is_refused() -> None:
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize(
+    ("reads", "kind"),
+    [(r, k) for r in ("hyperparameter", "weight") for k in ("weight", "activation", "module", "written")]
+    + [("log", k) for k in ("weight", "activation", "module")],
+)
+def test_a_hook_that_changes_a_gradient_by_weights_is_refused(reads: str, kind: str, early: bool) -> None:
+    """However it gets at them: through an object, the derivative was missing in silence. It may log them."""
     model = mlp(5, 6, 3)
-    scale = torch.tensor(0.1, requires_grad=True)
-    model[0].weight.register_hook(lambda g: g * scale)  # type: ignore[union-attr]
-    optimizer = torch.optim.SGD([*model.parameters(), scale], lr=0.1)
-    with pytest.raises(metaopt.CaptureError, match="a gradient hook reads"), metaopt.record(optimizer):
-        loss(model).backward()
-        optimizer.step()
+    held = types.SimpleNamespace(scale=torch.tensor(0.1, requires_grad=True), other=model[2].weight, log=[])
+
+    def hook(*shown: Any) -> Any:
+        given = shown[-1][0] if kind == "module" else shown[0]
+        read = held.scale if reads == "hyperparameter" else held.other.detach().norm()
+        if reads == "log":
+            held.log.append(given.detach().norm() / read)
+            read = 0.5 if kind != "module" else 1.0
+        if kind == "written":
+            with torch.no_grad():
+                given.mul_(read)
+            return None
+        return (given * read,) if kind == "module" else given * read
+
+    def register() -> None:
+        if kind == "module":
+            model[2].register_full_backward_pre_hook(hook)
+        elif kind != "activation":
+            model[0].weight.register_hook(hook)  # type: ignore[union-attr]
+
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    if early:
+        register()
+    refused = pytest.raises(metaopt.CaptureError, match="a gradient hook reads")
+    with refused if reads != "log" else contextlib.nullcontext(), metaopt.record(optimizer) as run:
+        if not early:
+            register()
+        for _ in range(2):
+            optimizer.zero_grad()
+            x, y, _, _ = data()
+            hidden = model[0](x).tanh()
+            if kind == "activation":
+                hidden.register_hook(hook)
+            (F.cross_entropy(model[2](hidden), y) + held.scale * hidden.square().mean()).backward()
+            optimizer.step()
+    if reads == "log":
+        run.backward(outer(model))
 
 
 def test_the_initial_weights_of_a_truncated_run() -> None:

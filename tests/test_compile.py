@@ -25,6 +25,7 @@ EAGER = {
     "backward_that_is_no_derivative": "is an autograd.Function",
     "custom_function": "is an autograd.Function",
     "gradient_hooks": "gradient hooks run Python code",
+    "hooks_on_weights_that_move_within_a_step": "gradient hooks run Python code",
     "numpy_index_shuffled_in_place": "neither a tensor nor a number",
 }
 # Here it depends on whether an index, or a count of steps, is the same in all steps that share a program.

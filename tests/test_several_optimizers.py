@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -190,6 +191,85 @@ def test_a_second_network_moved_by_hand(how: str) -> None:
         return model
 
     assert hypergradcheck(train, outer, hyper)
+
+
+def copies(watch: Watch, hyper: dict[str, Tensor], way: str) -> nn.Module:
+    """Each iteration trains a copy of a body and a head, which two optimizers own, and goes by the copy's gradients."""
+    x, y, _, _ = data()
+    (body, optimizer), head = first(hyper), mlp(3, 4, 3)
+    other = torch.optim.SGD(head.parameters(), lr=0.1)
+    with watch([optimizer, other]):
+        for t in range(3):
+            optimizer.zero_grad()
+            other.zero_grad()
+            fast = copy.deepcopy(nn.Sequential(body, head))
+            made = metaopt.optim.SGD if way == "linked" else torch.optim.SGD
+            inner = made(fast.parameters(), lr=hyper["other"] if way == "linked" else 0.2, momentum=0.5)
+
+            def closure(fast: Any = fast, inner: Any = inner) -> Any:
+                inner.zero_grad()
+                loss = F.cross_entropy(fast(x), y) + hyper["other"] * fast[0][0].weight.square().sum()
+                loss.backward()
+                if way == "clipped":
+                    nn.utils.clip_grad_norm_(fast.parameters(), 0.3)
+                return loss
+
+            for _ in range(2):
+                if way == "closure":
+                    inner.step(closure)
+                else:
+                    closure()
+                    inner.step()
+            for weight, moved in zip(body.parameters(), fast[0].parameters(), strict=True):
+                if way != "resting" or t != 1:
+                    weight.grad = (weight - moved).detach()
+            optimizer.step()
+            F.cross_entropy(head(body(x).detach()), y).backward()
+            other.step()
+    return nn.Sequential(body, head)
+
+
+@pytest.mark.parametrize("way", ["plain", "clipped", "closure", "resting"])
+def test_an_optimizer_for_copies(way: str) -> None:
+    hyper = {"lr": leaf(0.3), "other": leaf(0.05)}
+    assert hypergradcheck(lambda watch: copies(watch, hyper, way), outer, hyper)
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_a_head_that_is_made_inside_the_context(said: bool) -> None:
+    hyper = {"lr": leaf(0.3)}
+    x, y, _, _ = data()
+
+    def train(watch: Watch) -> nn.Module:
+        model, optimizer = first(hyper)
+        with watch(optimizer):
+            for _ in range(2):
+                head = mlp(3, 3)
+                if said:
+                    head.requires_grad_(False).requires_grad_(True)
+                inner = torch.optim.SGD(head.parameters(), lr=0.2)
+                for _ in range(2):
+                    inner.zero_grad()
+                    F.cross_entropy(head(model(x)), y).backward()
+                    inner.step()
+                optimizer.zero_grad()
+                F.cross_entropy(head(model(x)), y).backward()
+                optimizer.step()
+        return model
+
+    if said:
+        assert hypergradcheck(train, outer, hyper)
+        return
+    with pytest.raises(metaopt.CaptureError, match=r"requires_grad_\(False\)\.requires_grad_\(True\)"):
+        train(metaopt.record)
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.HeldConstantWarning")
+def test_an_optimizer_for_copies_with_hyperparameters() -> None:
+    """Its step is recorded call by call, in which the rate is a number: it got a hypergradient of 0."""
+    hyper = {"lr": leaf(0.3), "other": leaf(0.05)}
+    with pytest.raises(metaopt.CaptureError, match="hyperparameters among its settings"):
+        copies(metaopt.record, hyper, "linked")
 
 
 def test_rewinding_goes_back_with_all_of_them() -> None:

@@ -18,7 +18,7 @@ from metaopt.capture.bindings import BASE, View
 from metaopt.capture.cells import version_of
 from metaopt.capture.derivatives import check_function
 from metaopt.capture.gradients import autograd_backward, autograd_grad, tensor_backward
-from metaopt.capture.hooks import Observed, observe_module_hooks, refuse_live_closure
+from metaopt.capture.hooks import Observed, observe_module_hooks
 from metaopt.capture.primitives import Surrogate, flatten, hooked, leaf, stop
 from metaopt.capture.replacements import hard_gumbel_softmax, padded_embedding
 from metaopt.capture.trace import Instruction, Val
@@ -209,10 +209,10 @@ def _deepcopy(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kw
 def _hook(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     tape = watcher.tape
     live = tape.is_live(args[0])
+    # A weight that enters the iteration brings the hooks that it has: this one is not among them yet.
+    value = tape.read(args[0]) if live else None
     result = func(args[0], Observed(watcher, args[1])) if live else func(*args, **kwargs)
     if live:
-        refuse_live_closure(tape, args[1])
-        value = tape.read(args[0])
         place = tape.spec(args[1], tape.read)
         tape.trace.code.append(Instruction(hooked, (value, place), phased=True, effect=True))
     return result

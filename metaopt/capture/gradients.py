@@ -99,7 +99,8 @@ def _refuse_lost(tape: Tape, losses: Sequence[Tensor]) -> None:
         raise CaptureError(
             "`backward` was called on a loss that uses a tensor computed, with its graph, before the last optimizer "
             "step: the gradient would reach weights that no longer exist. Detach what is carried from one step to "
-            "the next (`x.detach()`), or compute it again after the step."
+            "the next (`x.detach()`), or compute it again after the step. With several optimizers, the last of the "
+            "list ends the iteration: name them in the order in which they step."
         )
 
 

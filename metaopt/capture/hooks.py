@@ -6,17 +6,18 @@ the results only. It may be logged, and no hypergradient may go through it.
 
 from __future__ import annotations
 
-__all__ = ["Observed", "observe_module_hooks", "refuse_live_closure"]
+__all__ = ["Observed", "observe_module_hooks", "observed"]
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from metaopt.capture.bindings import Unseen
 from metaopt.capture.primitives import flatten
+from metaopt.capture.trace import needed
 from metaopt.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -40,15 +41,22 @@ class Observed:
         watcher = self._watcher
         if not watcher.in_backward:
             return self._hook(*given)
-        for tensor in flatten(given):
-            if watcher.tape.find(tensor) is None:
-                watcher.tape.shade(tensor, _SHOWN)
+        tape = watcher.tape
+        shown = flatten(given)
+        for tensor in shown:
+            if tape.find(tensor) is None:
+                tape.shade(tensor, _SHOWN)
+        start, held = len(tape.trace.code), tape.numbers_of(shown)
         watcher.paused = False
         try:
             with watcher:  # which is out of the way while it handles the call of `backward`
-                return self._hook(*given)
+                result = self._hook(*given)
         finally:
             watcher.paused = True
+        # A hook that returns nothing may have written what it was shown.
+        left = tape.numbers_of(shown if result is None else flatten([result]))
+        _refuse_live(tape, start, held | tape.entered(shown), left)
+        return result
 
 
 def observe_module_hooks(watcher: Watcher) -> None:
@@ -62,25 +70,33 @@ def observe_module_hooks(watcher: Watcher) -> None:
         setattr(setup, name, [hook if isinstance(hook, Observed) else Observed(watcher, hook) for hook in hooks])
 
 
-def refuse_live_closure(tape: Tape, hook: Callable[..., Any]) -> None:
-    """Refuse a gradient hook that reads weights or hyperparameters: the replay can't give it others to read."""
-    code = getattr(hook, "__code__", None)
-    held = [cell.cell_contents for cell in getattr(hook, "__closure__", None) or () if cell.cell_contents is not hook]
-    held += list(getattr(hook, "__defaults__", None) or ())
-    held += [getattr(hook, "__self__", None), *getattr(hook, "args", ()), *getattr(hook, "keywords", {}).values()]
-    if code is not None:
-        held += [hook.__globals__[name] for name in code.co_names if name in hook.__globals__]
-    while held:
-        entry = held.pop()
-        if isinstance(entry, (list, tuple)):
-            held += entry
-        elif isinstance(entry, dict):
-            held += entry.values()
-        elif isinstance(entry, torch.nn.Module):
-            held += entry.parameters()
-        elif isinstance(entry, Tensor) and tape.is_live(entry):
-            raise CaptureError(
-                f"a gradient hook reads a tensor of shape {tuple(entry.shape)} that is trained or a hyperparameter. "
-                "The replay runs the hook, and can't show it that tensor as it was. Change the gradients in the loop "
-                "instead, after `loss.backward()`."
-            )
+@contextmanager
+def observed(watcher: Watcher, leaves: Iterable[Tensor]) -> Iterator[None]:
+    """While open, the hooks that these tensors were given before the context are seen as well."""
+    seen = []
+    for leaf in leaves:
+        hooks: dict[int, Any] = leaf._backward_hooks or {}
+        for key, hook in hooks.items():
+            if not isinstance(hook, Observed):
+                seen.append((hooks, key, hook))
+    for hooks, key, hook in seen:
+        hooks[key] = Observed(watcher, hook)
+    try:
+        yield
+    finally:
+        for hooks, key, hook in seen:
+            if key in hooks:  # a hook may remove itself
+                hooks[key] = hook
+
+
+def _refuse_live(tape: Tape, start: int, shown: set[int], left: set[int]) -> None:
+    """Refuse a hook that leaves a gradient which depends on more than it was shown: the replay has no other to read."""
+    code = tape.trace.code[start:]
+    used = left.union(*(code[index].used() for index in needed(code, left, shown)))
+    made = {value for instruction in code for value in instruction.defined()}
+    if used - made - shown - set(tape.trace.constants):
+        raise CaptureError(
+            "a gradient hook reads a tensor that is trained or a hyperparameter, or was computed from one, and changes "
+            "the gradient by it. The replay runs the hook, and can't show it that tensor as it was. Change the "
+            "gradients in the loop instead, after `loss.backward()`."
+        )

@@ -252,4 +252,5 @@ def with_native_kernels(func: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 def hooked(phase: Phase, x: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
     """Give ``x`` the user's gradient hook, which acts on the loop's own gradients and not on the sweep's."""
     if x.requires_grad:
-        x.register_hook(lambda grad: hook(grad) if phase.inner else None)
+        # A gradient that is asked for where there is none is nothing that the loop's hook saw.
+        x.register_hook(lambda grad: hook(grad) if phase.inner and grad is not None else None)

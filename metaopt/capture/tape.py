@@ -15,7 +15,6 @@ from torch import Tensor
 
 from metaopt.capture.bindings import BASE, Binding, External, Geometry, Unseen, View, leaves_of
 from metaopt.capture.cells import Cell, Cells, version_of
-from metaopt.capture.hooks import refuse_live_closure
 from metaopt.capture.memory import Memory, part_of
 from metaopt.capture.primitives import hooked, leaf, overwrite, stop
 from metaopt.capture.segment import Segment
@@ -51,6 +50,7 @@ class Tape:
         self._known: dict[int, Cell] = {}
         self.protected: Callable[[Tensor], bool] = lambda tensor: False
         self._led: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self._moved: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self.before_first_write: Callable[[Tensor], None] | None = None
         for tensor in trained:
             self.train(tensor)
@@ -69,6 +69,10 @@ class Tape:
     def is_trained(self, tensor: Tensor) -> bool:
         """Whether this is a weight of a watched optimizer."""
         return self.trained.get(id(tensor)) is tensor
+
+    def is_moved(self, leaf: Tensor) -> bool:
+        """Whether a leaf is trained: by a watched optimizer, or by the loop itself."""
+        return id(leaf) in self.trained or id(leaf) in self._moved
 
     def bind(self, tensor: Tensor) -> Binding:
         """Follow a tensor object whose value is carried over from before this iteration."""
@@ -143,7 +147,7 @@ class Tape:
         part_of(tensor, geometry, whole=True)
         binding = self._bindings[id(tensor)] = Binding(base.key, tensor)
         binding.leaf = tensor.requires_grad and tensor.is_leaf
-        binding.inner = int(binding.leaf)
+        binding.inner, binding.buffer = int(binding.leaf), base.buffer
         self.own_memory(tensor)
         return binding
 
@@ -192,6 +196,16 @@ class Tape:
             self._bindings.pop(id(tensor), None)
             self.alias(tensor)
 
+    def numbers_of(self, tensors: Iterable[Tensor]) -> set[int]:
+        """The present values, by number, of those that were read or made in this iteration."""
+        found = [binding for tensor in tensors if (binding := self.find(tensor)) is not None]
+        return {binding.value for binding in found if binding.epoch == self.epoch}
+
+    def entered(self, tensors: Iterable[Tensor]) -> set[int]:
+        """The numbers by which values from before this iteration came in."""
+        keys = {binding.key for tensor in tensors if (binding := self.find(tensor)) is not None}
+        return {n for n, b in zip(self.trace.inputs, self._inputs, strict=True) if b.key in keys}
+
     def has_views(self, tensor: Tensor) -> bool:
         """Whether another living tensor is followed as a view of this one."""
         base = self.find(tensor)
@@ -200,6 +214,10 @@ class Tape:
     def bindings(self) -> list[Binding]:
         """The bindings whose tensors are alive."""
         return [binding for binding in self._bindings.values() if binding.ref() is not None]
+
+    def living(self) -> list[Binding]:
+        """Those, and the ones whose tensors are gone and whose memory lives on in one that was made out of sight."""
+        return [*self.bindings(), *self.memory.outlived()]
 
     def present(self) -> dict[int, Tensor]:
         """The values that the followed tensors hold, by key, where nobody wrote to them since."""
@@ -290,11 +308,14 @@ class Tape:
         binding.leaves = [number] if binding.leaf else []
         if binding.opaque is not None:
             self.opaque[binding.key] = binding.opaque
-        for hook in (getattr(tensor, "_backward_hooks", None) or {}).values() if binding.leaf else ():
-            refuse_live_closure(self, hook)
-            self.trace.code.append(
-                Instruction(hooked, (Val(number), self.spec(hook, self.read)), phased=True, effect=True)
-            )
+        if binding.leaf:
+            self._hook_up(number, tensor)
+
+    def _hook_up(self, number: int, leaf: Tensor) -> None:
+        """The gradient hooks of a leaf act on those at each of its values."""
+        for hook in (leaf._backward_hooks or {}).values():
+            place = self.spec(hook, self.read)
+            self.trace.code.append(Instruction(hooked, (Val(number), place), phased=True, effect=True))
 
     _inputs: list[Binding]
     _input_cells: list[Cell]
@@ -403,8 +424,15 @@ class Tape:
         """A weight that requires grad was written under ``no_grad``: a new value to take gradients at."""
         (number,) = self.trace.emit(leaf, Val(value))
         leaves = binding.leaves if binding.epoch == self.epoch else []
-        self.define(tensor, number, inner=1, leaf=True)
+        value = number
+        if tensor._backward_hooks:
+            # On a value of its own: behind one with a graph, autograd takes the gradient before the hooks change it.
+            (value,) = self.trace.emit(torch.clone, Val(number))
+            self._hook_up(value, tensor)
+        self.define(tensor, value, inner=1, leaf=True)
         binding.leaves = [*leaves, number]
+        if id(tensor) not in self.trained:
+            self._moved[id(tensor)] = tensor
 
     def write_whole(self, tensor: Tensor, value: Val | Num, *, inner: int = 0) -> None:
         """The whole tensor was overwritten with a value that does not depend on what it held."""
@@ -444,6 +472,7 @@ class Tape:
             # A view may outlive its base: it gets a value of its own.
             if view.base is not None and view.root.epoch == self.epoch and view.root.fresh:
                 self.read_binding(view)
+                view.buffer = view.buffer or view.root.buffer
                 if (tensor := view.ref()) is not None:
                     view.version = version_of(tensor)
         outputs = {
@@ -474,7 +503,7 @@ class Tape:
         code = self.trace.code
         if len(code) < self._compact_at:
             return
-        wanted = {b.value for b in self._bindings.values() if b.epoch == self.epoch and b.ref() is not None}
+        wanted = {binding.value for binding in self.living() if binding.epoch == self.epoch}
         for binding in self._bindings.values():
             if binding.epoch == self.epoch and binding.ref() is not None:
                 wanted.update(binding.leaves)

@@ -22,6 +22,7 @@ from metaopt.capture import calls, writes
 from metaopt.capture.bindings import BASE, View
 from metaopt.capture.calls import name_of
 from metaopt.capture.cells import version_of
+from metaopt.capture.hooks import observed
 from metaopt.capture.overwrites import OVERWRITES, last_written
 from metaopt.capture.primitives import flatten
 from metaopt.capture.replacements import REPLACEMENTS
@@ -144,7 +145,8 @@ class Watcher(TorchFunctionMode):
         """The span of a backward pass of the loop, in which its gradient hooks run."""
         before, self.in_backward = self.in_backward, True
         try:
-            yield
+            with observed(self, self.tape.trained.values()):
+                yield
         finally:
             self.in_backward = before
 

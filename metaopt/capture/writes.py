@@ -286,4 +286,6 @@ def _settle(tape: Tape, root: Binding, value: int, inner: int) -> None:
     elif root.leaf:
         tape.rebind_leaf(root, value, tensor)
     else:
-        tape.define(tensor, value, inner=max(root.inner, inner) if tensor.requires_grad else 0)
+        # A gradient that was clipped in place is as much a constant of the loop's next gradients as before.
+        halted = root.halted and not tensor.requires_grad
+        tape.define(tensor, value, inner=max(root.inner, inner) if tensor.requires_grad else 0).halted = halted

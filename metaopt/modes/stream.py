@@ -164,7 +164,7 @@ class Streaming(Run):
         present = {} if self._compiled is None else self._loop.tape.present()
         keys = [key for key in segment.outputs if key in state]
         pushed = self._push(segment, keys, before, present)
-        alive = {binding.key for binding in self._loop.tape.bindings()}
+        alive = {binding.key for binding in self._loop.tape.living()}
         after = {key: z for key, z in before.items() if key in alive and key not in segment.outputs}
         self._tangents = {**after, **pushed}
         self._lost = (self._lost - set(segment.outputs)) & alive
@@ -205,7 +205,7 @@ class Streaming(Run):
         }
         return {
             binding.key
-            for binding in tape.bindings()
+            for binding in tape.living()
             if binding.buffer or id(tensor := binding.ref()) in tape.trained or id(tensor) in states
         }
 
