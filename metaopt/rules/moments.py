@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["ADAM_DOMAIN", "ADAM_SETTINGS", "ADAM_STATE", "moments", "zeros"]
+__all__ = ["ADAM_DOMAIN", "ADAM_SETTINGS", "ADAM_STATE", "moments"]
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,11 +26,6 @@ ADAM_DOMAIN = {
     "eps": NONNEGATIVE,
     "weight_decay": NONNEGATIVE,
 }
-
-
-def zeros(settings: Mapping[str, Any], differentiable: frozenset[str]) -> tuple[str, ...]:
-    """The moments, and their largest with amsgrad."""
-    return ADAM_STATE if settings["amsgrad"] else ADAM_STATE[:2]
 
 
 def moments(
