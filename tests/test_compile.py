@@ -154,7 +154,7 @@ def test_a_program_is_compiled_once_for_all_runs_and_numbers(monkeypatch: pytest
         trained.gradients()
         trained.gradients()
     assert len(trained.run.programs) == 2  # the first step has its rate before the scheduler moved it, and is met once
-    # Once to see what it reads, and once to use it; the last step's adjoint, of the weights alone, is not worth another.
+    # Once to see what it reads, once to use it; the last step's adjoint, of the weights alone, is not worth another.
     assert len(built) == 2
 
 
