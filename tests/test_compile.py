@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import metaopt
 from metaopt.capture import compiled, program
 from metaopt.capture.compiled import Compiled
+from metaopt.capture.segment import nudged
 from metaopt.modes import versions
 from metaopt.modes.pullback import PullBack
 from tests.cases import CASES, Case
@@ -335,3 +336,29 @@ def test_a_step_that_draws_and_is_cut_by_a_number_is_left_to_autograd() -> None:
 
     with pytest.warns(metaopt.FallbackWarning, match="can't be compiled"):
         close(train(compile="aot_eager"), train())
+
+
+def test_rounding_that_a_step_amplifies_is_no_wrong_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From zeros, Adam's first step divides by ``|g| + eps``, and here g is little but rounding."""
+    call = Compiled.__call__
+
+    def rounds_otherwise(self: Compiled, given: Any) -> list[Tensor | None]:
+        given.values = [nudged(value) for value in given.values]
+        return call(self, given)
+
+    monkeypatch.setattr(Compiled, "is_due", lambda self: True)
+    monkeypatch.setattr(Compiled, "__call__", rounds_otherwise)
+    torch.manual_seed(0)
+    x, true = torch.randn(64, 20), torch.randn(20)
+    y = x @ true
+    weight = nn.Parameter(nudged(true))
+    lr = torch.tensor(0.01, requires_grad=True)
+    optimizer = metaopt.optim.Adam([weight], lr=lr)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", metaopt.FallbackWarning)
+        with metaopt.record(optimizer, compile="aot_eager") as run:
+            for _ in range(2):
+                optimizer.zero_grad()
+                (x @ weight - y).square().mean().backward()
+                optimizer.step()
+        run.backward(weight.sum())

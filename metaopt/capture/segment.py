@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Replay", "Segment"]
+__all__ = ["Replay", "Segment", "nudged", "undisturbed", "variable"]
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -122,6 +122,10 @@ class Segment:
         with undisturbed():
             return call(Phase(), inputs, externals, constants, self)
 
+    def nudged(self) -> Segment:
+        """The same iteration from a state with another last digit: what it gives differs by as much as rounding may."""
+        return replace(self, inputs=[(key, Cell(nudged(cell.value()), owned=True)) for key, cell in self.inputs])
+
     # -- what is kept --------------------------------------------------------------------------------------------------
 
     def state_bytes(self) -> int:
@@ -174,6 +178,13 @@ def undisturbed() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
+
+
+def nudged(tensor: Tensor) -> Tensor:
+    """A tensor with another last digit."""
+    if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+        return tensor
+    return tensor * (1 + torch.finfo(tensor.dtype).eps * torch.randn_like(tensor))
 
 
 def variable(value: Tensor) -> Tensor:

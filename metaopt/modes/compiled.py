@@ -19,11 +19,11 @@ from torch import Tensor
 from metaopt.capture.compiled import Call
 from metaopt.capture.primitives import Phase
 from metaopt.capture.program import Program
-from metaopt.capture.segment import Replay, Segment, undisturbed, variable
+from metaopt.capture.segment import Replay, Segment, nudged, undisturbed, variable
 from metaopt.modes.columns import Columns
 from metaopt.modes.pullback import PullBack, Pulled, gradients, places_of
 from metaopt.modes.tangents import push_forward, transposed
-from metaopt.modes.versions import Numbers, Versions, nudged, trusted
+from metaopt.modes.versions import Numbers, Versions, trusted
 
 
 class CompiledPullBack(PullBack):
@@ -64,9 +64,10 @@ class CompiledPullBack(PullBack):
             return super().__call__(segment, alpha, after)
 
         def own(nudge: bool) -> Pulled:
-            given = {key: nudged(a) for key, a in alpha.items()} if nudge else alpha
             with undisturbed():
-                return PullBack.__call__(self, segment, given, after)
+                if not nudge:
+                    return PullBack.__call__(self, segment, alpha, after)
+                return PullBack.__call__(self, segment.nudged(), {key: nudged(a) for key, a in alpha.items()}, {})
 
         return trusted(
             compiled,
@@ -169,9 +170,9 @@ class CompiledPush:
             return None
 
         def own(nudge: bool) -> dict[int, Tensor]:
-            given = {key: nudged(z) if nudge else z for key, z in tangents.items()}
             with undisturbed():
-                return push_forward(segment, keys, given, columns, None)
+                given = {key: nudged(z) if nudge else z for key, z in tangents.items()}
+                return push_forward(segment.nudged() if nudge else segment, keys, given, columns, None)
 
         def finish(found: Sequence[Tensor | None]) -> dict[int, Tensor]:
             return {key: z for key, z in zip(keys, found, strict=True) if z is not None}

@@ -136,7 +136,7 @@ def trusted(
         compiled: the compiled derivative.
         call: what it is called with.
         finish: makes the result of what it returns.
-        own: the result as autograd finds it, or of an argument whose last digit is another.
+        own: the result as autograd finds it, or of arguments whose last digit is another.
         entries: the tensors of a result.
     """
     if not compiled.is_due():
@@ -154,11 +154,6 @@ def trusted(
     compiled.wrong = True
     say_not_compiled(call.segment.program, reason)
     return expected
-
-
-def nudged(tensor: Tensor) -> Tensor:
-    """A tensor with another last digit."""
-    return tensor * (1 + torch.finfo(tensor.dtype).eps * torch.randn_like(tensor))
 
 
 def _varying(numbers: Sequence[tuple[float, ...]]) -> Numbers:
@@ -191,7 +186,7 @@ def _same(found: Tensor | None, expected: Tensor | None) -> bool:
 def _is_rounding(
     wrong: Iterable[Any], found: Mapping[Any, Tensor], expected: Mapping[Any, Tensor], other: Mapping[Any, Tensor]
 ) -> bool:
-    """Whether the difference is of the size that the last digit of the argument makes."""
+    """Whether the difference is of the size that the last digit of the arguments makes."""
     return all(
         key in found
         and key in expected

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from metaopt.rules.moments import ADAM_DOMAIN, ADAM_SETTINGS, ADAM_STATE, moments
+from metaopt.rules.moments import ADAM_DOMAIN, ADAM_SETTINGS, ADAM_STATE, moments, zeros
 from metaopt.rules.rule import Rule, Setting, add_scaled, double
 
 
@@ -50,6 +50,7 @@ Adam = Rule(
     settings=ADAM_SETTINGS,
     flags=("amsgrad", "maximize", "decoupled_weight_decay"),
     state=ADAM_STATE,
+    zeros=zeros,
     elementwise=True,
     domain=ADAM_DOMAIN,
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metaopt.rules.moments import ADAM_DOMAIN, ADAM_SETTINGS
-from metaopt.rules.rule import Rule, Setting, State, add_scaled, decayed, double, lerp
+from metaopt.rules.rule import Rule, Setting, State, add_scaled, always, decayed, double, lerp
 
 
 def update(
@@ -46,6 +46,7 @@ Adamax = Rule(
     settings=ADAM_SETTINGS,
     flags=("maximize",),
     state=("exp_avg", "exp_inf"),
+    zeros=always("exp_avg", "exp_inf"),
     elementwise=True,
     domain=ADAM_DOMAIN,
 )

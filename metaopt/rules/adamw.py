@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from metaopt.rules.moments import ADAM_DOMAIN, ADAM_SETTINGS, ADAM_STATE, moments
+from metaopt.rules.moments import ADAM_DOMAIN, ADAM_SETTINGS, ADAM_STATE, moments, zeros
 from metaopt.rules.rule import Rule, Setting, double
 
 
@@ -44,6 +44,7 @@ AdamW = Rule(
     settings=ADAM_SETTINGS,
     flags=("amsgrad", "maximize"),
     state=ADAM_STATE,
+    zeros=zeros,
     elementwise=True,
     domain=ADAM_DOMAIN,
 )

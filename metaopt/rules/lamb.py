@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metaopt.published.lamb import LAMB as Optimizer
 from metaopt.rules.moments import ADAM_DOMAIN, ADAM_SETTINGS
-from metaopt.rules.rule import Rule, Setting, State, add_scaled, double, lerp, norm, safe_sqrt
+from metaopt.rules.rule import Rule, Setting, State, add_scaled, always, double, lerp, norm, safe_sqrt
 
 
 def update(
@@ -53,5 +53,6 @@ LAMB = Rule(
     settings=ADAM_SETTINGS,
     flags=("maximize",),
     state=("exp_avg", "exp_avg_sq"),
+    zeros=always("exp_avg", "exp_avg_sq"),
     domain=ADAM_DOMAIN,
 )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["ADAM_DOMAIN", "ADAM_SETTINGS", "ADAM_STATE", "moments"]
+__all__ = ["ADAM_DOMAIN", "ADAM_SETTINGS", "ADAM_STATE", "moments", "zeros"]
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ ADAM_DOMAIN = {
     "eps": NONNEGATIVE,
     "weight_decay": NONNEGATIVE,
 }
+
+
+def zeros(settings: Mapping[str, Any], differentiable: frozenset[str]) -> tuple[str, ...]:
+    """The moments, and their largest with amsgrad."""
+    return ADAM_STATE if settings["amsgrad"] else ADAM_STATE[:2]
 
 
 def moments(

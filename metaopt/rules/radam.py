@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from metaopt.rules.moments import ADAM_DOMAIN, ADAM_SETTINGS
-from metaopt.rules.rule import Rule, Setting, State, add_scaled, decayed, double, lerp, safe_sqrt
+from metaopt.rules.rule import Rule, Setting, State, add_scaled, always, decayed, double, lerp, safe_sqrt
 
 
 def update(
@@ -59,6 +59,7 @@ RAdam = Rule(
     settings=ADAM_SETTINGS,
     flags=("decoupled_weight_decay", "maximize"),
     state=("exp_avg", "exp_avg_sq"),
+    zeros=always("exp_avg", "exp_avg_sq"),
     elementwise=True,
     domain=ADAM_DOMAIN,
 )

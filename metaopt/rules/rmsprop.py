@@ -11,6 +11,9 @@ from __future__ import annotations
 
 __all__ = ["RMSprop"]
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -48,12 +51,19 @@ def update(
     return add_scaled(w, scaled, -lr), {"square_avg": v, "grad_avg": mean, "momentum_buffer": b}
 
 
+def zeros(settings: Mapping[str, Any], differentiable: frozenset[str]) -> tuple[str, ...]:
+    """The averages that these settings keep."""
+    centered = ("grad_avg",) if settings["centered"] else ()
+    return ("square_avg", *centered, *(("momentum_buffer",) if settings["momentum"] != 0 else ()))
+
+
 RMSprop = Rule(
     torch.optim.RMSprop,
     update,
     settings={name: name for name in ("lr", "alpha", "eps", "weight_decay", "momentum")},
     flags=("centered", "maximize"),
     state=("square_avg", "grad_avg", "momentum_buffer"),
+    zeros=zeros,
     elementwise=True,
     domain=dict.fromkeys(("lr", "alpha", "eps", "weight_decay", "momentum"), NONNEGATIVE),
 )

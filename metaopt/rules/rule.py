@@ -58,8 +58,7 @@ class Rule:
         scalars: those of them that are numbers, whatever the weight's shape is.
         zeros: looks at a param group's settings, and at which of them are hyperparameters, and names the tensors of the
             state that the optimizer has not made before its first step and that are zero then, by the same formula as
-            ever: a first step is a step like others, and shares their program. (Not where a bias correction cancels a
-            setting's part in the first step: of that derivative only rounding is left, and nothing to compare.)
+            ever: a first step is a step like others, and shares their program.
         domain: for each setting the test that it must pass, and the words for it.
         refuse: looks at a param group's settings and flags and raises if the update has no derivative there.
         flat: settings in which the trained weights have derivative 0 wherever they have one, each with the reason; a
