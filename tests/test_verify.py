@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 
+import metaopt
+from metaopt.capture.segment import Segment
 from metaopt.capture.verify import _difference
 
 
@@ -37,3 +43,32 @@ def test_what_has_no_norm_in_its_own_precision_is_compared(size: float, dtype: t
     tensor = torch.full((1000,), size, dtype=dtype)
     assert _difference(-tensor, tensor) > 1.0
     assert _difference(tensor * (1 + 2 * torch.finfo(dtype).eps), tensor) < 1e-2
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_each_run_replays_one_step_of_a_structure_that_an_earlier_run_has_checked(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed: list[int] = []
+    values = Segment.values
+
+    def counted(self: Segment, keys: Sequence[int], **given: Any) -> list[torch.Tensor]:
+        replayed.append(1)
+        return values(self, keys, **given)
+
+    monkeypatch.setattr(Segment, "values", counted)
+    monkeypatch.setattr("metaopt.capture.program._known", OrderedDict())
+
+    def train(steps: int) -> int:
+        replayed.clear()
+        model = torch.nn.Linear(3, 5)
+        optimizer = torch.optim.Adam(model.parameters())
+        with metaopt.record(optimizer):
+            for _ in range(steps):
+                optimizer.zero_grad()
+                model(torch.ones(7, 3)).square().sum().backward()
+                optimizer.step()
+        return len(replayed)
+
+    assert train(2) == 2
+    assert train(steps) == (1 if steps > 1 else 0)

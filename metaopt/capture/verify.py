@@ -37,10 +37,11 @@ class Verifier:
             tape: what the loop left behind.
             step: its number, for the error.
             last: whether its program need not be looked at again. Where the optimizer's state is zero, a wrong factor
-                before it does not show.
+                before it does not show. A program that an earlier run has checked waits for the step that tells more.
         """
         program = segment.program
-        if self.which == "never" or (self.which == "first" and program in self._seen):
+        waits = not last and program.derivative_checked
+        if self.which == "never" or (self.which == "first" and (waits or program in self._seen)):
             return
         actual = {binding.key: tensor for binding in tape.bindings() if (tensor := binding.ref()) is not None}
         keys = [key for key in segment.outputs if key in actual]
