@@ -591,6 +591,22 @@ MUTANTS = [
         ("tests/test_simplify.py", "added"),
     ),
     Mutant(
+        "sharing-in-a-circle",
+        "products that share a factor are joined though one needs the other",
+        "capture/sharing.py",
+        "if _pays([*together, product]) and _is_apart(together, product):",
+        "if _pays([*together, product]):",
+        ("tests/test_simplify.py", "needs_another"),
+    ),
+    Mutant(
+        "rounding-of-the-adjoint-alone",
+        "what rounding of the state makes of a compiled derivative counts as a wrong compiler",
+        "modes/compiled.py",
+        "PullBack.__call__(self, segment.nudged(),",
+        "PullBack.__call__(self, segment,",
+        ("tests/test_compile.py", "amplifies"),
+    ),
+    Mutant(
         "large-is-rounding",
         "what counts as rounding grows with the square of a tensor's size",
         "capture/verify.py",

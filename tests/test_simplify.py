@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from metaopt.capture import products
+from metaopt.capture import products, sharing
 from metaopt.capture.simplify import simplify
 
 
@@ -145,3 +145,61 @@ def test_compiled_code_calls_the_other_library(monkeypatch: pytest.MonkeyPatch) 
         warnings.simplefilter("ignore")  # of torch's own
         found: Any = torch._inductor.compile(graph, [x, w])(x, w)
     torch.testing.assert_close(found[0] if isinstance(found, (list, tuple)) else found, (x.t() @ w).sin())
+
+
+@pytest.fixture
+def sharing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each product takes the same time, whatever its width, and the direct way is the fastest."""
+    monkeypatch.setattr(sharing, "least_seconds", lambda *shape: 1.0)
+    monkeypatch.setattr(products, "_fastest", lambda *shape: products._DIRECT)
+
+
+@pytest.mark.usefixtures("sharing_pays")
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_that_share_a_long_factor_are_one(turned: bool) -> None:
+    """However each is written: as the long one times a narrow one, the narrow one times it, or with a bias."""
+    x, w, v, u, b = (torch.randn(shape) for shape in ((2000, 300), (10, 300), (6, 300), (300, 5), (5,)))
+    x = x.t().contiguous() if turned else x
+
+    def function(x: Tensor, w: Tensor, v: Tensor, u: Tensor, b: Tensor) -> Tensor:
+        long = x.t() if turned else x
+        first = long @ w.t()
+        second = (v @ long.t()).sin()
+        third = torch.addmm(b, long, u)
+        return torch.cat([first, second.t(), third], 1)
+
+    calls = rewritten(function, x, w, v, u, b)
+    assert calls["aten.mm.default"] + calls["aten.addmm.default"] == 1
+
+
+@pytest.mark.usefixtures("sharing_pays")
+def test_a_product_that_needs_another_is_not_joined_with_it() -> None:
+    """Nor are two, each of which is computed from one of two others that were joined the other way round."""
+    x, w = torch.randn(2000, 300), torch.randn(10, 300)
+
+    def chain(x: Tensor, w: Tensor) -> Tensor:
+        y = x @ w.t()
+        z = x @ (y.t() @ x).sin().t()
+        return (y + z).view(-1)
+
+    calls = rewritten(chain, x, w)
+    assert calls["aten.mm.default"] == 3
+
+    def crossed(x: Tensor, y: Tensor, u: Tensor) -> Tensor:
+        first, other = x @ u, y @ u
+        second, last = x @ other[:300].sin(), y @ first[:300].sin()
+        return torch.cat([first, other, second, last], 1)
+
+    assert rewritten(crossed, x, x + 1, torch.randn(300, 7))["aten.mm.default"] == 3
+
+
+@pytest.mark.usefixtures("sharing_pays")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_short_products_and_other_precisions_are_not_joined(dtype: torch.dtype) -> None:
+    x, w, v = torch.randn(300, 300, dtype=dtype), torch.randn(10, 300, dtype=dtype), torch.randn(100, 300, dtype=dtype)
+    assert rewritten(lambda x, w, v: torch.cat([x @ w.t(), x @ v.t()], 1), x, w, v)["aten.mm.default"] == 2
+
+
+def test_whether_sharing_pays_is_measured_once() -> None:
+    shape = torch.float32, (2000, 300, 10), (300, 1), (1, 300), torch.get_num_threads()
+    assert 0 < products.least_seconds(*shape) == products.least_seconds(*shape)

@@ -5,7 +5,7 @@ One way round takes up to twice as long as the other. Values differ by rounding.
 
 from __future__ import annotations
 
-__all__ = ["turn_products", "value_of"]
+__all__ = ["LONG", "MUCH", "least_seconds", "measurable", "turn_products", "value_of"]
 
 import time
 from collections.abc import Callable
@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, fx
 
 _aten = torch.ops.aten
-_BY_LAYOUT = (_aten.as_strided.default, _aten.as_strided_scatter.default, _aten.view.dtype)
-_VIEWS = (_aten.view.default, _aten._unsafe_view.default)
 
 # A product is worth a look if its result is so much longer than wide, and it is so many multiplications.
-_LONG, _MUCH = 16, 2**20
+LONG, MUCH = 16, 2**20
 _WORTH_IT = 1.15
 
 
@@ -30,26 +28,26 @@ def value_of(node: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def measurable(factor: Tensor) -> bool:
+    """Whether products with a factor may go the way that is measured to be fastest."""
+    return factor.device.type == "cpu" and not torch.are_deterministic_algorithms_enabled()
+
+
 def turn_products(graph: fx.Graph) -> None:
-    """Turn what is worth it; what follows then has another layout, of which not every view is one."""
-    if any(node.target in _BY_LAYOUT for node in graph.nodes):
-        return
+    """Turn what is worth it; what follows then has another layout."""
     for node in list(graph.nodes):
         if node.target in (_aten.mm.default, _aten.addmm.default) and not node.kwargs:
             _turn_product(graph, node)
-    for node in graph.nodes:
-        if node.target in _VIEWS:
-            node.target = _aten.reshape.default
 
 
 def _turn_product(graph: fx.Graph, node: fx.Node) -> None:
     """``A B`` as ``(Bᵀ Aᵀ)ᵀ``, or by another library, where that is faster."""
     *bias, a, b = node.args
     left, right, whole = value_of(a), value_of(b), value_of(node)
-    if left is None or right is None or whole is None or left.device.type != "cpu":
+    if left is None or right is None or whole is None or not measurable(left):
         return
     (m, k), n = left.shape, right.shape[1]
-    if max(m, n) < _LONG * min(m, n) or m * k * n < _MUCH or torch.are_deterministic_algorithms_enabled():
+    if max(m, n) < LONG * min(m, n) or m * k * n < MUCH:
         return
     way = _fastest(left.dtype, (m, k, n), left.stride(), right.stride(), torch.get_num_threads())
     if way == _DIRECT:
@@ -94,15 +92,27 @@ _operators.impl("linear", _onednn, "CPU")
 torch.library.register_fake("metaopt::linear", lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
 
 
-@lru_cache(256)
 def _fastest(
-    dtype: torch.dtype,
-    shape: tuple[int, int, int],
-    left: tuple[int, ...],
-    right: tuple[int, ...],
-    threads: int,
+    dtype: torch.dtype, shape: tuple[int, int, int], left: tuple[int, ...], right: tuple[int, ...], threads: int
 ) -> _Way:
-    """What takes clearly less time than ``A B`` here, if anything does, measured once for a shape."""
+    """What takes clearly less time than ``A B`` here, if anything does."""
+    times = _seconds(dtype, shape, left, right, threads)
+    best = min(times, key=times.__getitem__)
+    return best if times[_DIRECT] > _WORTH_IT * times[best] else _DIRECT
+
+
+def least_seconds(
+    dtype: torch.dtype, shape: tuple[int, int, int], left: tuple[int, ...], right: tuple[int, ...], threads: int
+) -> float:
+    """What a product takes the fastest way: of ``(m, k)`` and ``(k, n)``, for ``(m, k, n)`` and the two's strides."""
+    return min(_seconds(dtype, shape, left, right, threads).values())
+
+
+@lru_cache(256)
+def _seconds(
+    dtype: torch.dtype, shape: tuple[int, int, int], left: tuple[int, ...], right: tuple[int, ...], threads: int
+) -> dict[_Way, float]:
+    """What each way takes, measured once for a shape."""
     m, k, n = shape
     a = torch.empty_strided((m, k), left, dtype=dtype).fill_(1)
     b = torch.empty_strided((k, n), right, dtype=dtype).fill_(1)
@@ -117,6 +127,4 @@ def _fastest(
 
     with torch.no_grad():
         rounds = [[seconds(way) for way in ways] for _ in range(7)]
-    times = {way: min(found) for way, found in zip(ways, zip(*rounds, strict=True), strict=True)}
-    best = min(ways, key=times.__getitem__)
-    return best if times[_DIRECT] > _WORTH_IT * times[best] else _DIRECT
+    return {way: min(found) for way, found in zip(ways, zip(*rounds, strict=True), strict=True)}

@@ -1,7 +1,8 @@
 """A graph of aten calls, rewritten to one that computes the same with less.
 
 What torch's own derivative formulas leave behind, and a compiler does not look for: sums with zeros; two products that
-are added, where one would do; and products that take longer than they need (see `products`). Values differ by rounding.
+are added, or share a factor (see `sharing`), where one would do; and products that take longer than they need (see
+`products`). Values differ by rounding.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import torch
 from torch import fx
 
 from metaopt.capture.products import turn_products, value_of
+from metaopt.capture.sharing import join_sharing
 
 _aten = torch.ops.aten
 _ZEROS = (_aten.zeros_like.default, _aten.zeros.default, _aten.new_zeros.default)
 _ALIKE = ("shape", "dtype", "device")
+_BY_LAYOUT = (_aten.as_strided.default, _aten.as_strided_scatter.default, _aten.view.dtype)
+_VIEWS = (_aten.view.default, _aten._unsafe_view.default)
 
 
 def simplify(graph: fx.Graph) -> None:
@@ -29,7 +33,13 @@ def simplify(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is _aten.add.Tensor and not node.kwargs:
             _join_products(graph, node)
-    turn_products(graph)
+    # What follows these has another layout, of which not every view is one.
+    if not any(node.target in _BY_LAYOUT for node in graph.nodes):
+        join_sharing(graph)
+        turn_products(graph)
+        for node in graph.nodes:
+            if node.target in _VIEWS:
+                node.target = _aten.reshape.default
     graph.eliminate_dead_code()
 
 
