@@ -3,7 +3,10 @@
 ``cells``       a tensor's value at one moment, copied only when somebody is about to overwrite it
 ``trace``       one iteration as straight-line code over numbered values
 ``bindings``    what is known of each tensor object that is followed
-``tape``        the tensors that are followed, and the iteration that is being written
+``externals``   hyperparameters, and the leaves that look like them
+``following``   which tensor objects are followed: by identity, and by the memory that they lie in
+``iteration``   the trace that is being written, and what enters it
+``tape``        what the loop does to the tensors that are followed, written down in the iteration
 ``watcher``     the ``TorchFunctionMode`` that shows every torch call to the tape
 ``calls``       the calls that need more than "call it again"
 ``gradients``   of these, the loop's own `backward` and `grad`

@@ -19,9 +19,9 @@ from metaopt.capture.cells import version_of
 from metaopt.capture.derivatives import check_function
 from metaopt.capture.gradients import autograd_backward, autograd_grad, tensor_backward
 from metaopt.capture.hooks import Observed, observe_module_hooks
-from metaopt.capture.primitives import Surrogate, flatten, hooked, leaf, stop
+from metaopt.capture.primitives import Surrogate, flatten, leaf, stop
 from metaopt.capture.replacements import hard_gumbel_softmax, padded_embedding
-from metaopt.capture.trace import Instruction, Val
+from metaopt.capture.trace import Val
 from metaopt.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _detach(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwar
     (out,) = tape.trace.emit(stop, value, phased=True)
     binding = tape.define(result, out)
     if base is None and source.is_leaf:
-        tape.note_behind(source)
+        tape.externals.note_behind(source)
     if base is not None:
         binding.base, binding.base_value = base, base.value
         binding.via = View(stop, (BASE,), {}, 1, 0, True)
@@ -62,7 +62,7 @@ def _detach_in_place(watcher: Watcher, func: Callable[..., Any], args: Args, kwa
     tape = watcher.tape
     (tensor, *_) = args
     live = tape.is_live(tensor)
-    value = tape.stopped(tape.read(tensor).index) if live else -1
+    value = tape.iteration.stopped(tape.read(tensor).index) if live else -1
     result = func(*args, **kwargs)
     if live:
         tape.define(tensor, value)
@@ -188,7 +188,7 @@ def inner_leaf(watcher: Watcher, tensor: Tensor) -> None:
         tape.read_binding(binding, tensor)
         binding.leaves = [binding.value]
         return
-    value = tape.read_binding(binding, tensor) if binding is not None else tape.read_constant(tensor)
+    value = tape.read_binding(binding, tensor) if binding is not None else tape.iteration.read_constant(tensor)
     (number,) = tape.trace.emit(leaf, Val(value))
     tape.define(tensor, number, inner=1, leaf=True)
 
@@ -212,9 +212,8 @@ def _hook(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs
     # A weight that enters the iteration brings the hooks that it has: this one is not among them yet.
     value = tape.read(args[0]) if live else None
     result = func(args[0], Observed(watcher, args[1])) if live else func(*args, **kwargs)
-    if live:
-        place = tape.spec(args[1], tape.read)
-        tape.trace.code.append(Instruction(hooked, (value, place), phased=True, effect=True))
+    if value is not None:
+        tape.iteration.hook(value.index, args[1])
     return result
 
 

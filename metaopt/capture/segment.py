@@ -16,7 +16,7 @@ from metaopt.capture.cells import LOST, Cell
 from metaopt.capture.primitives import Phase
 
 if TYPE_CHECKING:
-    from metaopt.capture.bindings import External
+    from metaopt.capture.externals import External
     from metaopt.capture.lowering import Function
     from metaopt.capture.program import Program
 

@@ -218,8 +218,8 @@ class Watcher(TorchFunctionMode):
         if all(id(tensor) in known for tensor in results):
             return
         inner = max([tape.inner_of(tensor) for tensor in sources], default=0) if grad else 0
-        args_spec = tuple([tape.spec(argument, read) for argument in args])
-        kwargs_spec = tuple([(key, tape.spec(value, read)) for key, value in kwargs.items()])
+        args_spec = tuple([tape.trace.spec(argument, read) for argument in args])
+        kwargs_spec = tuple([(key, tape.trace.spec(value, read)) for key, value in kwargs.items()])
         outs = tuple([None if id(tensor) in known else tape.trace.new() for tensor in results])
         called = self.called(func, args, kwargs)
         setting = self.setting(func, seed)

@@ -93,7 +93,7 @@ def _follow(tape: Tape, target: Tensor) -> None:
         tape.adopt(target)
         return
     owner = target if target._base is None else target._base
-    value = tape.read_constant(owner)
+    value = tape.iteration.read_constant(owner)
     tape.bind(owner)
     tape.define(owner, value).buffer = 1
     tape.own_memory(owner)
@@ -152,8 +152,8 @@ def _out(
     rest = {key: value for key, value in kwargs.items() if key != "out"}
     tape = watcher.tape
     # Read what goes in before the call writes, in case the target is among it.
-    args_spec = tuple(tape.spec(argument, tape.read_stopped) for argument in args)
-    kwargs_spec = tuple((key, tape.spec(value, tape.read_stopped)) for key, value in rest.items())
+    args_spec = tuple(tape.trace.spec(argument, tape.read_stopped) for argument in args)
+    kwargs_spec = tuple((key, tape.trace.spec(value, tape.read_stopped)) for key, value in rest.items())
     seed = watcher.generators(func, kwargs)
     tape.before_write(target)
     result = func(*args, **kwargs)
@@ -180,8 +180,8 @@ def _general(
     result: list[Any] = []
 
     def specs(read: Callable[[Tensor], Val]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        args_spec = tuple(tape.spec(argument, read) for argument in args)
-        kwargs_spec = tuple((key, tape.spec(value, read)) for key, value in kwargs.items())
+        args_spec = tuple(tape.trace.spec(argument, read) for argument in args)
+        kwargs_spec = tuple((key, tape.trace.spec(value, read)) for key, value in kwargs.items())
         return args_spec, kwargs_spec
 
     sources = flatten(args) + flatten(kwargs.values())
@@ -264,7 +264,7 @@ def _clone(tape: Tape, root: Binding, stopped: bool) -> int:
             "tensor."
         )
     value = tape.read_binding(root, tensor)
-    source = tape.stopped(value) if stopped and root.inner else value
+    source = tape.iteration.stopped(value) if stopped and root.inner else value
     (clone,) = tape.trace.emit(torch.clone, Val(source))
     return clone
 

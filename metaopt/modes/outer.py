@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.capture.bindings import Unseen, leaves_of, led_error, nodes_of
+from metaopt.capture.bindings import Unseen, leaves_of, nodes_of
+from metaopt.capture.externals import led_error
 from metaopt.capture.segment import Segment
 from metaopt.errors import HeldConstantWarning, StaleError, SweepError, warn
 from metaopt.modes.pullback import PullBack
@@ -135,7 +136,7 @@ class Adjoint:
             binding = tape.find(leaf)
             if binding is not None:
                 _add(self.carried, binding.key, grad)
-            elif tape.is_led(leaf):
+            elif tape.externals.is_led(leaf):
                 raise led_error(leaf)
             else:
                 self.direct.append((leaf, grad))
