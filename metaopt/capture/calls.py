@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-__all__ = ["SPECIAL", "apply_function", "inner_leaf"]
+__all__ = ["SPECIAL", "inner_leaf"]
 
-import sys
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,22 +13,18 @@ from torch import Tensor
 
 from metaopt.capture import statistics, writes
 from metaopt.capture.bindings import BASE, View
-from metaopt.capture.cells import version_of
-from metaopt.capture.derivatives import check_function
 from metaopt.capture.gradients import autograd_backward, autograd_grad, tensor_backward
-from metaopt.capture.hooks import Observed, observe_module_hooks
-from metaopt.capture.primitives import Surrogate, flatten, leaf, stop
-from metaopt.capture.replacements import hard_gumbel_softmax, padded_embedding
+from metaopt.capture.hooks import Observed
+from metaopt.capture.notices import name_of
+from metaopt.capture.primitives import flatten, leaf, stop
+from metaopt.capture.replacements import hard_gumbel_softmax, padded_embedding, rejection_sampler
+from metaopt.capture.surroundings import generators
 from metaopt.capture.trace import Val
+from metaopt.capture.withheld import get_grad
 from metaopt.errors import CaptureError
 
 if TYPE_CHECKING:
     from metaopt.capture.watcher import Watcher
-
-
-def name_of(func: Callable[..., Any]) -> str:
-    """A function's plain name."""
-    return getattr(func, "__name__", None) or type(func).__name__
 
 
 Args = tuple[Any, ...]
@@ -87,50 +81,19 @@ def _new(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs)
 
 def _gamma(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     if any(watcher.tape.is_live(tensor) for tensor in flatten(args)):
-        raise _rejection_sampler()
+        raise rejection_sampler()
     return func(*args, **kwargs)
-
-
-def _rejection_sampler() -> CaptureError:
-    return CaptureError(
-        "a sample of a gamma distribution, or of one made of it (Beta, Chi2, Dirichlet, StudentT), was drawn with "
-        "parameters that depend on the weights or hyperparameters. It is drawn by rejection, and torch's derivative of "
-        "it is not that of what the loop draws. Draw from a distribution whose samples are a function of noise "
-        "(normal, Kumaraswamy, …), or with constant parameters."
-    )
 
 
 def _gumbel_softmax(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     given = dict(zip(("logits", "tau", "hard", "eps", "dim"), args, strict=False)) | kwargs
     if not given.get("hard") or not watcher.tape.is_live(given["logits"]):
         return watcher.call(func, args, kwargs)
-    seed = watcher.generators(func, kwargs)
+    seed = generators(func, kwargs)
     result = func(*args, **kwargs)
     spec = (given["logits"], given.get("tau", 1), given.get("dim", -1))
     watcher.record(hard_gumbel_softmax, spec, {}, result, seed, phased=True)
     return result
-
-
-def _get_grad(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    grad = func(*args, **kwargs)
-    tensor = args[0]
-    known = watcher.tape.externals.get(id(tensor)) if id(tensor) in watcher.withheld else None
-    if known is not None and known.tensor is tensor and tensor.is_leaf:
-        frame = sys._getframe(2)
-        while frame is not None and frame.f_globals.get("__name__", "").startswith("metaopt.capture"):
-            frame = frame.f_back  # type: ignore[assignment]
-        reader = "" if frame is None else frame.f_code.co_name
-        if reader == "zero_grad":
-            watcher.withheld.discard(id(tensor))  # what it lacked would be gone too
-        elif grad is None and reader not in ("record", "accumulate"):
-            raise CaptureError(
-                f"the `.grad` of a tensor of shape {tuple(tensor.shape)} was read inside the context, and is not "
-                "there: the tensor requires grad and the watched optimizer does not train it, so it is taken for a "
-                "hyperparameter, which gets no training gradient. If it is a part of the model, freeze it "
-                "(`requires_grad_(False)`) or give it to the optimizer; if the loop updates it by hand, make it "
-                "inside the context."
-            )
-    return grad
 
 
 def _set_data(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -226,53 +189,7 @@ def _refuse_post_hook(watcher: Watcher, func: Callable[..., Any], args: Args, kw
     return func(*args, **kwargs)
 
 
-# -- the user's own autograd functions -------------------------------------------------------------------------------
-
-
-_checked: weakref.WeakKeyDictionary[type, Surrogate | None] = weakref.WeakKeyDictionary()
-
-
-def apply_function(watcher: Watcher, cls: type, apply: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """Record an ``autograd.Function`` as one call, so that the replay goes through its own backward."""
-    tape = watcher.tape
-    sources = flatten(args)
-    if not any(tape.is_live(tensor) for tensor in sources):
-        return apply(*args, **kwargs)
-    if cls.__name__ == "CheckpointFunction":
-        raise CaptureError(
-            "`torch.utils.checkpoint` with `use_reentrant=True` runs a second backward pass inside the first one, "
-            "which can't be differentiated. Pass `use_reentrant=False`."
-        )
-    if watcher.check_functions and cls not in _checked and any(tape.inner_of(tensor) for tensor in sources):
-        _checked[cls] = None if check_function(cls, args, kwargs) else Surrogate(cls)
-    if cls is torch.distributions.dirichlet._Dirichlet:
-        raise _rejection_sampler()
-    if cls is torch.nn.modules._functions.BackwardHookFunction:
-        observe_module_hooks(watcher)
-    seed = watcher.generators(apply, kwargs)
-    versions = [version_of(tensor) for tensor in sources]
-    result = apply(*args, **kwargs)
-    if versions != [version_of(tensor) for tensor in sources]:
-        raise CaptureError(
-            f"`{cls.__name__}` (a torch.autograd.Function) writes its arguments in place; let it return new tensors."
-        )
-    surrogate = _checked.get(cls)
-    if surrogate is None:
-        watcher.record(cls.apply, args, kwargs, result, seed)  # type: ignore[attr-defined]
-    else:
-        watcher.record(surrogate, args, kwargs, result, seed, phased=True)
-    return result
-
-
-# -- layers with running statistics ----------------------------------------------------------------------------------
-
-
-def _batch_norm(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    return statistics.batch_norm(watcher, func, args, kwargs)
-
-
-def _instance_norm(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    return statistics.instance_norm(watcher, func, args, kwargs)
+# -- layers ----------------------------------------------------------------------------------
 
 
 def _embedding(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -309,15 +226,15 @@ SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.new: _new,
     torch._standard_gamma: _gamma,
     torch.full_like: _full,
-    Tensor.grad.__get__: _get_grad,  # type: ignore[union-attr]
+    Tensor.grad.__get__: get_grad,  # type: ignore[union-attr]
     Tensor.data.__get__: _detach,  # type: ignore[attr-defined]
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.requires_grad_: _requires_grad,
     Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]
     Tensor.__deepcopy__: _deepcopy,
     Tensor.register_hook: _hook,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
+    F.batch_norm: statistics.batch_norm,
+    F.instance_norm: statistics.instance_norm,
     F.embedding: _embedding,
     F.embedding_bag: _embedding,
 }

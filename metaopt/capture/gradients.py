@@ -81,7 +81,7 @@ def _backward(
     for grad in present.values():
         tape.before_write(grad)
     if trains and inputs is None:
-        watcher.withhold(outputs)
+        watcher.withheld.add(tape, outputs)
     if into:
         with watcher.backward():
             torch.autograd.backward(losses, gradients, retain_graph, create_graph, inputs=into if trains else inputs)

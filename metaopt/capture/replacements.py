@@ -30,6 +30,7 @@ __all__ = [
     "nll_loss",
     "normal",
     "padded_embedding",
+    "rejection_sampler",
     "unscale_",
     "weight_norm",
 ]
@@ -42,6 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaopt.capture.primitives import Phase, stop
+from metaopt.errors import CaptureError
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -137,6 +139,16 @@ def foreach_copy_(targets: list[Tensor], sources: list[Tensor], non_blocking: bo
     """``target.copy_(source)``, pair by pair."""
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source, non_blocking=non_blocking)
+
+
+def rejection_sampler() -> CaptureError:
+    """The error for a sample of which torch has another derivative, and nothing takes its place."""
+    return CaptureError(
+        "a sample of a gamma distribution, or of one made of it (Beta, Chi2, Dirichlet, StudentT), was drawn with "
+        "parameters that depend on the weights or hyperparameters. It is drawn by rejection, and torch's derivative of "
+        "it is not that of what the loop draws. Draw from a distribution whose samples are a function of noise "
+        "(normal, Kumaraswamy, …), or with constant parameters."
+    )
 
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {

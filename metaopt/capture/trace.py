@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __all__ = ["Group", "Instruction", "Num", "Obj", "Trace", "Val", "needed", "numbers_in", "values_in"]
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -160,6 +160,13 @@ class Trace:
         """Keep a Python number aside."""
         self.numbers.append(value)
         return Num(len(self.numbers) - 1, type(value))
+
+    def specs(
+        self, args: Iterable[Any], kwargs: Mapping[str, Any], read: Callable[[Tensor], Val]
+    ) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+        """The arguments of a call as an `Instruction` has them."""
+        spec = self.spec
+        return tuple([spec(entry, read) for entry in args]), tuple([(key, spec(kwargs[key], read)) for key in kwargs])
 
     def spec(self, argument: Any, read: Callable[[Tensor], Val]) -> Any:
         """An argument as nested tuples over values, numbers and literals."""
