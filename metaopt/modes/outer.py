@@ -113,7 +113,7 @@ class Adjoint:
         """From an objective that was computed outside of the context: its autograd graph ends at the weights."""
         tape = self.loop.tape
         leaves = leaves_of(outer)
-        if any(id(weight) in self.loop.trainable and not weight.requires_grad for weight in self.loop.weights()):
+        if any(id(weight) in self.loop.guard.trainable and not weight.requires_grad for weight in self.loop.weights()):
             raise SweepError(
                 "a trained weight was frozen (`requires_grad_(False)`) before the outer objective was computed, so the "
                 "objective's graph does not reach it. Compute the objective with the weights unfrozen, or pass a "
@@ -325,7 +325,7 @@ def _unhooked(leaves: list[Tensor]) -> Iterator[None]:
 
 
 def _check_weights(loop: Loop) -> None:
-    weight = loop.changed_since()
+    weight = loop.guard.changed_since()
     if weight is not None:
         raise StaleError(
             f"a weight of shape {tuple(weight.shape)} was changed after the context ended, so the outer objective "
