@@ -11,10 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.utils import _pytree as pytree
 
 from metaopt.errors import ResponseError
-from metaopt.stn.batches import count, select, split
+from metaopt.stn.batches import count, join, select, split
 from metaopt.stn.calls import Call, Place, confirmed, follow
 from metaopt.stn.generators import random_state, same_randomness
 from metaopt.stn.layouts import Layout, NeedsGroups, Site, infer, reordered
@@ -148,12 +147,9 @@ class Prepared(nn.Module):
         if any(len(shape) <= self.batch_dim for shape in shapes(together)):
             # It has no axis of examples, such as a loss.
             return True
-        joined = pytree.tree_map(lambda *ys: self._join(ys), *halves)
+        joined = join(halves, self.batch_dim)
         # Where the model draws random numbers in evaluation, no two runs agree, and shapes must do.
         return shapes(together) != shapes(joined) or not (drawn or close(together, joined, epsilon))
-
-    def _join(self, parts: tuple[Any, ...]) -> Any:
-        raise NotImplementedError
 
     def _recorded(self, args: Any, kwargs: Any, examples: int, kind: type[Traced]) -> Traced:
         z = self.rho.new_zeros(examples, self.coordinates.size)

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.utils import _pytree as pytree
 
 from metaopt.errors import ResponseError
 from metaopt.hyperparameters import Hyperparameters
-from metaopt.stn.batches import count, split
+from metaopt.stn.batches import count, join, split
 from metaopt.stn.binding import Bound
 from metaopt.stn.comparing import Compared
 from metaopt.stn.engines import ENGINES
@@ -213,22 +212,7 @@ class Tuned(Compared):
             inputs = split(args, kwargs, part, self.batch_dim, len(at.z))
             values = {name: value[part] for name, value in at.values.items()}
             outputs.append(self._whole(at, at.z[part], values, *inputs))
-        return pytree.tree_map(lambda *ys: self._join(ys), *outputs)
-
-    def _join(self, parts: tuple[Any, ...]) -> Any:
-        if not isinstance(parts[0], Tensor):
-            return parts[0]
-        if parts[0].ndim <= self.batch_dim:
-            raise ResponseError(
-                "the model returns a tensor without an axis of examples, which can't be put together from groups of "
-                "examples; return one value for each example, or set `groups=1` in `transform`."
-            )
-        if len({part.shape[: self.batch_dim] + part.shape[self.batch_dim + 1 :] for part in parts}) > 1:
-            raise ResponseError(
-                "the model returns tensors of several shapes for groups of examples, which can't be put together; pad "
-                "them to one length (`total_length=` of `pad_packed_sequence`), or set `groups=1` in `transform`."
-            )
-        return torch.cat(parts, self.batch_dim)
+        return join(outputs, self.batch_dim)
 
     def _whole(self, at: Perturbation, z: Tensor, values: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
         """One run of the model, or several until one engine can do it."""
