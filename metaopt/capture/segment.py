@@ -50,34 +50,31 @@ class Segment:
     outputs: dict[int, int]
     known: dict[int, Cell]
 
-    def replay(self, keys: Sequence[int], *, state: dict[int, Tensor] | None = None) -> Replay:
-        """Call ``Φ_t`` at the recorded state (or another), with a graph from its inputs to the outputs named.
+    def replay(self, keys: Sequence[int]) -> Replay:
+        """Call ``Φ_t`` at the recorded state, with a graph from its inputs to the outputs named.
 
         Args:
             keys: which of ``outputs`` to compute.
-            state: values to use in place of the recorded ones, by key.
         """
-        return self.call(self.program.function(tuple(self.outputs[key] for key in keys)), state=state)
+        return self.call(self.program.function(tuple(self.outputs[key] for key in keys)))
 
-    def values(self, keys: Sequence[int], *, state: dict[int, Tensor] | None = None) -> list[Tensor]:
+    def values(self, keys: Sequence[int]) -> list[Tensor]:
         """Outputs of ``Φ_t`` without a graph, as `replay` computes them but at the cost of a plain step."""
         part = self.program.function(tuple(self.outputs[key] for key in keys))
-        found = self.call(part, state=state, phase=Phase(graph=self.program.nests), derived=False).outputs
+        found = self.call(part, phase=Phase(graph=self.program.nests), derived=False).outputs
         return [value.detach() for value in found]
 
     def call(
         self,
         part: Function,
         *,
-        state: dict[int, Tensor] | None = None,
         phase: Phase | None = None,
         derived: bool = True,
     ) -> Replay:
         """Call a part of ``Φ_t``, with a graph from its inputs, as `replay` does; ``derived``: to differentiate it."""
         phase = phase or Phase()
-        state = state or {}
         values, hypers = self.arguments(part, derived=derived)
-        inputs = {key: variable(state.get(key, value)) for key, value in values.items()}
+        inputs = {key: variable(value) for key, value in values.items()}
         externals = [(external, variable(value)) for external, value in hypers]
         with torch.enable_grad():
             outputs = self.apply(part, [*inputs.values(), *(value for _, value in externals)], phase=phase)
