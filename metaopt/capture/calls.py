@@ -36,7 +36,7 @@ Kwargs = dict[str, Any]
 
 def _detach(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     result = func(*args, **kwargs)
-    (source, *_) = args
+    source = args[0] if args else kwargs["input"]
     tape = watcher.tape
     if not tape.is_live(source):
         return result
@@ -54,7 +54,7 @@ def _detach(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwar
 
 def _detach_in_place(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     tape = watcher.tape
-    (tensor, *_) = args
+    tensor = args[0] if args else kwargs["input"]
     live = tape.is_live(tensor)
     value = tape.iteration.stopped(tape.read(tensor).index) if live else -1
     result = func(*args, **kwargs)
@@ -158,15 +158,36 @@ def inner_leaf(watcher: Watcher, tensor: Tensor) -> None:
 
 def _deepcopy(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     result = func(*args, **kwargs)
-    source = args[0]
+    if watcher.tape.is_live(args[0]) and result is not args[0]:
+        _copied(watcher, args[0], result)
+    return result
+
+
+def _tensor(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """``torch.tensor(x)`` and ``x.new_tensor(y)``: the values of a tensor, of which torch follows nothing."""
+    place = int(func is Tensor.new_tensor)
+    data = args[place] if len(args) > place else kwargs.get("data")
+    result = func(*args, **kwargs)
+    if not any(watcher.tape.is_live(tensor) for tensor in flatten([data])):
+        if result.requires_grad:
+            inner_leaf(watcher, result)
+    elif isinstance(data, Tensor):
+        _copied(watcher, data, result)
+    else:
+        watcher.say_constant(name_of(func))
+    return result
+
+
+def _copied(watcher: Watcher, source: Tensor, result: Tensor) -> None:
+    """A tensor is a copy of another one, which the loop's gradients don't pass."""
     tape = watcher.tape
-    if not tape.is_live(source) or result is source:
-        return result
-    (out,) = tape.trace.emit(torch.clone, tape.read_stopped(source))
+    value = tape.read(source)
+    (out,) = tape.trace.emit(torch.clone, Val(tape.iteration.stopped(value.index)))
+    if result.dtype != source.dtype:
+        (out,) = tape.trace.emit(Tensor.to, Val(out), result.dtype)
     tape.define(result, out)
     if result.requires_grad:
         inner_leaf(watcher, result)
-    return result
 
 
 def _hook(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -219,8 +240,10 @@ SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.backward: tensor_backward,
     torch.autograd.backward: autograd_backward,
     torch.autograd.grad: autograd_grad,
-    Tensor.detach: _detach,
-    Tensor.detach_: _detach_in_place,
+    **dict.fromkeys((Tensor.detach, torch.detach, torch.ops.aten.detach, torch.ops.aten.detach.default), _detach),
+    **dict.fromkeys((Tensor.detach_, torch.detach_), _detach_in_place),
+    torch.tensor: _tensor,
+    Tensor.new_tensor: _tensor,
     F.gumbel_softmax: _gumbel_softmax,
     torch.full: _full,
     Tensor.new: _new,
