@@ -17,7 +17,7 @@ from metaopt.capture.gradients import autograd_backward, autograd_grad, tensor_b
 from metaopt.capture.hooks import Observed
 from metaopt.capture.notices import name_of
 from metaopt.capture.primitives import flatten, leaf, stop
-from metaopt.capture.replacements import hard_gumbel_softmax, padded_embedding, rejection_sampler
+from metaopt.capture.replacements import fake_quantize, hard_gumbel_softmax, padded_embedding, rejection_sampler
 from metaopt.capture.surroundings import generators
 from metaopt.capture.trace import Val
 from metaopt.capture.withheld import get_grad
@@ -93,6 +93,17 @@ def _gumbel_softmax(watcher: Watcher, func: Callable[..., Any], args: Args, kwar
     result = func(*args, **kwargs)
     spec = (given["logits"], given.get("tau", 1), given.get("dim", -1))
     watcher.record(hard_gumbel_softmax, spec, {}, result, seed, phased=True)
+    return result
+
+
+def _fake_quantize(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    axis = ("axis",) if func is torch.fake_quantize_per_channel_affine else ()
+    names = ("input", "scale", "zero_point", *axis, "quant_min", "quant_max")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if not any(watcher.tape.is_live(tensor) for tensor in flatten(given.values())):
+        return watcher.call(func, args, kwargs)
+    result = func(*args, **kwargs)
+    watcher.record(fake_quantize, (func, *(given[name] for name in names)), {}, result, phased=True)
     return result
 
 
@@ -245,6 +256,8 @@ SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.tensor: _tensor,
     Tensor.new_tensor: _tensor,
     F.gumbel_softmax: _gumbel_softmax,
+    torch.fake_quantize_per_tensor_affine: _fake_quantize,
+    torch.fake_quantize_per_channel_affine: _fake_quantize,
     torch.full: _full,
     Tensor.new: _new,
     torch._standard_gamma: _gamma,

@@ -16,6 +16,8 @@ standard deviation is 0, though the sample moves with them.
 
 ``torch.binomial`` has no derivative, and says so; what it draws is a count, which has derivative 0.
 
+``torch.fake_quantize_per_tensor_affine`` and its kin: their backward takes rounding for the identity on purpose.
+
 ``F.embedding`` with a ``padding_idx``: its backward leaves that row out on purpose, though the forward reads it.
 """
 
@@ -25,6 +27,7 @@ __all__ = [
     "REPLACEMENTS",
     "binomial",
     "cross_entropy",
+    "fake_quantize",
     "foreach_copy_",
     "hard_gumbel_softmax",
     "nll_loss",
@@ -42,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaopt.capture.primitives import Phase, stop
+from metaopt.capture.primitives import Phase, choose, stop
 from metaopt.errors import CaptureError
 
 
@@ -97,6 +100,19 @@ def hard_gumbel_softmax(phase: Phase, logits: Tensor, tau: float = 1, dim: int =
     index = soft.max(dim, keepdim=True)[1]
     hard = torch.zeros_like(logits, memory_format=torch.legacy_contiguous_format).scatter_(dim, index, 1.0)
     return hard - stop(phase, soft) + soft
+
+
+def fake_quantize(
+    phase: Phase, func: Callable[..., Tensor], x: Tensor, scale: Tensor | float, zero_point: Any, *rest: int
+) -> Tensor:
+    """A fake quantisation, which passes the loop's gradient straight through: the sweep sees steps, and their scale."""
+    # In the loop the scale is none that requires grad, which torch refuses.
+    own = func(x, scale.detach() if isinstance(scale, Tensor) else scale, zero_point, *rest)
+    # A scale for each channel lies along an axis, which comes before the bounds.
+    step = scale.reshape(-1, *[1] * (x.dim() - 1 - rest[0])) if isinstance(scale, Tensor) and len(rest) > 2 else scale
+    with torch.no_grad():
+        level = (own / step).round()
+    return choose(phase, own, level * step)
 
 
 def padded_embedding(
