@@ -56,21 +56,15 @@ class Segment:
         Args:
             keys: which of ``outputs`` to compute.
         """
-        return self.call(self.program.function(tuple(self.outputs[key] for key in keys)))
+        return self.call(self._function(keys))
 
     def values(self, keys: Sequence[int]) -> list[Tensor]:
         """Outputs of ``Φ_t`` without a graph, as `replay` computes them but at the cost of a plain step."""
-        part = self.program.function(tuple(self.outputs[key] for key in keys))
+        part = self._function(keys)
         found = self.call(part, phase=Phase(graph=self.program.nests), derived=False).outputs
         return [value.detach() for value in found]
 
-    def call(
-        self,
-        part: Function,
-        *,
-        phase: Phase | None = None,
-        derived: bool = True,
-    ) -> Replay:
+    def call(self, part: Function, *, phase: Phase | None = None, derived: bool = True) -> Replay:
         """Call a part of ``Φ_t``, with a graph from its inputs, as `replay` does; ``derived``: to differentiate it."""
         phase = phase or Phase()
         values, hypers = self.arguments(part, derived=derived)
@@ -98,14 +92,14 @@ class Segment:
 
     def point(self, keys: Sequence[int]) -> list[Tensor]:
         """Where the iteration was recorded: the floating-point values that these outputs depend on."""
-        call = self.program.function(tuple(self.outputs[key] for key in keys))
+        call = self._function(keys)
         values = [cell.value() for _, cell in self._pick(call.inputs)]
         values += [self.externals[place].cell.value() for place in call.externals]
         return [value for value in values if value.dtype.is_floating_point]
 
     def evaluate(self, keys: Sequence[int], point: Sequence[Tensor]) -> list[Tensor]:
         """``Φ_t`` at another point (see `point`), of another precision if need be, with the graph of its arguments."""
-        call = self.program.function(tuple(self.outputs[key] for key in keys))
+        call = self._function(keys)
         given = iter(point)
         dtype = point[0].dtype if point else torch.float64
 
@@ -159,6 +153,9 @@ class Segment:
             return self
         whole = [(key, Cell(state[key], owned=True) if cell is LOST else cell) for key, cell in self.inputs]
         return replace(self, inputs=whole)
+
+    def _function(self, keys: Sequence[int]) -> Function:
+        return self.program.function(tuple(self.outputs[key] for key in keys))
 
     def _pick(self, places: Sequence[int]) -> list[tuple[int, Cell]]:
         return [self.inputs[place] for place in places]
