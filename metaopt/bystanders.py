@@ -105,7 +105,7 @@ class Bystanders:
                 f"{name}, which is not watched, steps weights of the watched optimizer inside the context. Let one "
                 "optimizer train them."
             )
-        if id(weight) not in self.given and self.watcher.lacks_gradient(weight) and not self.protected(weight):
+        if id(weight) not in self.given and self.watcher.withheld.lacks(tape, weight) and not self.protected(weight):
             raise CaptureError(
                 f"{name}, which is not watched, steps a tensor of shape {tuple(weight.shape)} that took part in the "
                 "watched training. It is taken for a hyperparameter, which gets no training gradient, so the training "

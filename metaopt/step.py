@@ -6,22 +6,16 @@ __all__ = ["Loop"]
 
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import Optimizer
 
 from metaopt.bystanders import Bystanders
 from metaopt.capture.bindings import leaves_of
-from metaopt.capture.cells import version_of
 from metaopt.capture.functions import see_functions
 from metaopt.capture.program import Library
 from metaopt.capture.segment import Segment
@@ -32,8 +26,9 @@ from metaopt.closures import closure_of, with_closure
 from metaopt.errors import CaptureError
 from metaopt.hyperparameters import owner_of
 from metaopt.rules import rule_of
+from metaopt.stepping import step_hooks
 from metaopt.update import RuledUpdate, sparse
-from metaopt.watched import WatchedWeights, listed
+from metaopt.watched import WatchedWeights, listed, weights_of
 from metaopt.wrapping import steps_on_stack, wrapped
 
 _open: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -80,18 +75,15 @@ class Loop:
             self.watcher.stepping = _weakly(self._is_stepping)
             self.watcher.numbers_held = all(wrap.hold_numbers for wrap in wraps)
         self._in_closure = False
-        self.trainable: set[int] = set()
         self._exit: ExitStack | None = None
         self._thread = 0
-        self._sums: list[Tensor] = []
-        self._first: dict[int, int] = {}
         self._bystanders = Bystanders(self.watcher, _weakly(self._is_inside), self.tape.protected)
         # What the loop may have caught (`except RuntimeError: continue`), though a part of it is missing since.
         self._error: CaptureError | None = None
 
     def weights(self) -> list[Tensor]:
         """Every weight of the optimizers, in their order."""
-        return [w for optimizer in self.optimizers for group in optimizer.param_groups for w in group["params"]]
+        return weights_of(self.optimizers)
 
     def states(self) -> list[dict[str, Any]]:
         """What the optimizers hold of each weight."""
@@ -121,8 +113,7 @@ class Loop:
                 "optimizers train together, watch both in one context, `metaopt.record([first, second])`; if not, open "
                 "the contexts one after the other."
             )
-        self._check_weights()
-        self.trainable = {id(weight) for weight in self.weights() if weight.requires_grad}
+        self.guard.begin()
         self._thread = threading.get_ident()
         self.tape.begin()
         with ExitStack() as stack:
@@ -130,19 +121,8 @@ class Loop:
             for optimizer in self.optimizers:
                 _open.add(optimizer)
                 stack.callback(_open.discard, optimizer)
-                before, after = (
-                    optimizer.register_step_pre_hook(self._pre_step),
-                    optimizer.register_step_post_hook(self._post_step),
-                )
-                _put_first(cast("OrderedDict[int, Any]", optimizer._optimizer_step_post_hooks), after.id)
-                self._first[id(optimizer)] = before.id
-                stack.callback(before.remove)
-                stack.callback(after.remove)
-            for handle in (
-                register_optimizer_step_pre_hook(self._pre_any_step),
-                register_optimizer_step_post_hook(self._bystanders.after),
-            ):
-                stack.callback(handle.remove)
+            others = (self._bystanders.before, self._bystanders.after)
+            stack.enter_context(step_hooks(self.optimizers, (self._pre_step, self._post_step), others))
             stack.enter_context(see_functions(self.watcher))
             stack.enter_context(self.watcher)
             self._exit = stack.pop_all()
@@ -157,17 +137,7 @@ class Loop:
             raise self._error
         if not failed:
             self._seal(check=False)
-        self._sums = [weight.detach().sum() for weight in self.weights()]
-
-    def changed_since(self) -> Tensor | None:
-        """A weight that was changed since the context ended, if there is one."""
-        for weight, total in zip(self.weights(), self._sums, strict=False):
-            binding = self.tape.find(weight)
-            written = binding is not None and version_of(weight) != binding.version
-            # Writes through `.data` leave no trace in the version.
-            if written or not torch.allclose(weight.detach().sum(), total, rtol=0, atol=0, equal_nan=True):
-                return weight
-        return None
+        self.guard.end()
 
     def flush(self) -> None:
         """End the iteration here, without a step, so that what it computed can be differentiated."""
@@ -192,17 +162,6 @@ class Loop:
             yield
         finally:
             self.watcher.paused = True
-
-    def _check_weights(self) -> None:
-        self.guard.check_memory()
-        for weight in self.weights():
-            if weight.is_complex():
-                raise CaptureError("complex weights are not supported; train their real and imaginary parts.")
-            if getattr(weight, "_post_accumulate_grad_hooks", None):
-                raise CaptureError(
-                    "a weight has a post-accumulate-grad hook, which runs code inside `backward` that metaopt does "
-                    "not see. Remove the hook and do the same in the loop, after `loss.backward()`."
-                )
 
     # -- the optimizer's step -----------------------------------------------------------------------------------------
 
@@ -288,14 +247,6 @@ class Loop:
         finally:
             self.watcher.paused = False
 
-    def _pre_any_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        if id(optimizer) in self._first and threading.get_ident() == self._thread:
-            # `_pre_step` follows, after all of the optimizer's own hooks: what they do is a part of the loop.
-            hooks = cast("OrderedDict[int, Any]", optimizer._optimizer_step_pre_hooks)
-            hooks.move_to_end(self._first[id(optimizer)])
-            return None
-        return self._bystanders.before(optimizer, args, kwargs)
-
     def _is_inside(self, optimizer: Optimizer) -> bool:
         """Whether a step belongs to the watched loop: another optimizer's may run within a wrapped one's."""
         within = any(id(own) not in self.updates and steps_on_stack(own) for own in self.optimizers)
@@ -344,14 +295,6 @@ def _failed_step() -> CaptureError:
         "an `optimizer.step()` inside the context raised an exception, which the loop caught, and went on. What it did "
         "since was not seen. Let the exception end the context."
     )
-
-
-def _put_first(hooks: OrderedDict[int, Any], key: int) -> None:
-    # Our hook closes the iteration before the user's own hooks look at the weights; only what an optimizer itself
-    # does to its state after the step comes earlier.
-    own = [k for k, hook in hooks.items() if getattr(hook, "part_of_step", False)]
-    for k in (key, *reversed(own)):
-        hooks.move_to_end(k, last=False)
 
 
 def _eager() -> AbstractContextManager[Any]:

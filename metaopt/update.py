@@ -227,7 +227,7 @@ class RuledUpdate:
             for tensor, value, is_weight in places:
                 binding = tape.find(tensor)
                 if is_weight and not last and tensor.requires_grad and binding is not None:
-                    tape.rebind_leaf(binding, tape.stopped(value), tensor)
+                    tape.rebind_leaf(binding, tape.iteration.stopped(value), tensor)
                 else:
                     tape.define(tensor, value, inner=int(is_weight), leaf=is_weight).halted = not last
         self._pending = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["WatchedWeights", "listed"]
+__all__ = ["WatchedWeights", "listed", "weights_of"]
 
 import itertools
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from metaopt.capture.cells import version_of
 from metaopt.capture.tape import Tape
 from metaopt.errors import CaptureError, RuleError
 
@@ -34,19 +35,56 @@ def listed(optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
     return found
 
 
+def weights_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """Every weight of the optimizers, in their order."""
+    return [w for optimizer in optimizers for group in optimizer.param_groups for w in group["params"]]
+
+
 class WatchedWeights:
-    """The weights that the optimizers had when the context began, of which none may be exchanged."""
+    """The weights that the optimizers had when the context began, of which none may be exchanged.
+
+    Attributes:
+        trainable: the identities of those that required grad then.
+    """
 
     def __init__(self, optimizers: Sequence[Optimizer], tape: Tape) -> None:
         self.optimizers = optimizers
         self.tape = tape
+        self.trainable: set[int] = set()
         self._known = 0
         self._received: set[int] = set()
+        self._sums: list[Tensor] = []
 
     def weights(self) -> list[Tensor]:
-        """Every weight of the optimizers, in their order."""
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        return [weight for group in groups for weight in group["params"]]
+        """Every weight, in the optimizers' order."""
+        return weights_of(self.optimizers)
+
+    def begin(self) -> None:
+        """The context begins; raise `CaptureError` if a weight can't be followed."""
+        self._refuse_shared_memory()
+        for weight in self.weights():
+            if weight.is_complex():
+                raise CaptureError("complex weights are not supported; train their real and imaginary parts.")
+            if getattr(weight, "_post_accumulate_grad_hooks", None):
+                raise CaptureError(
+                    "a weight has a post-accumulate-grad hook, which runs code inside `backward` that metaopt does "
+                    "not see. Remove the hook and do the same in the loop, after `loss.backward()`."
+                )
+        self.trainable = {id(weight) for weight in self.weights() if weight.requires_grad}
+
+    def end(self) -> None:
+        """The context has ended."""
+        self._sums = [weight.detach().sum() for weight in self.weights()]
+
+    def changed_since(self) -> Tensor | None:
+        """A weight that was changed since the context ended, if there is one."""
+        for weight, total in zip(self.weights(), self._sums, strict=False):
+            binding = self.tape.find(weight)
+            written = binding is not None and version_of(weight) != binding.version
+            # Writes through `.data` leave no trace in the version.
+            if written or not torch.allclose(weight.detach().sum(), total, rtol=0, atol=0, equal_nan=True):
+                return weight
+        return None
 
     def check(self) -> None:
         """Raise `CaptureError` if the optimizer has other weights now, or the model has."""
@@ -54,8 +92,8 @@ class WatchedWeights:
         self._refuse_other_weights()
         self._refuse_replaced()
 
-    def check_memory(self) -> None:
-        """Raise `CaptureError` if weights share memory, each of which would be followed by itself."""
+    def _refuse_shared_memory(self) -> None:
+        # Each would be followed by itself.
         found = (place for weight in self.weights() if (place := _place(weight)) is not None)
         places = sorted(found, key=lambda place: place[:2])
         for (_, end, one), (start, _, other) in itertools.pairwise(places):

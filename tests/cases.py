@@ -1022,6 +1022,30 @@ def hard_gumbel_softmax(hyper: Hyper, context: Context) -> Trained:
 
 
 @case(lr=0.3, weights=weights(12))
+def fake_quantized(hyper: Hyper, context: Context) -> Trained:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        logits = model(x)
+        coarse = torch.fake_quantize_per_tensor_affine(logits, 0.1, 0, -8, 7)
+        return (coarse * logits).tanh().mean()
+
+    return looping(hyper, context, loss)
+
+
+@case(lr=0.3, weights=weights(12))
+def detached_by_functions(hyper: Hyper, context: Context) -> Trained:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        logits = model(x)
+        written = logits.sin()
+        torch.detach_(written)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that `x.detach().clone()` is better
+            copies = torch.tensor(logits).cos() + x.new_tensor(data=logits).tanh()
+        return ((torch.detach(logits).exp() + torch.detach(input=written) * copies) * logits).tanh().mean()
+
+    return looping(hyper, context, loss)
+
+
+@case(lr=0.3, weights=weights(12))
 def complex_state(hyper: Hyper, context: Context) -> Trained:
     spectrum = [torch.zeros(3, dtype=torch.complex128)]
 

@@ -152,7 +152,7 @@ MUTANTS = [
     Mutant(
         "drop-buffers",
         "the adjoint of the optimizer's buffers is dropped; only that of the weights goes back",
-        "modes/outer.py",
+        "modes/adjoint.py",
         "for key, grad in pulled.carried.items():\n",
         "trained = {b.key for w in self.loop.weights() if (b := self.loop.tape.find(w)) is not None}\n"
         "        for key, grad in ((k, g) for k, g in pulled.carried.items() if k in trained):\n",
@@ -161,7 +161,7 @@ MUTANTS = [
     Mutant(
         "keep-overwritten",
         "the adjoint of an overwritten state is kept, and the new one added to it",
-        "modes/outer.py",
+        "modes/adjoint.py",
         "alpha = {key: self.carried.pop(key) for",
         "alpha = {key: self.carried[key] for",
         (LAWS, "one_step or closed_form"),
@@ -185,7 +185,7 @@ MUTANTS = [
     Mutant(
         "jacobian-first-row",
         "every row of a Jacobian goes to the first objective",
-        "modes/outer.py",
+        "modes/adjoint.py",
         "result.carried[key][place] = value",
         "result.carried[key][0] = value",
         (LAWS, "jacobian"),
@@ -242,7 +242,7 @@ MUTANTS = [
     Mutant(
         "wrong-end",
         "a compiled step takes what it began with for what it left behind",
-        "modes/outer.py",
+        "modes/adjoint.py",
         "after = {key: cell.value() for key, cell in segment.inputs}",
         "after = after or {key: cell.value() for key, cell in segment.inputs}",
         (COMPILED, "pull_back"),

@@ -101,7 +101,7 @@ def test_a_compiled_model_runs_eagerly_and_says_so_once() -> None:
 
 
 def test_every_random_operator_of_torch_has_its_generator_kept() -> None:
-    from metaopt.capture.watcher import _RANDOM
+    from metaopt.capture.surroundings import _RANDOM
 
     tagged = set()
     for name in dir(torch.ops.aten):

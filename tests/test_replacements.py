@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+import metaopt
 from metaopt.capture import replacements
 from metaopt.capture.primitives import Phase
 
@@ -64,3 +67,31 @@ def test_normal(mean: Any, std: Any) -> None:
     functions = (replacements.normal, torch.normal)
     found, expected = (function(mean, std, generator=torch.Generator().manual_seed(1)) for function in functions)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_the_scale_of_a_fake_quantisation_follows_the_weights(axis: int | None) -> None:
+    def hypergradient(quantise: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.float32).reshape(2, 3))
+        hyper = torch.tensor(0.3, dtype=torch.float32, requires_grad=True)
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        with metaopt.record(optimizer) as run:
+            for _ in range(3):
+                optimizer.zero_grad()
+                size = weight.detach().abs()
+                scale = (size.sum() if axis is None else size.sum(1 - axis)) / 5
+                (quantise(weight, scale).sub(hyper * weight.sin()) ** 2).sum().backward()
+                optimizer.step()
+        return run.hypergradient((weight**2).sum(), [hyper])[0]
+
+    def torchs(weight: Tensor, scale: Tensor) -> Tensor:
+        zero = torch.zeros(scale.shape, dtype=torch.int32)
+        if axis is None:
+            return torch.fake_quantize_per_tensor_affine(weight, scale, zero, quant_min=-128, quant_max=127)
+        return torch.fake_quantize_per_channel_affine(weight, scale, zero, axis, -128, 127)
+
+    def written_out(weight: Tensor, scale: Tensor) -> Tensor:
+        step = scale if axis is None else scale.reshape(-1, *[1] * (1 - axis))
+        return weight + ((weight / step).detach().round() * step - weight).detach()
+
+    assert hypergradient(torchs).item() == pytest.approx(hypergradient(written_out).item(), rel=1e-4)

@@ -1,16 +1,14 @@
-"""What the tape knows of a tensor: which value it holds, what it is a view of, whether it is a hyperparameter."""
+"""What the tape knows of a tensor: which value it holds, and what it is a view of."""
 
 from __future__ import annotations
 
 __all__ = [
     "BASE",
     "Binding",
-    "External",
     "Geometry",
     "Unseen",
     "View",
     "leaves_of",
-    "led_error",
     "nodes_of",
     "tensor_geometry",
 ]
@@ -23,9 +21,6 @@ import torch
 from torch import Tensor
 
 from metaopt.capture.cells import Cell, version_of
-from metaopt.errors import CaptureError, StaleError
-
-_COPIED_AT_MOST = 100_000
 
 Geometry = tuple[torch.Size, tuple[int, ...], int, torch.dtype, bool]
 
@@ -110,50 +105,6 @@ class Binding:
     def root(self) -> Binding:
         """The binding whose memory this one is a view of."""
         return self if self.base is None else self.base.root
-
-
-class External:
-    """A tensor that requires grad and is not trained: a hyperparameter, or something computed from one.
-
-    One that changes is a new external from then on; what used the old value keeps the old one.
-    """
-
-    __slots__ = ("cell", "copy", "epoch", "led", "moving", "tensor", "value", "version")
-
-    def __init__(self, tensor: Tensor, cell: Cell, *, moving: bool, led: bool = False) -> None:
-        self.tensor = tensor
-        self.cell = cell
-        self.version = version_of(tensor)
-        self.value = -1
-        self.epoch = -1
-        self.moving = moving
-        self.led = led
-        # Writes through `.data` leave no trace in the version.
-        self.copy = tensor.detach().clone() if tensor.numel() <= _COPIED_AT_MOST and not moving else None
-
-    def check(self, *, derived: bool = True) -> None:
-        """Raise if the hyperparameter is not what it was when these steps used it, or is none and differentiated."""
-        if self.led and derived:
-            raise led_error(self.tensor)
-        if self.moving:
-            return
-        unchanged = version_of(self.tensor) == self.version
-        if not unchanged or (self.copy is not None and not torch.equal(self.copy, self.tensor)):
-            raise StaleError(
-                f"a hyperparameter of shape {tuple(self.tensor.shape)} was changed in place after the recorded steps "
-                "used it, so their derivative at its old value can't be taken. Call `run.backward` before the "
-                "hyperparameter's optimizer steps; to change hyperparameters within a context, use `metaopt.stream`."
-            )
-
-
-def led_error(leaf: Tensor) -> CaptureError:
-    """The error for what looks like a hyperparameter, and follows the weights unseen."""
-    return CaptureError(
-        f"a tensor of shape {tuple(leaf.shape)} is no weight of the watched optimizer, but the loop moved it along a "
-        "gradient that depends on those weights (a second network under its own optimizer, trained on what the first "
-        "one computes), and then used it. How it follows the weights was not seen, so the hypergradient would be "
-        "wrong. Watch both optimizers, `metaopt.record([first, second])`, or take the step by hand in the loop."
-    )
 
 
 def nodes_of(tensor: Tensor) -> list[Any]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-__all__ = ["SPECIAL", "apply_function", "inner_leaf"]
+__all__ = ["SPECIAL", "inner_leaf"]
 
-import sys
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,22 +13,18 @@ from torch import Tensor
 
 from metaopt.capture import statistics, writes
 from metaopt.capture.bindings import BASE, View
-from metaopt.capture.cells import version_of
-from metaopt.capture.derivatives import check_function
 from metaopt.capture.gradients import autograd_backward, autograd_grad, tensor_backward
-from metaopt.capture.hooks import Observed, observe_module_hooks
-from metaopt.capture.primitives import Surrogate, flatten, hooked, leaf, stop
-from metaopt.capture.replacements import hard_gumbel_softmax, padded_embedding
-from metaopt.capture.trace import Instruction, Val
+from metaopt.capture.hooks import Observed
+from metaopt.capture.notices import name_of
+from metaopt.capture.primitives import flatten, leaf, stop
+from metaopt.capture.replacements import fake_quantize, hard_gumbel_softmax, padded_embedding, rejection_sampler
+from metaopt.capture.surroundings import generators
+from metaopt.capture.trace import Val
+from metaopt.capture.withheld import get_grad
 from metaopt.errors import CaptureError
 
 if TYPE_CHECKING:
     from metaopt.capture.watcher import Watcher
-
-
-def name_of(func: Callable[..., Any]) -> str:
-    """A function's plain name."""
-    return getattr(func, "__name__", None) or type(func).__name__
 
 
 Args = tuple[Any, ...]
@@ -42,7 +36,7 @@ Kwargs = dict[str, Any]
 
 def _detach(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     result = func(*args, **kwargs)
-    (source, *_) = args
+    source = args[0] if args else kwargs["input"]
     tape = watcher.tape
     if not tape.is_live(source):
         return result
@@ -51,7 +45,7 @@ def _detach(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwar
     (out,) = tape.trace.emit(stop, value, phased=True)
     binding = tape.define(result, out)
     if base is None and source.is_leaf:
-        tape.note_behind(source)
+        tape.externals.note_behind(source)
     if base is not None:
         binding.base, binding.base_value = base, base.value
         binding.via = View(stop, (BASE,), {}, 1, 0, True)
@@ -60,9 +54,9 @@ def _detach(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwar
 
 def _detach_in_place(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     tape = watcher.tape
-    (tensor, *_) = args
+    tensor = args[0] if args else kwargs["input"]
     live = tape.is_live(tensor)
-    value = tape.stopped(tape.read(tensor).index) if live else -1
+    value = tape.iteration.stopped(tape.read(tensor).index) if live else -1
     result = func(*args, **kwargs)
     if live:
         tape.define(tensor, value)
@@ -87,50 +81,30 @@ def _new(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs)
 
 def _gamma(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     if any(watcher.tape.is_live(tensor) for tensor in flatten(args)):
-        raise _rejection_sampler()
+        raise rejection_sampler()
     return func(*args, **kwargs)
-
-
-def _rejection_sampler() -> CaptureError:
-    return CaptureError(
-        "a sample of a gamma distribution, or of one made of it (Beta, Chi2, Dirichlet, StudentT), was drawn with "
-        "parameters that depend on the weights or hyperparameters. It is drawn by rejection, and torch's derivative of "
-        "it is not that of what the loop draws. Draw from a distribution whose samples are a function of noise "
-        "(normal, Kumaraswamy, …), or with constant parameters."
-    )
 
 
 def _gumbel_softmax(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     given = dict(zip(("logits", "tau", "hard", "eps", "dim"), args, strict=False)) | kwargs
     if not given.get("hard") or not watcher.tape.is_live(given["logits"]):
         return watcher.call(func, args, kwargs)
-    seed = watcher.generators(func, kwargs)
+    seed = generators(func, kwargs)
     result = func(*args, **kwargs)
     spec = (given["logits"], given.get("tau", 1), given.get("dim", -1))
     watcher.record(hard_gumbel_softmax, spec, {}, result, seed, phased=True)
     return result
 
 
-def _get_grad(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    grad = func(*args, **kwargs)
-    tensor = args[0]
-    known = watcher.tape.externals.get(id(tensor)) if id(tensor) in watcher.withheld else None
-    if known is not None and known.tensor is tensor and tensor.is_leaf:
-        frame = sys._getframe(2)
-        while frame is not None and frame.f_globals.get("__name__", "").startswith("metaopt.capture"):
-            frame = frame.f_back  # type: ignore[assignment]
-        reader = "" if frame is None else frame.f_code.co_name
-        if reader == "zero_grad":
-            watcher.withheld.discard(id(tensor))  # what it lacked would be gone too
-        elif grad is None and reader not in ("record", "accumulate"):
-            raise CaptureError(
-                f"the `.grad` of a tensor of shape {tuple(tensor.shape)} was read inside the context, and is not "
-                "there: the tensor requires grad and the watched optimizer does not train it, so it is taken for a "
-                "hyperparameter, which gets no training gradient. If it is a part of the model, freeze it "
-                "(`requires_grad_(False)`) or give it to the optimizer; if the loop updates it by hand, make it "
-                "inside the context."
-            )
-    return grad
+def _fake_quantize(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    axis = ("axis",) if func is torch.fake_quantize_per_channel_affine else ()
+    names = ("input", "scale", "zero_point", *axis, "quant_min", "quant_max")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if not any(watcher.tape.is_live(tensor) for tensor in flatten(given.values())):
+        return watcher.call(func, args, kwargs)
+    result = func(*args, **kwargs)
+    watcher.record(fake_quantize, (func, *(given[name] for name in names)), {}, result, phased=True)
+    return result
 
 
 def _set_data(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -188,22 +162,43 @@ def inner_leaf(watcher: Watcher, tensor: Tensor) -> None:
         tape.read_binding(binding, tensor)
         binding.leaves = [binding.value]
         return
-    value = tape.read_binding(binding, tensor) if binding is not None else tape.read_constant(tensor)
+    value = tape.read_binding(binding, tensor) if binding is not None else tape.iteration.read_constant(tensor)
     (number,) = tape.trace.emit(leaf, Val(value))
     tape.define(tensor, number, inner=1, leaf=True)
 
 
 def _deepcopy(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     result = func(*args, **kwargs)
-    source = args[0]
+    if watcher.tape.is_live(args[0]) and result is not args[0]:
+        _copied(watcher, args[0], result)
+    return result
+
+
+def _tensor(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """``torch.tensor(x)`` and ``x.new_tensor(y)``: the values of a tensor, of which torch follows nothing."""
+    place = int(func is Tensor.new_tensor)
+    data = args[place] if len(args) > place else kwargs.get("data")
+    result = func(*args, **kwargs)
+    if not any(watcher.tape.is_live(tensor) for tensor in flatten([data])):
+        if result.requires_grad:
+            inner_leaf(watcher, result)
+    elif isinstance(data, Tensor):
+        _copied(watcher, data, result)
+    else:
+        watcher.say_constant(name_of(func))
+    return result
+
+
+def _copied(watcher: Watcher, source: Tensor, result: Tensor) -> None:
+    """A tensor is a copy of another one, which the loop's gradients don't pass."""
     tape = watcher.tape
-    if not tape.is_live(source) or result is source:
-        return result
-    (out,) = tape.trace.emit(torch.clone, tape.read_stopped(source))
+    value = tape.read(source)
+    (out,) = tape.trace.emit(torch.clone, Val(tape.iteration.stopped(value.index)))
+    if result.dtype != source.dtype:
+        (out,) = tape.trace.emit(Tensor.to, Val(out), result.dtype)
     tape.define(result, out)
     if result.requires_grad:
         inner_leaf(watcher, result)
-    return result
 
 
 def _hook(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -212,9 +207,8 @@ def _hook(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs
     # A weight that enters the iteration brings the hooks that it has: this one is not among them yet.
     value = tape.read(args[0]) if live else None
     result = func(args[0], Observed(watcher, args[1])) if live else func(*args, **kwargs)
-    if live:
-        place = tape.spec(args[1], tape.read)
-        tape.trace.code.append(Instruction(hooked, (value, place), phased=True, effect=True))
+    if value is not None:
+        tape.iteration.hook(value.index, args[1])
     return result
 
 
@@ -227,53 +221,7 @@ def _refuse_post_hook(watcher: Watcher, func: Callable[..., Any], args: Args, kw
     return func(*args, **kwargs)
 
 
-# -- the user's own autograd functions -------------------------------------------------------------------------------
-
-
-_checked: weakref.WeakKeyDictionary[type, Surrogate | None] = weakref.WeakKeyDictionary()
-
-
-def apply_function(watcher: Watcher, cls: type, apply: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """Record an ``autograd.Function`` as one call, so that the replay goes through its own backward."""
-    tape = watcher.tape
-    sources = flatten(args)
-    if not any(tape.is_live(tensor) for tensor in sources):
-        return apply(*args, **kwargs)
-    if cls.__name__ == "CheckpointFunction":
-        raise CaptureError(
-            "`torch.utils.checkpoint` with `use_reentrant=True` runs a second backward pass inside the first one, "
-            "which can't be differentiated. Pass `use_reentrant=False`."
-        )
-    if watcher.check_functions and cls not in _checked and any(tape.inner_of(tensor) for tensor in sources):
-        _checked[cls] = None if check_function(cls, args, kwargs) else Surrogate(cls)
-    if cls is torch.distributions.dirichlet._Dirichlet:
-        raise _rejection_sampler()
-    if cls is torch.nn.modules._functions.BackwardHookFunction:
-        observe_module_hooks(watcher)
-    seed = watcher.generators(apply, kwargs)
-    versions = [version_of(tensor) for tensor in sources]
-    result = apply(*args, **kwargs)
-    if versions != [version_of(tensor) for tensor in sources]:
-        raise CaptureError(
-            f"`{cls.__name__}` (a torch.autograd.Function) writes its arguments in place; let it return new tensors."
-        )
-    surrogate = _checked.get(cls)
-    if surrogate is None:
-        watcher.record(cls.apply, args, kwargs, result, seed)  # type: ignore[attr-defined]
-    else:
-        watcher.record(surrogate, args, kwargs, result, seed, phased=True)
-    return result
-
-
-# -- layers with running statistics ----------------------------------------------------------------------------------
-
-
-def _batch_norm(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    return statistics.batch_norm(watcher, func, args, kwargs)
-
-
-def _instance_norm(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    return statistics.instance_norm(watcher, func, args, kwargs)
+# -- layers ----------------------------------------------------------------------------------
 
 
 def _embedding(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -303,22 +251,26 @@ SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.backward: tensor_backward,
     torch.autograd.backward: autograd_backward,
     torch.autograd.grad: autograd_grad,
-    Tensor.detach: _detach,
-    Tensor.detach_: _detach_in_place,
+    **dict.fromkeys((Tensor.detach, torch.detach, torch.ops.aten.detach, torch.ops.aten.detach.default), _detach),
+    **dict.fromkeys((Tensor.detach_, torch.detach_), _detach_in_place),
+    torch.tensor: _tensor,
+    Tensor.new_tensor: _tensor,
     F.gumbel_softmax: _gumbel_softmax,
+    torch.fake_quantize_per_tensor_affine: _fake_quantize,
+    torch.fake_quantize_per_channel_affine: _fake_quantize,
     torch.full: _full,
     Tensor.new: _new,
     torch._standard_gamma: _gamma,
     torch.full_like: _full,
-    Tensor.grad.__get__: _get_grad,  # type: ignore[union-attr]
+    Tensor.grad.__get__: get_grad,  # type: ignore[union-attr]
     Tensor.data.__get__: _detach,  # type: ignore[attr-defined]
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.requires_grad_: _requires_grad,
     Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]
     Tensor.__deepcopy__: _deepcopy,
     Tensor.register_hook: _hook,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
+    F.batch_norm: statistics.batch_norm,
+    F.instance_norm: statistics.instance_norm,
     F.embedding: _embedding,
     F.embedding_bag: _embedding,
 }

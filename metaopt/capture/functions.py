@@ -1,4 +1,4 @@
-"""Seeing ``torch.autograd.Function.apply``, which torch's function modes don't show.
+"""Custom ``torch.autograd.Function``s, which torch's function modes don't show.
 
 The calls inside a custom function's forward are not what its gradient is made of, so the function must be recorded as
 one. Its ``apply`` is often bound long before the context (``relu6 = MyReLU6.apply``); all of them end in the base
@@ -7,17 +7,30 @@ class, where this looks in while a context is open and in no other thread.
 
 from __future__ import annotations
 
-__all__ = ["see_functions"]
+__all__ = ["apply_function", "see_functions"]
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.autograd import Function
 
-from metaopt.capture.watcher import Watcher
+from metaopt.capture.cells import version_of
+from metaopt.capture.derivatives import check_function
+from metaopt.capture.hooks import observe_module_hooks
+from metaopt.capture.primitives import Surrogate, flatten
+from metaopt.capture.replacements import rejection_sampler
+from metaopt.capture.surroundings import generators
+from metaopt.errors import CaptureError
 
+if TYPE_CHECKING:
+    from metaopt.capture.watcher import Watcher
+
+# What the replay calls in place of those whose backward is, on purpose, not the derivative of their forward.
+_checked: weakref.WeakKeyDictionary[type, Surrogate | None] = weakref.WeakKeyDictionary()
 _watchers = threading.local()
 _lock = threading.Lock()
 _users = 0
@@ -51,3 +64,37 @@ def see_functions(watcher: Watcher) -> Iterator[None]:
             _users -= 1
             if _users == 0:
                 del _NEXT.apply
+
+
+def apply_function(
+    watcher: Watcher, cls: type, apply: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Record an ``autograd.Function`` as one call, so that the replay goes through its own backward."""
+    tape = watcher.tape
+    sources = flatten(args)
+    if not any(tape.is_live(tensor) for tensor in sources):
+        return apply(*args, **kwargs)
+    if cls.__name__ == "CheckpointFunction":
+        raise CaptureError(
+            "`torch.utils.checkpoint` with `use_reentrant=True` runs a second backward pass inside the first one, "
+            "which can't be differentiated. Pass `use_reentrant=False`."
+        )
+    if watcher.check_functions and cls not in _checked and any(tape.inner_of(tensor) for tensor in sources):
+        _checked[cls] = None if check_function(cls, args, kwargs) else Surrogate(cls)
+    if cls is torch.distributions.dirichlet._Dirichlet:
+        raise rejection_sampler()
+    if cls is torch.nn.modules._functions.BackwardHookFunction:
+        observe_module_hooks(watcher)
+    seed = generators(apply, kwargs)
+    versions = [version_of(tensor) for tensor in sources]
+    result = apply(*args, **kwargs)
+    if versions != [version_of(tensor) for tensor in sources]:
+        raise CaptureError(
+            f"`{cls.__name__}` (a torch.autograd.Function) writes its arguments in place; let it return new tensors."
+        )
+    surrogate = _checked.get(cls)
+    if surrogate is None:
+        watcher.record(cls.apply, args, kwargs, result, seed)  # type: ignore[attr-defined]
+    else:
+        watcher.record(surrogate, args, kwargs, result, seed, phased=True)
+    return result

@@ -74,14 +74,14 @@ def _backward(
     _refuse_lost(tape, losses)
     given = [gradients] if isinstance(gradients, Tensor) else gradients
     outputs = tuple(tape.read(loss) for loss in losses)
-    weights = None if given is None else Group(list, tuple(tape.spec(g, tape.read_stopped) for g in given))
+    weights = None if given is None else Group(list, tuple(tape.trace.spec(g, tape.read_stopped) for g in given))
     present = {id(t): t.grad for t in into if t.grad is not None}
     old = {key: tape.read_stopped(grad) for key, grad in present.items()}
     before = {key: grad._version for key, grad in present.items()}
     for grad in present.values():
         tape.before_write(grad)
     if trains and inputs is None:
-        watcher.withhold(outputs)
+        watcher.withheld.add(tape, outputs)
     if into:
         with watcher.backward():
             torch.autograd.backward(losses, gradients, retain_graph, create_graph, inputs=into if trains else inputs)
@@ -188,7 +188,7 @@ def autograd_grad(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs
     read = tape.read if create_graph else tape.read_stopped
     spec = (
         Group(list, tuple(tape.read(tensor) for tensor in outputs)),
-        None if weights is None else Group(list, tuple(tape.spec(w, read) for w in weights)),
+        None if weights is None else Group(list, tuple(tape.trace.spec(w, read) for w in weights)),
         Group(list, tuple(tape.read(tensor) for tensor in inputs)),
         bool(given.get("is_grads_batched")),
     )

@@ -86,6 +86,11 @@ class _Choose(torch.autograd.Function):
         return (grad, None, None) if ctx.phase.inner else (None, grad, None)
 
 
+def choose(phase: Phase, own: Tensor, true: Tensor) -> Tensor:
+    """A value, through which the loop's own gradients go one way, and the sweep another."""
+    return _Choose.apply(own, true, phase)
+
+
 class Surrogate:
     """A custom function whose backward is, on purpose, not the derivative of its forward.
 
@@ -101,9 +106,9 @@ class Surrogate:
         own = self.function.apply(*args, **kwargs)
         true = true_forward(self.function, args, kwargs)
         if isinstance(own, Tensor):
-            return _Choose.apply(own, true, phase) if own.requires_grad else own
+            return choose(phase, own, true) if own.requires_grad else own
         return tuple(
-            _Choose.apply(o, t, phase) if isinstance(o, Tensor) and o.requires_grad else o
+            choose(phase, o, t) if isinstance(o, Tensor) and o.requires_grad else o
             for o, t in zip(own, true, strict=True)
         )
 

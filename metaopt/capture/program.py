@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from metaopt.capture.bindings import External
 from metaopt.capture.cells import Cell
+from metaopt.capture.externals import External
 from metaopt.capture.lowering import Function, lower
 from metaopt.capture.primitives import Surrogate, hooked, inner_gradient
 from metaopt.capture.segment import Segment

@@ -16,6 +16,8 @@ standard deviation is 0, though the sample moves with them.
 
 ``torch.binomial`` has no derivative, and says so; what it draws is a count, which has derivative 0.
 
+``torch.fake_quantize_per_tensor_affine`` and its kin: their backward takes rounding for the identity on purpose.
+
 ``F.embedding`` with a ``padding_idx``: its backward leaves that row out on purpose, though the forward reads it.
 """
 
@@ -25,11 +27,13 @@ __all__ = [
     "REPLACEMENTS",
     "binomial",
     "cross_entropy",
+    "fake_quantize",
     "foreach_copy_",
     "hard_gumbel_softmax",
     "nll_loss",
     "normal",
     "padded_embedding",
+    "rejection_sampler",
     "unscale_",
     "weight_norm",
 ]
@@ -41,7 +45,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaopt.capture.primitives import Phase, stop
+from metaopt.capture.primitives import Phase, choose, stop
+from metaopt.errors import CaptureError
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -97,6 +102,19 @@ def hard_gumbel_softmax(phase: Phase, logits: Tensor, tau: float = 1, dim: int =
     return hard - stop(phase, soft) + soft
 
 
+def fake_quantize(
+    phase: Phase, func: Callable[..., Tensor], x: Tensor, scale: Tensor | float, zero_point: Any, *rest: int
+) -> Tensor:
+    """A fake quantisation, which passes the loop's gradient straight through: the sweep sees steps, and their scale."""
+    # In the loop the scale is none that requires grad, which torch refuses.
+    own = func(x, scale.detach() if isinstance(scale, Tensor) else scale, zero_point, *rest)
+    # A scale for each channel lies along an axis, which comes before the bounds.
+    step = scale.reshape(-1, *[1] * (x.dim() - 1 - rest[0])) if isinstance(scale, Tensor) and len(rest) > 2 else scale
+    with torch.no_grad():
+        level = (own / step).round()
+    return choose(phase, own, level * step)
+
+
 def padded_embedding(
     phase: Phase,
     input: Tensor,  # noqa: A002 (torch's name for it)
@@ -137,6 +155,16 @@ def foreach_copy_(targets: list[Tensor], sources: list[Tensor], non_blocking: bo
     """``target.copy_(source)``, pair by pair."""
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source, non_blocking=non_blocking)
+
+
+def rejection_sampler() -> CaptureError:
+    """The error for a sample of which torch has another derivative, and nothing takes its place."""
+    return CaptureError(
+        "a sample of a gamma distribution, or of one made of it (Beta, Chi2, Dirichlet, StudentT), was drawn with "
+        "parameters that depend on the weights or hyperparameters. It is drawn by rejection, and torch's derivative of "
+        "it is not that of what the loop draws. Draw from a distribution whose samples are a function of noise "
+        "(normal, Kumaraswamy, …), or with constant parameters."
+    )
 
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {

@@ -16,7 +16,7 @@ from metaopt.capture.cells import LOST, Cell
 from metaopt.capture.primitives import Phase
 
 if TYPE_CHECKING:
-    from metaopt.capture.bindings import External
+    from metaopt.capture.externals import External
     from metaopt.capture.lowering import Function
     from metaopt.capture.program import Program
 
@@ -50,34 +50,25 @@ class Segment:
     outputs: dict[int, int]
     known: dict[int, Cell]
 
-    def replay(self, keys: Sequence[int], *, state: dict[int, Tensor] | None = None) -> Replay:
-        """Call ``Φ_t`` at the recorded state (or another), with a graph from its inputs to the outputs named.
+    def replay(self, keys: Sequence[int]) -> Replay:
+        """Call ``Φ_t`` at the recorded state, with a graph from its inputs to the outputs named.
 
         Args:
             keys: which of ``outputs`` to compute.
-            state: values to use in place of the recorded ones, by key.
         """
-        return self.call(self.program.function(tuple(self.outputs[key] for key in keys)), state=state)
+        return self.call(self._function(keys))
 
-    def values(self, keys: Sequence[int], *, state: dict[int, Tensor] | None = None) -> list[Tensor]:
+    def values(self, keys: Sequence[int]) -> list[Tensor]:
         """Outputs of ``Φ_t`` without a graph, as `replay` computes them but at the cost of a plain step."""
-        part = self.program.function(tuple(self.outputs[key] for key in keys))
-        found = self.call(part, state=state, phase=Phase(graph=self.program.nests), derived=False).outputs
+        part = self._function(keys)
+        found = self.call(part, phase=Phase(graph=self.program.nests), derived=False).outputs
         return [value.detach() for value in found]
 
-    def call(
-        self,
-        part: Function,
-        *,
-        state: dict[int, Tensor] | None = None,
-        phase: Phase | None = None,
-        derived: bool = True,
-    ) -> Replay:
+    def call(self, part: Function, *, phase: Phase | None = None, derived: bool = True) -> Replay:
         """Call a part of ``Φ_t``, with a graph from its inputs, as `replay` does; ``derived``: to differentiate it."""
         phase = phase or Phase()
-        state = state or {}
         values, hypers = self.arguments(part, derived=derived)
-        inputs = {key: variable(state.get(key, value)) for key, value in values.items()}
+        inputs = {key: variable(value) for key, value in values.items()}
         externals = [(external, variable(value)) for external, value in hypers]
         with torch.enable_grad():
             outputs = self.apply(part, [*inputs.values(), *(value for _, value in externals)], phase=phase)
@@ -101,14 +92,14 @@ class Segment:
 
     def point(self, keys: Sequence[int]) -> list[Tensor]:
         """Where the iteration was recorded: the floating-point values that these outputs depend on."""
-        call = self.program.function(tuple(self.outputs[key] for key in keys))
+        call = self._function(keys)
         values = [cell.value() for _, cell in self._pick(call.inputs)]
         values += [self.externals[place].cell.value() for place in call.externals]
         return [value for value in values if value.dtype.is_floating_point]
 
     def evaluate(self, keys: Sequence[int], point: Sequence[Tensor]) -> list[Tensor]:
         """``Φ_t`` at another point (see `point`), of another precision if need be, with the graph of its arguments."""
-        call = self.program.function(tuple(self.outputs[key] for key in keys))
+        call = self._function(keys)
         given = iter(point)
         dtype = point[0].dtype if point else torch.float64
 
@@ -162,6 +153,9 @@ class Segment:
             return self
         whole = [(key, Cell(state[key], owned=True) if cell is LOST else cell) for key, cell in self.inputs]
         return replace(self, inputs=whole)
+
+    def _function(self, keys: Sequence[int]) -> Function:
+        return self.program.function(tuple(self.outputs[key] for key in keys))
 
     def _pick(self, places: Sequence[int]) -> list[tuple[int, Cell]]:
         return [self.inputs[place] for place in places]

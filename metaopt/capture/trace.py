@@ -8,9 +8,15 @@ from __future__ import annotations
 
 __all__ = ["Group", "Instruction", "Num", "Obj", "Trace", "Val", "needed", "numbers_in", "values_in"]
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+_LITERALS = (str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format, type(Ellipsis))
 
 
 class Val:
@@ -154,6 +160,43 @@ class Trace:
         """Keep a Python number aside."""
         self.numbers.append(value)
         return Num(len(self.numbers) - 1, type(value))
+
+    def specs(
+        self, args: Iterable[Any], kwargs: Mapping[str, Any], read: Callable[[Tensor], Val]
+    ) -> tuple[tuple[Any, ...], tuple[tuple[str, Any], ...]]:
+        """The arguments of a call as an `Instruction` has them."""
+        spec = self.spec
+        return tuple([spec(entry, read) for entry in args]), tuple([(key, spec(kwargs[key], read)) for key in kwargs])
+
+    def spec(self, argument: Any, read: Callable[[Tensor], Val]) -> Any:
+        """An argument as nested tuples over values, numbers and literals."""
+        if isinstance(argument, Tensor):
+            return read(argument)
+        kind = type(argument)
+        if kind is bool or isinstance(argument, _LITERALS):
+            return argument
+        if kind is int or kind is float or kind is complex:
+            return self.number(argument)
+        if kind is tuple or kind is torch.Size:
+            return tuple([self.spec(entry, read) for entry in argument])
+        if kind is list:
+            return Group(list, tuple([self.spec(entry, read) for entry in argument]))
+        if kind is slice:
+            parts = (argument.start, argument.stop, argument.step)
+            return Group(slice, tuple([self.spec(part, read) for part in parts]))
+        if kind is dict:
+            return Group(dict, tuple([(key, self.spec(entry, read)) for key, entry in argument.items()]))
+        if isinstance(argument, tuple):  # a named tuple, as PackedSequence is
+            return Group(kind, tuple([self.spec(entry, read) for entry in argument]))
+        if isinstance(argument, (int, float)):  # numpy's scalars, enums
+            return self.number(argument)
+        # What is mutable is copied: the loop may change it before the sweep looks (an index that is shuffled in place).
+        return self.object(argument.copy() if isinstance(argument, numpy.ndarray) else argument)
+
+    def object(self, value: Any) -> Obj:
+        """Keep aside what can't be compared."""
+        self.objects.append(value)
+        return Obj(len(self.objects) - 1)
 
 
 def needed(code: Sequence[Instruction], wanted: set[int], given: set[int] | frozenset[int] = frozenset()) -> list[int]:

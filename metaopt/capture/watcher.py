@@ -4,12 +4,8 @@ from __future__ import annotations
 
 __all__ = ["Watcher"]
 
-import re
-import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import numpy
@@ -20,24 +16,24 @@ from torch.overrides import TorchFunctionMode
 
 from metaopt.capture import calls, writes
 from metaopt.capture.bindings import BASE, View
-from metaopt.capture.calls import name_of
 from metaopt.capture.cells import version_of
+from metaopt.capture.functions import apply_function
 from metaopt.capture.hooks import observed
+from metaopt.capture.notices import Notices, name_of
 from metaopt.capture.overwrites import OVERWRITES, last_written
 from metaopt.capture.primitives import flatten
 from metaopt.capture.replacements import REPLACEMENTS
 from metaopt.capture.steps import in_step
+from metaopt.capture.surroundings import generators, surroundings
 from metaopt.capture.tape import Tape
-from metaopt.capture.trace import Instruction, Trace, Val
-from metaopt.errors import CaptureError, EagerWarning, HeldConstantWarning, user_frame, warn
+from metaopt.capture.trace import Instruction
+from metaopt.capture.withheld import Withheld
+from metaopt.errors import CaptureError
 from metaopt.followed import Followed
 
-_RANDOM = re.compile(
-    "drop|rand|bernoulli|normal|multinomial|rrelu|gumbel|poisson|binomial|exponential|cauchy|uniform|geometric|"
-    "attention|lstm|gru|rnn|noise|sample|apply|fractional|dirichlet|gamma|kaiming|xavier|orthogonal|sparse_|lowrank|lobpcg"
-)
-_NATIVE = re.compile("attention|lstm|gru|rnn")
 _NUMBERS = {"item", "tolist", "numpy", "__float__", "__int__", "__index__", "__complex__", "__array__", "__format__"}
+# How many calls are looked at for a compiler above them.
+_LOOKS = 64
 
 # What describes a tensor, and changes none: nothing to record.
 _PASS = {
@@ -65,13 +61,6 @@ _PASS |= {
 }
 
 
-@lru_cache(4096)
-def _traits(func: Callable[..., Any]) -> tuple[bool, bool]:
-    """Whether a function may draw random numbers, and whether its fastest kernels lack a second derivative."""
-    name = name_of(func)
-    return _RANDOM.search(name) is not None, _NATIVE.search(name) is not None
-
-
 class Watcher(TorchFunctionMode):
     """Runs every call as it stands, then writes down those that depend on weights or hyperparameters."""
 
@@ -81,14 +70,12 @@ class Watcher(TorchFunctionMode):
         self.paused = False
         self.in_backward = False
         self.check_functions = True
-        # Leaves that got no training gradient, where the bare loop's would have, and the last losses that reach such.
-        self.withheld: set[int] = set()
-        self._reaching: deque[tuple[Trace, tuple[Val, ...]]] = deque(maxlen=4)
+        self.withheld = Withheld()
+        self.notices = Notices()
         # Whether the step of a wrapped optimizer is running, and whether it may take numbers out of tensors.
         self.stepping: Callable[[], bool] = lambda: False
         self.numbers_held = True
         self._looked_for_compiler = 0
-        self._said: set[Any] = set()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -99,7 +86,7 @@ class Watcher(TorchFunctionMode):
         self.paused = True
         try:
             if _follows((*args, *kwargs.values())):
-                self._say_number_is_constant(func)
+                self.notices.number_given(func)
             if torch._C._are_functorch_transforms_active():
                 return self._inside_transform(func, args, kwargs)
             if self.tape.memory.parted:
@@ -110,21 +97,6 @@ class Watcher(TorchFunctionMode):
             return self.call(func, args, kwargs)
         finally:
             self.paused = False
-
-    def withhold(self, losses: tuple[Val, ...]) -> None:
-        """``backward`` of these reaches the trained weights alone, and none of the hyperparameters behind them."""
-        self.withheld.update(self.tape.externals)
-        self._reaching.append((self.tape.trace, losses))
-
-    def lacks_gradient(self, leaf: Tensor) -> bool:
-        """Whether the bare loop's training would give a leaf a gradient that it does not have here."""
-        external = self.tape.externals.get(id(leaf))
-        if external is None or id(leaf) not in self.withheld:
-            return False
-        return any(
-            external.value in trace.externals and external.value in trace.behind(losses)
-            for trace, losses in self._reaching
-        )
 
     def _inside_transform(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         unwrapped = torch._C._functorch.get_unwrapped
@@ -156,7 +128,7 @@ class Watcher(TorchFunctionMode):
             return apply(*args, **kwargs)
         self.paused = True
         try:
-            return calls.apply_function(self, cls, apply, args, kwargs)
+            return apply_function(self, cls, apply, args, kwargs)
         finally:
             self.paused = False
 
@@ -180,7 +152,7 @@ class Watcher(TorchFunctionMode):
             )
         if targets:
             return writes.call(self, func, args, kwargs, targets)
-        seed = self.generators(func, kwargs)
+        seed = generators(func, kwargs)
         versions = [version_of(tensor) for tensor in tensors]
         result = func(*args, **kwargs)
         if versions != [version_of(tensor) for tensor in tensors]:
@@ -218,12 +190,12 @@ class Watcher(TorchFunctionMode):
         if all(id(tensor) in known for tensor in results):
             return
         inner = max([tape.inner_of(tensor) for tensor in sources], default=0) if grad else 0
-        args_spec = tuple([tape.spec(argument, read) for argument in args])
-        kwargs_spec = tuple([(key, tape.spec(value, read)) for key, value in kwargs.items()])
-        outs = tuple([None if id(tensor) in known else tape.trace.new() for tensor in results])
+        trace = tape.trace
+        args_spec, kwargs_spec = trace.specs(args, kwargs, read)
+        outs = tuple([None if id(tensor) in known else trace.new() for tensor in results])
         called = self.called(func, args, kwargs)
-        setting = self.setting(func, seed)
-        tape.trace.code.append(Instruction(called, args_spec, kwargs_spec, outs, many=many, phased=phased, **setting))
+        around = surroundings(trace, func, seed)
+        trace.code.append(Instruction(called, args_spec, kwargs_spec, outs, many=many, phased=phased, **around))
         for place, (tensor, out) in enumerate(zip(results, outs, strict=True)):
             if out is None:
                 continue
@@ -236,9 +208,8 @@ class Watcher(TorchFunctionMode):
             if tensor._is_view():
                 self._mark_view(binding, tensor, sources, View(func, args, kwargs, len(results), place, not grad))
         tape.compact()
-        if self._looked_for_compiler < 64:
-            self._looked_for_compiler += 1
-            self._look_for_compiler()
+        if self._looked_for_compiler < _LOOKS:
+            self._looked_for_compiler = _LOOKS if self.notices.compiled() else self._looked_for_compiler + 1
 
     def called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """What the replay calls in place of a function."""
@@ -253,31 +224,6 @@ class Watcher(TorchFunctionMode):
             if not loops_own and self.tape.is_live(sources[-1]):
                 return last_written(func, *args) or func
         return REPLACEMENTS.get(func, func)
-
-    def setting(self, func: Callable[..., Any], seed: Any) -> dict[str, Any]:
-        """What a replayed call needs around it: random numbers, precision, kernels."""
-        options: dict[str, Any] = {"native": True} if _traits(func)[1] else {}
-        if torch._C._is_any_autocast_enabled():
-            options["autocast"] = tuple(
-                (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
-            )
-        if seed:
-            # One entry per call: the generators that it moved, where they stood before it.
-            moved = tuple((g, state) for g, state in seed if not torch.equal(g.get_state(), state))
-            if moved:
-                self.tape.trace.seeds.append(moved)
-                options["seed"] = len(self.tape.trace.seeds) - 1
-        return options
-
-    def generators(self, func: Callable[..., Any], kwargs: dict[str, Any]) -> list[tuple[torch.Generator, Tensor]]:
-        """The states of the generators that a call may move."""
-        if not _traits(func)[0]:
-            return []
-        known = [torch.default_generator]
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            known += list(torch.cuda.default_generators)
-        given = kwargs.get("generator")
-        return [(g, g.get_state()) for g in ([*known, given] if given is not None else known)]
 
     def _mark_view(self, binding: Any, tensor: Tensor, sources: list[Tensor], view: View) -> None:
         storage = tensor.untyped_storage()._cdata
@@ -311,21 +257,6 @@ class Watcher(TorchFunctionMode):
                     self.tape.memory.expose(root, result)
             self.say_constant(name)
 
-    def _say_number_is_constant(self, func: Callable[..., Any]) -> None:
-        level = user_frame()
-        frame = sys._getframe(level)
-        place = (frame.f_code, frame.f_lineno)
-        if place in self._said:
-            return
-        self._said.add(place)
-        warn(
-            f"`{name_of(func)}` was called with a number of the optimizer's param group that comes from a "
-            "hyperparameter; metaopt holds the number constant there, so what this call does has no derivative by it. "
-            "Use the hyperparameter itself, a tensor, in place of the group's number. To silence: "
-            "`warnings.simplefilter('ignore', metaopt.HeldConstantWarning)`.",
-            HeldConstantWarning,
-        )
-
     def say_constant(self, name: str) -> None:
         """Say once a line that a value which depends on the weights became a Python number."""
         if not self.numbers_held and self.stepping():
@@ -335,31 +266,7 @@ class Watcher(TorchFunctionMode):
                 "number only decides a branch or is logged, pass `metaopt.wrap(optimizer, hold_numbers=True)`; else "
                 "keep the value a tensor, or write a rule for the optimizer (docs: extending)."
             )
-        level = user_frame()
-        frame = sys._getframe(level)
-        place = (frame.f_code, frame.f_lineno)
-        if place in self._said or frame.f_globals.get("__name__") == "torch.nn.init":
-            return
-        self._said.add(place)
-        warn(
-            f"`{name}` took a Python number out of a tensor that depends on the weights or hyperparameters; metaopt "
-            "holds that number constant. This is right for logging; if it goes back into the training, keep it a "
-            "tensor (`x.detach()`). To silence: `warnings.simplefilter('ignore', metaopt.HeldConstantWarning)`.",
-            HeldConstantWarning,
-        )
-
-    def _look_for_compiler(self) -> None:
-        frame = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code.co_name == "compile_wrapper":
-                warn(
-                    "a compiled model or function runs eagerly inside the context: compiled code can't be "
-                    "differentiated twice.",
-                    EagerWarning,
-                )
-                self._looked_for_compiler = 64
-                return
-            frame = frame.f_back  # type: ignore[assignment]
+        self.notices.number_taken(name)
 
 
 def _follows(arguments: Sequence[Any]) -> bool:

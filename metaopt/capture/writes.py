@@ -18,6 +18,7 @@ from torch import Tensor
 from metaopt.capture.bindings import Binding
 from metaopt.capture.cells import version_of
 from metaopt.capture.primitives import assign, flatten, stop
+from metaopt.capture.surroundings import generators, surroundings
 from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Instruction, Val
 from metaopt.errors import CaptureError
@@ -93,7 +94,7 @@ def _follow(tape: Tape, target: Tensor) -> None:
         tape.adopt(target)
         return
     owner = target if target._base is None else target._base
-    value = tape.read_constant(owner)
+    value = tape.iteration.read_constant(owner)
     tape.bind(owner)
     tape.define(owner, value).buffer = 1
     tape.own_memory(owner)
@@ -152,9 +153,8 @@ def _out(
     rest = {key: value for key, value in kwargs.items() if key != "out"}
     tape = watcher.tape
     # Read what goes in before the call writes, in case the target is among it.
-    args_spec = tuple(tape.spec(argument, tape.read_stopped) for argument in args)
-    kwargs_spec = tuple((key, tape.spec(value, tape.read_stopped)) for key, value in rest.items())
-    seed = watcher.generators(func, kwargs)
+    args_spec, kwargs_spec = tape.trace.specs(args, rest, tape.read_stopped)
+    seed = generators(func, kwargs)
     tape.before_write(target)
     result = func(*args, **kwargs)
     if target.shape != shape:
@@ -162,7 +162,7 @@ def _out(
             f"`{func.__name__}(out=...)` resized its output, which can't be replayed; call it without `out`."
         )
     value = tape.trace.new()
-    tape.trace.code.append(Instruction(func, args_spec, kwargs_spec, (value,), **watcher.setting(func, seed)))
+    tape.trace.code.append(Instruction(func, args_spec, kwargs_spec, (value,), **surroundings(tape.trace, func, seed)))
     if _whole(tape, target):
         tape.write_whole(target, Val(value))
     else:
@@ -176,13 +176,11 @@ def _general(
     tape = watcher.tape
     own_no_grad = getattr(func, "__module__", "") == "torch.nn.init"
     stopped = own_no_grad or not torch.is_grad_enabled() or any(_passes_stop(tape, target) for target in written)
-    seed = watcher.generators(func, kwargs)
+    seed = generators(func, kwargs)
     result: list[Any] = []
 
     def specs(read: Callable[[Tensor], Val]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        args_spec = tuple(tape.spec(argument, read) for argument in args)
-        kwargs_spec = tuple((key, tape.spec(value, read)) for key, value in kwargs.items())
-        return args_spec, kwargs_spec
+        return tape.trace.specs(args, kwargs, read)
 
     sources = flatten(args) + flatten(kwargs.values())
     memory = {_memory(target) for target in written}
@@ -198,7 +196,7 @@ def _general(
                 f"`{getattr(func, '__name__', '')}` writes more of its arguments in place than its first one, which "
                 "metaopt can't replay. Use the version of the operation that returns new tensors."
             )
-        return watcher.setting(func, seed)
+        return surroundings(tape.trace, func, seed)
 
     inner = 0 if stopped else max((tape.inner_of(tensor) for tensor in sources), default=0)
     called = watcher.called(func, args, kwargs)
@@ -264,7 +262,7 @@ def _clone(tape: Tape, root: Binding, stopped: bool) -> int:
             "tensor."
         )
     value = tape.read_binding(root, tensor)
-    source = tape.stopped(value) if stopped and root.inner else value
+    source = tape.iteration.stopped(value) if stopped and root.inner else value
     (clone,) = tape.trace.emit(torch.clone, Val(source))
     return clone
 

@@ -38,6 +38,18 @@ class Domain(ABC):
     def to_value(self, leaf: Tensor) -> Tensor:
         """The constrained value of a leaf, differentiable; the leaf itself where nothing is transformed."""
 
+    def leaf_for(self, value: Value, leaf: Tensor) -> Tensor:
+        """What a leaf is to hold for another value, which may expand to its shape; ``DomainError`` if there is none."""
+        tensor = as_value(value, leaf.dtype).to(leaf.device)
+        try:
+            tensor = tensor.expand_as(leaf)
+        except RuntimeError as error:
+            raise DomainError(
+                f"its shape is {tuple(leaf.shape)}, which {tuple(tensor.shape)} does not expand to; "
+                "reshape the value, or make new Hyperparameters."
+            ) from error
+        return self.to_leaf(tensor)
+
     def project(self, leaf: Tensor) -> Tensor:
         """The Euclidean projection of a leaf, detached; the leaf's own values where nothing is projected."""
         return leaf.detach()

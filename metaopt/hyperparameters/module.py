@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from metaopt.errors import DomainError
-from metaopt.hyperparameters.domains import Domain, Value, as_value
+from metaopt.hyperparameters.domains import Domain, Value
 from metaopt.hyperparameters.factories import Constrained, real
 from metaopt.hyperparameters.history import History
 from metaopt.hyperparameters.projections import widen
@@ -155,17 +155,8 @@ class Hyperparameters(torch.nn.Module):
                 self._leaf(name).copy_(leaf)
 
     def _leaf_for(self, name: str, value: Value) -> Tensor:
-        domain, leaf = self._domain(name), self._leaf(name)
         with _named(name):
-            tensor = as_value(value, leaf.dtype).to(leaf.device)
-            try:
-                tensor = tensor.expand_as(leaf)
-            except RuntimeError as error:
-                raise DomainError(
-                    f"its shape is {tuple(leaf.shape)}, which {tuple(tensor.shape)} does not expand to; "
-                    "reshape the value, or make new Hyperparameters."
-                ) from error
-            return domain.to_leaf(tensor)
+            return self._domain(name).leaf_for(value, self._leaf(name))
 
     def _domain(self, name: str) -> Domain:
         try:

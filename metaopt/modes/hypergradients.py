@@ -12,7 +12,7 @@ from torch import Tensor
 from metaopt.capture.bindings import leaves_of
 from metaopt.errors import SweepError, UnusedHyperparameterWarning, warn
 from metaopt.hyperparameters import name_of, owner_of
-from metaopt.modes.outer import Adjoint
+from metaopt.modes.adjoint import Adjoint
 from metaopt.modes.passes import reverse_pass
 from metaopt.step import Loop
 

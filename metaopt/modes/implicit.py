@@ -16,8 +16,9 @@ from torch import Tensor
 
 from metaopt.capture.segment import Segment
 from metaopt.errors import MetaoptWarning, SweepError, warn, whole
+from metaopt.modes.adjoint import Adjoint
 from metaopt.modes.hypergradients import accumulate, collect, tensors_of
-from metaopt.modes.outer import Adjoint, Objective
+from metaopt.modes.outer import Objective
 from metaopt.modes.pullback import PullBack
 from metaopt.modes.run import Run, Watchable
 

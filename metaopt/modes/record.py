@@ -17,9 +17,10 @@ from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
 from metaopt.checkpoints import LEVELS, Keeping, Memory, bytes_of, store_of, walk
 from metaopt.errors import SweepError, whole
+from metaopt.modes.adjoint import Adjoint
 from metaopt.modes.compiled import CompiledPullBack
 from metaopt.modes.hypergradients import accumulate, collect, tensors_of
-from metaopt.modes.outer import Adjoint, Objective
+from metaopt.modes.outer import Objective
 from metaopt.modes.progress import progressing
 from metaopt.modes.pullback import PullBack
 from metaopt.modes.run import Run, Watchable

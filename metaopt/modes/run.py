@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from metaopt.capture.program import Program
 from metaopt.capture.segment import Segment
 from metaopt.errors import SweepError
+from metaopt.modes.adjoint import Adjoint
 from metaopt.modes.hypergradients import leaves_behind
-from metaopt.modes.outer import Adjoint, Objective
+from metaopt.modes.outer import Objective, adjoint_of
 from metaopt.modes.start import Start
 from metaopt.step import Loop
 
@@ -124,7 +125,7 @@ class Run(ABC):
                 "what the context recorded was freed, by an earlier `backward` or because the context was left by an "
                 "exception. Pass `retain=True` to the earlier call to differentiate several objectives."
             )
-        return Adjoint.of(outer, self._loop, self._watched)
+        return adjoint_of(outer, self._loop, self._watched)
 
     def _watched(self, outer: Callable[[], Tensor]) -> Tensor:
         """Evaluate an objective given as a function, under watch, as a last iteration without a step."""

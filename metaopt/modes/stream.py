@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
 from metaopt.errors import CaptureError, MetaoptWarning, SweepError, warn, whole
+from metaopt.modes.adjoint import Adjoint, opaque, retold
 from metaopt.modes.columns import Columns, Directions, coordinates
 from metaopt.modes.compiled import CompiledPush
 from metaopt.modes.hypergradients import accumulate, collect, tensors_of
-from metaopt.modes.outer import Adjoint, Objective, opaque, retold
+from metaopt.modes.outer import Objective
 from metaopt.modes.pullback import PullBack, places_of
 from metaopt.modes.resuming import Saved, load, save
 from metaopt.modes.run import Run, Watchable

@@ -128,18 +128,23 @@ def attention(
         more = (0, k.shape[1] - key.shape[0])
         hidden, padded = (None if m is None else F.pad(m, more) for m in (attn_mask, key_padding_mask))
         bias = _mask(hidden, padded, q, batch, num_heads)
-        scores = torch.matmul(q * math.sqrt(1 / head), k.transpose(-2, -1))
-        probabilities = torch.softmax(scores if bias is None else scores + bias, -1)
-        if masked:
-            p.fixed = Layout(0, num_heads)
-            probabilities = F.dropout(probabilities, dropout_p, True)
-            p.fixed = Layout(1)
+        probabilities = _probabilities(p, q, k, bias, num_heads, dropout_p if masked else 0.0)
         mixed = torch.matmul(probabilities, v).transpose(0, 1).reshape(length, batch, width)
         output = F.linear(mixed, out_proj_weight, out_proj_bias)
         if not need_weights:
             return output, None
         seen = probabilities.reshape(batch, num_heads, length, -1)
         return output, seen.mean(1) if average_attn_weights else seen
+
+
+def _probabilities(p: Pass, q: Tensor, k: Tensor, bias: Tensor | None, heads: int, dropout: float) -> Tensor:
+    scores = torch.matmul(q * math.sqrt(1 / q.shape[-1]), k.transpose(-2, -1))
+    probabilities = torch.softmax(scores if bias is None else scores + bias, -1)
+    if dropout:
+        p.fixed = Layout(0, heads)
+        probabilities = F.dropout(probabilities, dropout, True)
+        p.fixed = Layout(1)
+    return probabilities
 
 
 def _mask(mask: Tensor | None, padding: Tensor | None, like: Tensor, batch: int, heads: int) -> Tensor | None:

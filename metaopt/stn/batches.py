@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["count", "select", "size_of", "split"]
+__all__ = ["count", "join", "select", "size_of", "split"]
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,6 +45,31 @@ def split(args: Any, kwargs: Any, part: Tensor, dim: int, examples: int) -> tupl
 
     taken: tuple[Any, Any] = pytree.tree_map(take, (args, kwargs))
     return taken
+
+
+def join(outputs: Sequence[Any], dim: int) -> Any:
+    """What a model returns for all examples, from what it returns for groups of them.
+
+    Raises:
+        ResponseError: if its tensors have no axis of examples, or other shapes for other groups.
+    """
+    return pytree.tree_map(lambda *parts: _joined(parts, dim), *outputs)
+
+
+def _joined(parts: tuple[Any, ...], dim: int) -> Any:
+    if not isinstance(parts[0], Tensor):
+        return parts[0]
+    if parts[0].ndim <= dim:
+        raise ResponseError(
+            "the model returns a tensor without an axis of examples, which can't be put together from groups of "
+            "examples; return one value for each example, or set `groups=1` in `transform`."
+        )
+    if len({part.shape[:dim] + part.shape[dim + 1 :] for part in parts}) > 1:
+        raise ResponseError(
+            "the model returns tensors of several shapes for groups of examples, which can't be put together; pad "
+            "them to one length (`total_length=` of `pad_packed_sequence`), or set `groups=1` in `transform`."
+        )
+    return torch.cat(parts, dim)
 
 
 def select(args: Any, kwargs: Any, number: int, dim: int) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 __all__ = ["Instances", "apply"]
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -88,26 +88,8 @@ def apply(p: Pass, func: Any, name: str, args: Any, kwargs: Any) -> Any:
             return _of_constants(p, func, name, leaves, args, kwargs)
     held = [p.instances(leaf) if isinstance(leaf, Tensor) else None for leaf in leaves]
     index, first = next((i, h) for i, h in enumerate(held) if h is not None)
-    place = first.path, name, index, len(leaves)
-    call = p.calls.get(place, "it was not used like that when the axes of examples were looked for")
-    if func in COUPLED or kwargs.get("out") is not None or kwargs.get("inplace"):
-        call = "it can't be called for each example alone"
-    if isinstance(call, Call):
-        batched = [v for v, layout in zip(leaves, call.inputs, strict=True) if layout is not None]
-        indexed = any(isinstance(v, Tensor) and v.dtype in INDICES for v in leaves)
-        if indexed and any(v.dtype not in INDICES for v in batched):
-            # Such indices may be of other examples; out of range they would end a process that computes on a GPU.
-            call = "indices there may be of other examples"
-    if isinstance(call, str):
-        raise NeedsGroups(first.name, f"it is used by `{name}`, and {call}")
-    given, values, axes = list(leaves), [], []
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    for i in places:
-        own, layout = held[i], call.inputs[i]
-        values.append(_apart(p, first, leaves[i], layout) if own is None and layout is not None else leaves[i])
-        if own is not None:
-            values[-1] = own.values
-        axes.append(None if own is None and layout is None else 0)
+    call = _known(p, func, name, (first, index), leaves, kwargs)
+    given, (places, values, axes) = list(leaves), _stacked(p, leaves, held, first, call)
     for i in call.sizes:
         given[i] = leaves[i] // len(first.values)
 
@@ -126,18 +108,60 @@ def apply(p: Pass, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if target is not None:
         y = _joined(p, mapped, call.inputs[0], first, name)
         return p.overwrite(target, y, p.tangent(y))
-    results, kind = pytree.tree_flatten(mapped)
-    layouts = iter(call.outputs)
     if all(layout is None for layout in call.outputs):
         # What stands for instances is the value without a response: a use of it that can't be seen would show.
-        plain, path = pytree.tree_leaves(func(*args, **kwargs)), f"{first.path}.{name}"
-        results = [
-            p.hold(y, Instances(first.name, path, v)) if isinstance(v, Tensor) else v
-            for y, v in zip(plain, results, strict=True)
-        ]
-    else:
-        results = [_joined(p, y, next(layouts, None), first, name) if isinstance(y, Tensor) else y for y in results]
+        return _held(p, func(*args, **kwargs), mapped, first, name)
+    results, kind = pytree.tree_flatten(mapped)
+    layouts = iter(call.outputs)
+    results = [_joined(p, y, next(layouts, None), first, name) if isinstance(y, Tensor) else y for y in results]
     return pytree.tree_unflatten(results, kind)
+
+
+def _known(
+    p: Pass, func: Any, name: str, use: tuple[Instances, int], leaves: list[Any], kwargs: Mapping[str, Any]
+) -> Call:
+    """Where the examples are in a call, with these instances at that place among its arguments."""
+    first, index = use
+    place = first.path, name, index, len(leaves)
+    call = p.calls.get(place, "it was not used like that when the axes of examples were looked for")
+    if func in COUPLED or kwargs.get("out") is not None or kwargs.get("inplace"):
+        call = "it can't be called for each example alone"
+    if isinstance(call, Call):
+        batched = [v for v, layout in zip(leaves, call.inputs, strict=True) if layout is not None]
+        indexed = any(isinstance(v, Tensor) and v.dtype in INDICES for v in leaves)
+        if indexed and any(v.dtype not in INDICES for v in batched):
+            # Such indices may be of other examples; out of range they would end a process that computes on a GPU.
+            call = "indices there may be of other examples"
+    if isinstance(call, str):
+        raise NeedsGroups(first.name, f"it is used by `{name}`, and {call}")
+    return call
+
+
+def _stacked(
+    p: Pass, leaves: list[Any], held: list[Instances | None], first: Instances, call: Call
+) -> tuple[list[int], list[Tensor], list[int | None]]:
+    """The places of the tensors, the tensors with their examples along a new first axis, and whether they have one."""
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    values: list[Tensor] = []
+    axes: list[int | None] = []
+    for i in places:
+        own, layout = held[i], call.inputs[i]
+        if own is not None:
+            values.append(own.values)
+        else:
+            values.append(leaves[i] if layout is None else _apart(p, first, leaves[i], layout))
+        axes.append(None if own is None and layout is None else 0)
+    return places, values, axes
+
+
+def _held(p: Pass, plain: Any, mapped: Any, first: Instances, name: str) -> Any:
+    """What a function of instances alone gives, with instances of its own; ``plain``: without a response."""
+    results, kind = pytree.tree_flatten(mapped)
+    found = [
+        p.hold(y, Instances(first.name, f"{first.path}.{name}", v)) if isinstance(v, Tensor) else v
+        for y, v in zip(pytree.tree_leaves(plain), results, strict=True)
+    ]
+    return pytree.tree_unflatten(found, kind)
 
 
 def _of_constants(p: Pass, func: Any, name: str, leaves: list[Any], args: Any, kwargs: Any) -> Tensor:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-__all__ = ["Found", "Prepared"]
+__all__ = ["Prepared"]
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
-from torch.utils import _pytree as pytree
 
 from metaopt.errors import ResponseError
-from metaopt.stn.batches import count, select, split
-from metaopt.stn.calls import Call, Place, confirmed, follow
+from metaopt.stn.batches import count, join, select, split
+from metaopt.stn.calls import confirmed, follow
 from metaopt.stn.generators import random_state, same_randomness
 from metaopt.stn.layouts import Layout, NeedsGroups, Site, infer, reordered
 from metaopt.stn.outputs import close, moved, rows, shapes
 from metaopt.stn.passes import Pass, Recorder, Tracer
-from metaopt.stn.perturbations import Coordinates, Perturbation
-from metaopt.stn.responses import Responses
+from metaopt.stn.running import Found, Running
 
 # Examples on which it is seen whether a model keeps their order.
 MOST = 16
@@ -32,55 +29,14 @@ POINTS = 4
 Traced = TypeVar("Traced", bound=Recorder)
 
 
-@dataclass(frozen=True)
-class Found:
-    """What is known of a model in one mode: where the examples are, and how functions without a rule are called."""
-
-    layouts: dict[Site, Layout | str]
-    calls: dict[Place, Call | str]
-
-    def refuse(self, why: Mapping[Site, str]) -> None:
-        """Note why examples can't be told apart at some sites."""
-        self.layouts.update(why)
-        for name, function in why:
-            for place in self.calls:
-                if place[0] == name and place[1].rpartition(".")[2] == function:
-                    self.calls[place] = why[name, function]
-
-
-class Prepared(nn.Module):
+class Prepared(Running):
     """The part of `Tuned` that looks at the model before it relies on it."""
 
-    model: nn.Module
-    coordinates: Coordinates
-    responses: Responses
     rho: Parameter
     batch_dim: int
     verify: bool
     names: set[str]
-    fallback: dict[str, str]
     mixes: bool
-    _layouts: dict[bool, Found]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the response is."""
-        return self.responses.weight.device
-
-    def _run(
-        self,
-        z: Tensor,
-        kind: type[Pass],
-        values: Mapping[str, Tensor],
-        args: Any,
-        kwargs: Any,
-        *,
-        weights: bool,
-        response: bool,
-        at: Perturbation | None = None,
-        weight: Tensor | None = None,
-    ) -> tuple[Any, Pass]:
-        raise NotImplementedError
 
     def _prepare(self, args: Any, kwargs: Any) -> None:
         """Find out where the examples are in the model, and check that every use of a weight was seen."""
@@ -148,12 +104,9 @@ class Prepared(nn.Module):
         if any(len(shape) <= self.batch_dim for shape in shapes(together)):
             # It has no axis of examples, such as a loss.
             return True
-        joined = pytree.tree_map(lambda *ys: self._join(ys), *halves)
+        joined = join(halves, self.batch_dim)
         # Where the model draws random numbers in evaluation, no two runs agree, and shapes must do.
         return shapes(together) != shapes(joined) or not (drawn or close(together, joined, epsilon))
-
-    def _join(self, parts: tuple[Any, ...]) -> Any:
-        raise NotImplementedError
 
     def _recorded(self, args: Any, kwargs: Any, examples: int, kind: type[Traced]) -> Traced:
         z = self.rho.new_zeros(examples, self.coordinates.size)

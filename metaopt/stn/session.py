@@ -76,19 +76,8 @@ def train(
     train_steps = whole("train_steps", train_steps, 1, ResponseError)
     valid_steps = whole("valid_steps", valid_steps, 0, ResponseError)
     warmup = whole("warmup", warmup, 0, ResponseError)
-    low, high = scale_bounds
-    if not (0 < low <= high and entropy_weight >= 0):
-        raise ResponseError(
-            f"needs 0 < low <= high for scale_bounds and entropy_weight >= 0, got {scale_bounds}, {entropy_weight}."
-        )
-    if clip is not None and not clip > 0:
-        raise ResponseError(f"clip is the largest norm of a gradient, above 0 (or None), not {clip}.")
-    for factory in (optimizer, response_optimizer or optimizer, hyper_optimizer, scale_optimizer or optimizer):
-        if not callable(factory):
-            raise ResponseError(
-                "an optimizer is given as a function that makes it from a list of parameters, such as `lambda p: "
-                f"torch.optim.Adam(p, lr=1e-3)`, not as {type(factory).__name__}."
-            )
+    _check_numbers(scale_bounds, entropy_weight, clip)
+    _check_factories(optimizer, response_optimizer or optimizer, hyper_optimizer, scale_optimizer or optimizer)
     modes = [(module, module.training) for module in tuned.modules()]
     tuned.train()
     try:
@@ -113,3 +102,22 @@ def train(
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _check_numbers(scale_bounds: tuple[float, float], entropy_weight: float, clip: float | None) -> None:
+    low, high = scale_bounds
+    if not (0 < low <= high and entropy_weight >= 0):
+        raise ResponseError(
+            f"needs 0 < low <= high for scale_bounds and entropy_weight >= 0, got {scale_bounds}, {entropy_weight}."
+        )
+    if clip is not None and not clip > 0:
+        raise ResponseError(f"clip is the largest norm of a gradient, above 0 (or None), not {clip}.")
+
+
+def _check_factories(*factories: Factory) -> None:
+    for factory in factories:
+        if not callable(factory):
+            raise ResponseError(
+                "an optimizer is given as a function that makes it from a list of parameters, such as `lambda p: "
+                f"torch.optim.Adam(p, lr=1e-3)`, not as {type(factory).__name__}."
+            )

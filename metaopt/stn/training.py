@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["Factory", "Tuner"]
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
@@ -14,17 +13,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metaopt.errors import ResponseError, SkippedStepWarning, warn, whole
+from metaopt.errors import ResponseError, whole
 from metaopt.stn.batches import size_of
 from metaopt.stn.bounds import keep_inside
 from metaopt.stn.checks import check_first, evaluation, groups_of, repeat, require_scalar
+from metaopt.stn.descent import Descent
 from metaopt.stn.generators import random_state, set_random_state
-from metaopt.stn.guards import differentiate
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy, inverse_softplus
 from metaopt.stn.tuned import Tuned
 
 Factory = Callable[[Iterable[Tensor]], Optimizer]
+_TRAINING = "weights or the response"
 
 
 class Tuner:
@@ -37,7 +37,7 @@ class Tuner:
         hyper_optimizer: moves the hyperparameters.
         scale_optimizer: moves the scales, or None where they are fixed.
         steps: how many training steps there were.
-        skipped: how many steps of any kind were left out, since they were not finite.
+        descent: takes the steps, and leaves out those that are not finite.
     """
 
     def __init__(
@@ -69,14 +69,19 @@ class Tuner:
         self.hyper_optimizer = hyper_optimizer(self.leaves)
         self.scale_optimizer = None if scale_optimizer is None else scale_optimizer([tuned.rho])
         self.train_steps, self.valid_steps, self.warmup = train_steps, valid_steps, warmup
-        self.entropy_weight, self.scale_bounds, self.clip = entropy_weight, scale_bounds, clip
+        self.entropy_weight, self.scale_bounds = entropy_weight, scale_bounds
+        self.descent = Descent(clip)
         self.antithetic, self.linearize_valid = antithetic, linearize_valid
         self.generator = torch.Generator("cpu").manual_seed(torch.initial_seed() if seed is None else seed)
         self.steps = 0
-        self.skipped = 0
         self._noise: Noise | None = None
         self._at_bounds: set[str] = set()
         self._accepts_values = len(inspect.signature(valid_loss).parameters) > 2
+
+    @property
+    def skipped(self) -> int:
+        """How many steps of any kind were left out, since they were not finite."""
+        return self.descent.skipped
 
     # -- the algorithm
 
@@ -144,7 +149,7 @@ class Tuner:
         at = Perturbation(None, self.tuned.coordinates.present(examples), weights=True)
         loss = self._loss(self.train_loss, batch, at)
         self._noise = at.noise
-        self._descend(loss, self.weights, self.optimizer)
+        self.descent.step(_TRAINING, loss, (self.weights, self.optimizer))
         return loss.item()
 
     def _response(self, batch: Any) -> float:
@@ -155,7 +160,7 @@ class Tuner:
         loss = self._loss(self.train_loss, batch, at)
         if self.steps == 1:
             check_first(loss, at, self.weights)
-        self._descend(loss, self.response, self.response_optimizer)
+        self.descent.step(_TRAINING, loss, (self.response, self.response_optimizer))
         return loss.item()
 
     def _joint(self, batch: Any) -> float:
@@ -165,7 +170,8 @@ class Tuner:
         if self.steps == 1:
             check_first(loss, at, self.weights)
         self.optimizer.zero_grad()
-        self._descend(loss, self.response, self.response_optimizer, (self.weights, self.optimizer))
+        moves = (self.response, self.response_optimizer), (self.weights, self.optimizer)
+        self.descent.step(_TRAINING, loss, *moves)
         return loss.item()
 
     def _validation(self, batch: Any) -> float:
@@ -182,19 +188,11 @@ class Tuner:
         at = Perturbation(z, tuned.coordinates.values(point.detach()), groups, linearised=self.linearize_valid)
         loss = self._loss(self.valid_loss, batch, at, values=self._accepts_values)
         objective = loss if self.scale_optimizer is None else loss - self.entropy_weight * entropy(sigma)
-        wanted = [*self.leaves, tuned.rho]
-        gradients = differentiate(objective, wanted)
-        if not _finite([objective, *gradients]):
-            self._skip("hyperparameters")
+        moves = (self.leaves, self.hyper_optimizer), ([tuned.rho], self.scale_optimizer)
+        if not self.descent.step("hyperparameters", objective, *moves):
             return loss.item()
-        for leaf_, gradient in zip(wanted, gradients, strict=True):
-            leaf_.grad = gradient
-        self._clip(self.leaves)
-        self.hyper_optimizer.step()
-        keep_inside(self.tuned.hyper, self._at_bounds)
+        keep_inside(tuned.hyper, self._at_bounds)
         if self.scale_optimizer is not None:
-            self._clip([tuned.rho])
-            self.scale_optimizer.step()
             self._clamp_scales()
         tuned.hyper.record()
         return loss.item()
@@ -240,34 +238,6 @@ class Tuner:
             z = self.tuned.scale * self._normal(examples, groups)
             return z, self.tuned.coordinates.leaf() + z, groups
 
-    def _descend(
-        self, loss: Tensor, parameters: list[Any], optimizer: Optimizer, more: tuple[list[Any], Optimizer] | None = None
-    ) -> None:
-        everything = [*parameters, *(more[0] if more else [])]
-        gradients = differentiate(loss, everything)
-        if not _finite([loss, *gradients]):
-            self._skip("weights or the response")
-            return
-        for parameter, gradient in zip(everything, gradients, strict=True):
-            parameter.grad = gradient
-        self._clip(parameters)
-        optimizer.step()
-        if more:
-            self._clip(more[0])
-            more[1].step()
-
-    def _clip(self, parameters: list[Any]) -> None:
-        if self.clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.clip)
-
-    def _skip(self, what: str) -> None:
-        self.skipped += 1
-        warn(
-            f"a step of the {what} was left out: its loss or gradient is not finite. Lower the learning rates, set "
-            "`clip`, or bound the hyperparameters (a dropout rate by `interval(p, 0, 0.95)`).",
-            SkippedStepWarning,
-        )
-
     @torch.no_grad()
     def _clamp_scales(self) -> None:
         tuned = self.tuned
@@ -302,13 +272,7 @@ class Tuner:
                 optimizer.load_state_dict(kept)
         self.generator.set_state(state["generator"])
         set_random_state(self.tuned.device, state["random"])
-        self.steps, self.skipped = state["steps"], state["skipped"]
+        self.steps, self.descent.skipped = state["steps"], state["skipped"]
 
     def _optimizers(self) -> list[Optimizer | None]:
         return [self.optimizer, self.response_optimizer, self.hyper_optimizer, self.scale_optimizer]
-
-
-def _finite(tensors: list[Tensor | None]) -> bool:
-    # A sum is finite if its terms are, and one number is waited for, not one a tensor.
-    with torch.no_grad():
-        return math.isfinite(float(torch.stack([t.sum() for t in tensors if t is not None]).sum()))

@@ -5,29 +5,27 @@ from __future__ import annotations
 __all__ = ["Tuned"]
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.utils import _pytree as pytree
 
 from metaopt.errors import ResponseError
 from metaopt.hyperparameters import Hyperparameters
-from metaopt.stn.batches import count, split
+from metaopt.stn.batches import count, join, split
 from metaopt.stn.binding import Bound
 from metaopt.stn.comparing import Compared
 from metaopt.stn.engines import ENGINES
 from metaopt.stn.generators import random_state, set_random_state
-from metaopt.stn.guards import guarded
 from metaopt.stn.layouts import NeedsGroups
-from metaopt.stn.masks import Mask, masks_of
+from metaopt.stn.masks import masks_of
 from metaopt.stn.passes import Pass, Unsupported
-from metaopt.stn.perturbations import Coordinates, Noise, Perturbation, inverse_softplus
-from metaopt.stn.preparation import Found
-from metaopt.stn.responses import Active, Responses
-from metaopt.stn.substitution import Slots, substituted
+from metaopt.stn.perturbations import Coordinates, Perturbation, inverse_softplus
+from metaopt.stn.responses import Responses
+from metaopt.stn.running import Found
+from metaopt.stn.substitution import Slots
 
 # The groups into which a batch is split where a parameter can't respond per example.
 GROUPS = 8
@@ -154,45 +152,6 @@ class Tuned(Compared):
 
     # -- passes
 
-    def _plain(
-        self, changes: Mapping[str, Tensor], values: Any, args: Any, kwargs: Any, at: Perturbation | None
-    ) -> Any:
-        """The model at one set of weights for all examples, with the dropout rates of the present hyperparameters."""
-        replaced = {name: self.slots.parameter(name) + change for name, change in changes.items()}
-        # All examples have the same rates: one number each.
-        p = Pass({}, {}, {name: values[name].flatten()[0] for name in set(self.bound.values())})
-        p.noise = Noise() if at is None else at.noise
-        p.moves_statistics = True
-        masked = self._masked(p, replaced, values)
-        seen = p if self.slots.rates and self.model.training else nullcontext()
-        same = seen is not p and not masked and not replaced
-        with (
-            guarded(args, kwargs, recomputes=same),
-            substituted(self.slots, replaced, buffers=False, rates=self.model.training, masked=masked),
-            seen,
-        ):
-            output = self.model(*args, **kwargs)
-        self._note(p, at)
-        return output
-
-    def _masked(
-        self, p: Pass, replaced: Mapping[str, Tensor], values: Mapping[str, Tensor]
-    ) -> list[tuple[Mask, Tensor]]:
-        """What stands in for weights of which connections or words are dropped; each responds as it does, masked."""
-        found = []
-        for mask in self.slots.masks:
-            if not mask.module.training:
-                continue
-            p.hyper_used.add(mask.hyper)
-            weight = replaced[mask.name] if mask.name in replaced else self.slots.parameter(mask.name)
-            found.append((mask, p.times(weight, mask.draw(weight, values, p.noise))))
-        return found
-
-    def _note(self, p: Pass, at: Perturbation | None) -> None:
-        if at is not None:
-            at.uses |= p.hyper_used
-            at.functional_dropout |= p.functional_dropout
-
     def _responding(self, at: Perturbation, args: Any, kwargs: Any) -> Any:
         assert at.z is not None
         examples = count(args, kwargs, self.batch_dim)
@@ -213,22 +172,7 @@ class Tuned(Compared):
             inputs = split(args, kwargs, part, self.batch_dim, len(at.z))
             values = {name: value[part] for name, value in at.values.items()}
             outputs.append(self._whole(at, at.z[part], values, *inputs))
-        return pytree.tree_map(lambda *ys: self._join(ys), *outputs)
-
-    def _join(self, parts: tuple[Any, ...]) -> Any:
-        if not isinstance(parts[0], Tensor):
-            return parts[0]
-        if parts[0].ndim <= self.batch_dim:
-            raise ResponseError(
-                "the model returns a tensor without an axis of examples, which can't be put together from groups of "
-                "examples; return one value for each example, or set `groups=1` in `transform`."
-            )
-        if len({part.shape[: self.batch_dim] + part.shape[self.batch_dim + 1 :] for part in parts}) > 1:
-            raise ResponseError(
-                "the model returns tensors of several shapes for groups of examples, which can't be put together; pad "
-                "them to one length (`total_length=` of `pad_packed_sequence`), or set `groups=1` in `transform`."
-            )
-        return torch.cat(parts, self.batch_dim)
+        return join(outputs, self.batch_dim)
 
     def _whole(self, at: Perturbation, z: Tensor, values: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
         """One run of the model, or several until one engine can do it."""
@@ -250,65 +194,3 @@ class Tuned(Compared):
                 # Only a failed attempt takes its randomness back.
                 set_random_state(self.device, state)
                 self._fall_back(engines, reason)
-
-    def _run(
-        self,
-        z: Tensor,
-        kind: type[Pass],
-        values: Mapping[str, Tensor],
-        args: Any,
-        kwargs: Any,
-        *,
-        weights: bool,
-        response: bool,
-        at: Perturbation | None = None,
-        weight: Tensor | None = None,
-    ) -> tuple[Any, Pass]:
-        """One forward pass of the model with responses at ``z``.
-
-        Args:
-            z: the coordinates, ``(B, H)``.
-            kind: the kind of pass.
-            values: the hyperparameters' values.
-            args: the model's.
-            kwargs: the model's.
-            weights: whether w0 is differentiable.
-            response: whether Θ is.
-            at: where to note what was used.
-            weight: another ``U``.
-        """
-        replaced: dict[str, Tensor] = {}
-        marks: dict[int, Active] = {}
-        held: list[tuple[Tensor, Tensor]] = []
-        for active in self.responses.active(z, frozen=not response, weight=weight):
-            name = active.entry.name
-            parameter = self.slots.parameter(name)
-            alias = parameter.view_as(parameter) if weights else parameter.detach()
-            if name in self.fallback:
-                change = active.change()
-                if kind.linearised:
-                    held.append((alias, change))
-                else:
-                    alias = alias + change
-            else:
-                marks[id(alias)] = active
-            replaced[name] = alias
-        # A rate that has one draw for a minibatch is one number, wherever the examples are.
-        shared = self.coordinates.per_batch
-        rates = {n: values[n].flatten()[0] if n in shared else values[n] for n in set(self.bound.values())}
-        found = self._layouts.get(self.model.training, Found({}, {}))
-        p = kind(marks, found.layouts, rates, found.calls)
-        if at is not None:
-            p.noise, p.moves_statistics = at.noise, at.weights
-        for alias, change in held:
-            p.join(alias, change)
-        masked = self._masked(p, replaced, values)
-        with (
-            guarded(args, kwargs),
-            substituted(self.slots, replaced, buffers=not p.moves_statistics, rates=True, masked=masked),
-            p,
-        ):
-            output = self.model(*args, **kwargs)
-        p.require_joined(output)
-        self._note(p, at)
-        return output, p

@@ -1,0 +1,128 @@
+"""Leaves that no watched optimizer trains: hyperparameters, until they turn out to be weights of somebody else."""
+
+from __future__ import annotations
+
+__all__ = ["External", "Externals", "led_error"]
+
+import weakref
+
+import torch
+from torch import Tensor
+
+from metaopt.capture.cells import Cell, version_of
+from metaopt.errors import CaptureError, StaleError
+
+_COPIED_AT_MOST = 100_000
+
+
+class External:
+    """A tensor that requires grad and is not trained: a hyperparameter, or something computed from one.
+
+    One that changes is a new external from then on; what used the old value keeps the old one.
+    """
+
+    __slots__ = ("cell", "copy", "epoch", "led", "moving", "tensor", "value", "version")
+
+    def __init__(self, tensor: Tensor, cell: Cell, *, moving: bool, led: bool = False) -> None:
+        self.tensor = tensor
+        self.cell = cell
+        self.version = version_of(tensor)
+        self.value = -1
+        self.epoch = -1
+        self.moving = moving
+        self.led = led
+        # Writes through `.data` leave no trace in the version.
+        self.copy = tensor.detach().clone() if tensor.numel() <= _COPIED_AT_MOST and not moving else None
+
+    def check(self, *, derived: bool = True) -> None:
+        """Raise if the hyperparameter is not what it was when these steps used it, or is none and differentiated."""
+        if self.led and derived:
+            raise led_error(self.tensor)
+        if self.moving:
+            return
+        unchanged = version_of(self.tensor) == self.version
+        if not unchanged or (self.copy is not None and not torch.equal(self.copy, self.tensor)):
+            raise StaleError(
+                f"a hyperparameter of shape {tuple(self.tensor.shape)} was changed in place after the recorded steps "
+                "used it, so their derivative at its old value can't be taken. Call `run.backward` before the "
+                "hyperparameter's optimizer steps; to change hyperparameters within a context, use `metaopt.stream`."
+            )
+
+
+class Externals(dict[int, External]):
+    """The tensors that were taken for hyperparameters so far, by identity, and the leaves that are none.
+
+    Args:
+        moving: whether hyperparameters may change from one iteration to the next.
+    """
+
+    def __init__(self, *, moving: bool) -> None:
+        super().__init__()
+        self.moving = moving
+        # Leaves that the loop trains itself, and those moved out of sight along a gradient that depends on the weights.
+        self._moved: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self._led: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        # Those of which `.data` was taken in this iteration, by their memory.
+        self._behind: dict[int, Tensor] = {}
+
+    def present(self, tensor: Tensor) -> External | None:
+        """What stands for a tensor, if its value is still the one that was seen."""
+        external = self.get(id(tensor))
+        return external if external is not None and external.version == version_of(tensor) else None
+
+    def meet(self, tensor: Tensor, cell: Cell) -> External:
+        """A tensor is taken for a hyperparameter from here on, or has another value than before."""
+        external = self[id(tensor)] = External(tensor, cell, moving=self.moving, led=self.is_led(tensor))
+        return external
+
+    def give_up(self, leaf: Tensor) -> None:
+        """A leaf turns out to be no hyperparameter."""
+        external = self.pop(id(leaf), None)
+        if external is not None:
+            external.moving = True
+
+    def move(self, leaf: Tensor) -> None:
+        """The loop trains a leaf itself."""
+        self._moved[id(leaf)] = leaf
+
+    def is_moved(self, leaf: Tensor) -> bool:
+        """Whether the loop trains a leaf itself."""
+        return id(leaf) in self._moved
+
+    def lead(self, leaf: Tensor) -> None:
+        """A leaf is moved along a gradient that depends on the weights, which is not followed."""
+        self._led[id(leaf)] = leaf
+
+    def is_led(self, leaf: Tensor) -> bool:
+        """Whether a leaf was moved along a gradient that depends on the weights, which is not followed."""
+        return id(leaf) in self._led
+
+    def note_behind(self, leaf: Tensor) -> None:
+        """Somebody took ``.data`` of a leaf that is a hyperparameter so far."""
+        self._behind[leaf.untyped_storage()._cdata] = leaf
+
+    def take_behind(self, tensor: Tensor) -> Tensor | None:
+        """The leaf in whose memory, taken by ``.data`` or ``detach``, a tensor lies; it is told once."""
+        if tensor.layout is not torch.strided or not self._behind:
+            return None
+        owner = self._behind.pop(tensor.untyped_storage()._cdata, None)
+        return None if owner is tensor else owner
+
+    def begin(self, epoch: int) -> None:
+        """A new iteration begins."""
+        self._behind = {}
+        if self.moving:
+            # What was computed from a hyperparameter that has moved since is not used again.
+            for key, external in list(self.items()):
+                if external.tensor.grad_fn is not None and external.epoch <= epoch - 4:
+                    del self[key]
+
+
+def led_error(leaf: Tensor) -> CaptureError:
+    """The error for what looks like a hyperparameter, and follows the weights unseen."""
+    return CaptureError(
+        f"a tensor of shape {tuple(leaf.shape)} is no weight of the watched optimizer, but the loop moved it along a "
+        "gradient that depends on those weights (a second network under its own optimizer, trained on what the first "
+        "one computes), and then used it. How it follows the weights was not seen, so the hypergradient would be "
+        "wrong. Watch both optimizers, `metaopt.record([first, second])`, or take the step by hand in the loop."
+    )

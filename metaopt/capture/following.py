@@ -1,0 +1,160 @@
+"""Which tensor objects are followed: by identity, and by the memory that they lie in."""
+
+from __future__ import annotations
+
+__all__ = ["Following"]
+
+import itertools
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from metaopt.capture.bindings import Binding, Geometry, Unseen, leaves_of
+from metaopt.capture.cells import version_of
+from metaopt.capture.externals import Externals
+from metaopt.capture.memory import Memory, part_of
+from metaopt.errors import CaptureError
+
+
+class Following:
+    """The bindings of the tensors that are followed: trained weights, and what the loop makes of them.
+
+    Args:
+        trained: the weights of the watched optimizers.
+        moving: whether hyperparameters may change from one iteration to the next.
+
+    Attributes:
+        trained: the weights of the watched optimizers, by identity.
+        externals: the tensors that were taken for hyperparameters, by identity.
+        memory: whose memory is whose.
+    """
+
+    def __init__(self, trained: Iterable[Tensor], *, moving: bool = False) -> None:
+        self.trained: dict[int, Tensor] = {}
+        self.externals = Externals(moving=moving)
+        self.memory = Memory()
+        self._keys = itertools.count()
+        self._bindings: dict[int, Binding] = {}
+        for tensor in trained:
+            self.train(tensor)
+
+    # -- from when on -------------------------------------------------------------------------------------------------
+
+    def train(self, tensor: Tensor) -> Binding:
+        """Follow a weight that the optimizer trains."""
+        self.trained[id(tensor)] = tensor
+        return self._follow_leaf(tensor)
+
+    def adopt(self, tensor: Tensor) -> None:
+        """A leaf that the loop writes with live values is no hyperparameter: it is carried, like a weight."""
+        self.externals.give_up(tensor)
+        self._follow_leaf(tensor).buffer = 1
+
+    def _follow_leaf(self, tensor: Tensor) -> Binding:
+        binding = self.bind(tensor)
+        binding.leaf = tensor.requires_grad
+        binding.inner = int(binding.leaf)
+        self.own_memory(tensor)
+        return binding
+
+    def bind(self, tensor: Tensor) -> Binding:
+        """Follow a tensor object whose value is carried over from before this iteration."""
+        binding = self._bindings[id(tensor)] = self.name(tensor)
+        return binding
+
+    def name(self, tensor: Tensor) -> Binding:
+        """A binding with a key of its own, for a value that is carried over from before this iteration."""
+        return Binding(next(self._keys), tensor)
+
+    def bear(self, tensor: Tensor) -> Binding:
+        """Follow a tensor object that an iteration makes: it has no value from before, and a negative key says so."""
+        binding = Binding(-1 - next(self._keys), tensor)
+        self._bindings[id(tensor)] = binding
+        return binding
+
+    def succeed(self, binding: Binding, tensor: Tensor) -> None:
+        """The optimizer has made the tensor of a state that it began with."""
+        if self.find(tensor) is None:
+            self._bindings[id(tensor)] = Binding(binding.key, tensor)
+
+    def shade(self, tensor: Tensor, how: Unseen) -> None:
+        """A tensor has a value that depends on what is followed, in a way that was not seen."""
+        self.bind(tensor).opaque = how
+        self.own_memory(tensor)
+
+    def lose(self, tensor: Tensor) -> None:
+        """Follow a tensor no longer."""
+        self._bindings.pop(id(tensor), None)
+
+    def purge(self) -> None:
+        """Forget tensors that are gone."""
+        self._bindings = {key: b for key, b in self._bindings.items() if b.ref() is not None}
+        self.memory.purge()
+
+    # -- by memory ----------------------------------------------------------------------------------------------------
+
+    def own_memory(self, tensor: Tensor) -> None:
+        """Other tensors in this one's memory, made out of sight, are views of it."""
+        self.memory.own(tensor, self.find(tensor))
+
+    def bear_view(self, tensor: Tensor, base: Binding, geometry: Geometry) -> Binding:
+        """Follow a tensor that was made out of sight, as a view of the one in whose memory it lies."""
+        via = part_of(tensor, geometry)
+        binding = self.bear(tensor)
+        binding.base, binding.via = base, via
+        return binding
+
+    def inherit(self, tensor: Tensor, base: Binding, geometry: Geometry) -> Binding:
+        """A tensor in the memory of one that is gone: it carries that one's value on."""
+        part_of(tensor, geometry, whole=True)
+        binding = self._bindings[id(tensor)] = Binding(base.key, tensor)
+        binding.leaf = tensor.requires_grad and tensor.is_leaf
+        binding.inner, binding.buffer = int(binding.leaf), base.buffer
+        self.own_memory(tensor)
+        return binding
+
+    # -- which they are -----------------------------------------------------------------------------------------------
+
+    def find(self, tensor: Tensor) -> Binding | None:
+        """The binding of a tensor object, if it is followed."""
+        binding = self._bindings.get(id(tensor))
+        if binding is None or binding.ref() is not tensor:
+            return None
+        return binding
+
+    def is_trained(self, tensor: Tensor) -> bool:
+        """Whether this is a weight of a watched optimizer."""
+        return self.trained.get(id(tensor)) is tensor
+
+    def is_moved(self, leaf: Tensor) -> bool:
+        """Whether a leaf is trained: by a watched optimizer, or by the loop itself."""
+        return id(leaf) in self.trained or self.externals.is_moved(leaf)
+
+    def has_views(self, tensor: Tensor) -> bool:
+        """Whether another living tensor is followed as a view of this one."""
+        base = self.find(tensor)
+        return any(binding.base is not None and binding.root is base for binding in self.bindings())
+
+    def bindings(self) -> list[Binding]:
+        """The bindings whose tensors are alive."""
+        return [binding for binding in self._bindings.values() if binding.ref() is not None]
+
+    def living(self) -> list[Binding]:
+        """Those, and the ones whose tensors are gone and whose memory lives on in one that was made out of sight."""
+        return [*self.bindings(), *self.memory.outlived()]
+
+    def present(self) -> dict[int, Tensor]:
+        """The values that the followed tensors hold, by key, where nobody wrote to them since."""
+        found = {b.key: t.detach() for b in self._bindings.values() if (t := b.ref()) is not None and b.base is None}
+        versions = {b.key: b.version for b in self._bindings.values()}
+        return {key: tensor for key, tensor in found.items() if version_of(tensor) == versions[key]}
+
+    def refuse_hidden(self, tensor: Tensor) -> None:
+        """Raise if a tensor depends on the trained weights, out of sight."""
+        if any(id(found) in self.trained for found in leaves_of(tensor)):
+            raise CaptureError(
+                f"a tensor of shape {tuple(tensor.shape)} depends on the trained weights, but metaopt did not see "
+                "how: it was computed before the context, or by an operation that hides from torch's function modes. "
+                "Compute it inside the context with torch operations, or detach it (`x.detach()`) to hold it "
+                "constant."
+            )

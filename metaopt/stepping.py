@@ -1,0 +1,55 @@
+"""Where the steps of optimizers begin and end: torch's hooks, in their place among the user's own."""
+
+from __future__ import annotations
+
+__all__ = ["step_hooks"]
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
+
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+# What runs before a step and what runs after it, as torch calls them.
+_Hooks = tuple[Callable[[Optimizer, Any, Any], Any], Callable[[Optimizer, Any, Any], None]]
+
+
+@contextmanager
+def step_hooks(optimizers: Sequence[Optimizer], own: _Hooks, others: _Hooks) -> Iterator[None]:
+    """While open, hooks run right before and right after the steps of these optimizers, and around all others.
+
+    Args:
+        optimizers: the optimizers that are watched.
+        own: what runs before their steps, after the user's hooks; and after them, before the user's hooks.
+        others: what runs around the steps of others, and around those in another thread.
+    """
+    first: dict[int, int] = {}
+    thread = threading.get_ident()
+
+    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if id(optimizer) in first and threading.get_ident() == thread:
+            # Ours follows, after all of the optimizer's own hooks: what they do is a part of the loop.
+            cast("OrderedDict[int, Any]", optimizer._optimizer_step_pre_hooks).move_to_end(first[id(optimizer)])
+            return None
+        return others[0](optimizer, args, kwargs)
+
+    with ExitStack() as stack:
+        for optimizer in optimizers:
+            began, ended = optimizer.register_step_pre_hook(own[0]), optimizer.register_step_post_hook(own[1])
+            stack.callback(began.remove)
+            stack.callback(ended.remove)
+            first[id(optimizer)] = began.id
+            _put_first(cast("OrderedDict[int, Any]", optimizer._optimizer_step_post_hooks), ended.id)
+        stack.callback(register_optimizer_step_pre_hook(before).remove)
+        stack.callback(register_optimizer_step_post_hook(others[1]).remove)
+        yield
+
+
+def _put_first(hooks: OrderedDict[int, Any], key: int) -> None:
+    # Our hook closes the iteration before the user's own hooks look at the weights; only what an optimizer itself
+    # does to its state after the step comes earlier.
+    own = [k for k, hook in hooks.items() if getattr(hook, "part_of_step", False)]
+    for k in (key, *reversed(own)):
+        hooks.move_to_end(k, last=False)

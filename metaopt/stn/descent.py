@@ -1,0 +1,66 @@
+"""Steps along gradients that are clipped, and left out where they are not finite."""
+
+from __future__ import annotations
+
+__all__ = ["Descent"]
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from metaopt.errors import SkippedStepWarning, warn
+from metaopt.stn.guards import differentiate
+
+
+class Descent:
+    """Moves parameters down a loss.
+
+    Args:
+        clip: the largest norm of the gradients that an optimizer gets, or None.
+
+    Attributes:
+        skipped: how many steps were left out.
+    """
+
+    def __init__(self, clip: float | None) -> None:
+        self.clip = clip
+        self.skipped = 0
+
+    def step(self, what: str, loss: Tensor, *moves: tuple[Sequence[Tensor], Optimizer | None]) -> bool:
+        """A step of each optimizer, unless the loss or a gradient is not finite.
+
+        Args:
+            what: what is moved, in words.
+            loss: what is differentiated.
+            moves: parameters, and what moves them (None: they are given their gradient).
+
+        Returns:
+            Whether it was taken.
+        """
+        everything = [parameter for parameters, _ in moves for parameter in parameters]
+        gradients = differentiate(loss, everything)
+        if not _finite([loss, *gradients]):
+            self.skipped += 1
+            warn(
+                f"a step of the {what} was left out: its loss or gradient is not finite. Lower the learning rates, set "
+                "`clip`, or bound the hyperparameters (a dropout rate by `interval(p, 0, 0.95)`).",
+                SkippedStepWarning,
+            )
+            return False
+        for parameter, gradient in zip(everything, gradients, strict=True):
+            parameter.grad = gradient
+        for parameters, optimizer in moves:
+            if optimizer is not None:
+                if self.clip is not None:
+                    torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+                optimizer.step()
+        return True
+
+
+def _finite(tensors: list[Tensor | None]) -> bool:
+    # A sum is finite if its terms are, and one number is waited for, not one a tensor.
+    with torch.no_grad():
+        return math.isfinite(float(torch.stack([t.sum() for t in tensors if t is not None]).sum()))

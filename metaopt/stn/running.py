@@ -1,0 +1,156 @@
+"""Forward passes of a model: at one set of weights for all examples, or with a response for each."""
+
+from __future__ import annotations
+
+__all__ = ["Found", "Running"]
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metaopt.stn.calls import Call, Place
+from metaopt.stn.guards import guarded
+from metaopt.stn.layouts import Layout, Site
+from metaopt.stn.masks import Mask
+from metaopt.stn.passes import Pass
+from metaopt.stn.perturbations import Coordinates, Noise, Perturbation
+from metaopt.stn.responses import Active, Responses
+from metaopt.stn.substitution import Slots, substituted
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a model in one mode: where the examples are, and how functions without a rule are called."""
+
+    layouts: dict[Site, Layout | str]
+    calls: dict[Place, Call | str]
+
+    def refuse(self, why: Mapping[Site, str]) -> None:
+        """Note why examples can't be told apart at some sites."""
+        self.layouts.update(why)
+        for name, function in why:
+            for place in self.calls:
+                if place[0] == name and place[1].rpartition(".")[2] == function:
+                    self.calls[place] = why[name, function]
+
+
+class Running(nn.Module):
+    """The part of `Tuned` that calls the model."""
+
+    model: nn.Module
+    coordinates: Coordinates
+    responses: Responses
+    slots: Slots
+    bound: dict[str, str]
+    fallback: dict[str, str]
+    _layouts: dict[bool, Found]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the response is."""
+        return self.responses.weight.device
+
+    def _plain(
+        self, changes: Mapping[str, Tensor], values: Any, args: Any, kwargs: Any, at: Perturbation | None
+    ) -> Any:
+        """The model at one set of weights for all examples, with the dropout rates of the present hyperparameters."""
+        replaced = {name: self.slots.parameter(name) + change for name, change in changes.items()}
+        # All examples have the same rates: one number each.
+        p = Pass({}, {}, {name: values[name].flatten()[0] for name in set(self.bound.values())})
+        p.noise = Noise() if at is None else at.noise
+        p.moves_statistics = True
+        masked = self._masked(p, replaced, values)
+        seen = p if self.slots.rates and self.model.training else nullcontext()
+        same = seen is not p and not masked and not replaced
+        with (
+            guarded(args, kwargs, recomputes=same),
+            substituted(self.slots, replaced, buffers=False, rates=self.model.training, masked=masked),
+            seen,
+        ):
+            output = self.model(*args, **kwargs)
+        self._note(p, at)
+        return output
+
+    def _masked(
+        self, p: Pass, replaced: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    ) -> list[tuple[Mask, Tensor]]:
+        """What stands in for weights of which connections or words are dropped; each responds as it does, masked."""
+        found = []
+        for mask in self.slots.masks:
+            if not mask.module.training:
+                continue
+            p.hyper_used.add(mask.hyper)
+            weight = replaced[mask.name] if mask.name in replaced else self.slots.parameter(mask.name)
+            found.append((mask, p.times(weight, mask.draw(weight, values, p.noise))))
+        return found
+
+    def _note(self, p: Pass, at: Perturbation | None) -> None:
+        if at is not None:
+            at.uses |= p.hyper_used
+            at.functional_dropout |= p.functional_dropout
+
+    def _run(
+        self,
+        z: Tensor,
+        kind: type[Pass],
+        values: Mapping[str, Tensor],
+        args: Any,
+        kwargs: Any,
+        *,
+        weights: bool,
+        response: bool,
+        at: Perturbation | None = None,
+        weight: Tensor | None = None,
+    ) -> tuple[Any, Pass]:
+        """One forward pass of the model with responses at ``z``.
+
+        Args:
+            z: the coordinates, ``(B, H)``.
+            kind: the kind of pass.
+            values: the hyperparameters' values.
+            args: the model's.
+            kwargs: the model's.
+            weights: whether w0 is differentiable.
+            response: whether Θ is.
+            at: where to note what was used.
+            weight: another ``U``.
+        """
+        replaced: dict[str, Tensor] = {}
+        marks: dict[int, Active] = {}
+        held: list[tuple[Tensor, Tensor]] = []
+        for active in self.responses.active(z, frozen=not response, weight=weight):
+            name = active.entry.name
+            parameter = self.slots.parameter(name)
+            alias = parameter.view_as(parameter) if weights else parameter.detach()
+            if name in self.fallback:
+                change = active.change()
+                if kind.linearised:
+                    held.append((alias, change))
+                else:
+                    alias = alias + change
+            else:
+                marks[id(alias)] = active
+            replaced[name] = alias
+        # A rate that has one draw for a minibatch is one number, wherever the examples are.
+        shared = self.coordinates.per_batch
+        rates = {n: values[n].flatten()[0] if n in shared else values[n] for n in set(self.bound.values())}
+        found = self._layouts.get(self.model.training, Found({}, {}))
+        p = kind(marks, found.layouts, rates, found.calls)
+        if at is not None:
+            p.noise, p.moves_statistics = at.noise, at.weights
+        for alias, change in held:
+            p.join(alias, change)
+        masked = self._masked(p, replaced, values)
+        with (
+            guarded(args, kwargs),
+            substituted(self.slots, replaced, buffers=not p.moves_statistics, rates=True, masked=masked),
+            p,
+        ):
+            output = self.model(*args, **kwargs)
+        p.require_joined(output)
+        self._note(p, at)
+        return output, p
