@@ -1,13 +1,14 @@
-"""Where the steps of optimizers begin and end: torch's hooks, in their place among the user's own."""
+"""Where the steps of optimizers begin and end, and where they get weights: hooks among the user's own."""
 
 from __future__ import annotations
 
-__all__ = ["step_hooks"]
+__all__ = ["group_hooks", "step_hooks"]
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -45,6 +46,35 @@ def step_hooks(optimizers: Sequence[Optimizer], own: _Hooks, others: _Hooks) -> 
         stack.callback(register_optimizer_step_pre_hook(before).remove)
         stack.callback(register_optimizer_step_post_hook(others[1]).remove)
         yield
+
+
+@contextmanager
+def group_hooks(optimizers: Sequence[Optimizer], around: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """While open, a context is entered around each call of these optimizers' ``add_param_group``.
+
+    Args:
+        optimizers: the optimizers that are watched.
+        around: makes the context.
+    """
+    with ExitStack() as stack:
+        for optimizer in optimizers:
+            # torch has no hook for this.
+            own = optimizer.__dict__.get("add_param_group")
+            setattr(optimizer, "add_param_group", _within(around, optimizer.add_param_group))  # noqa: B010
+            if own is None:
+                stack.callback(optimizer.__dict__.pop, "add_param_group", None)
+            else:
+                stack.callback(setattr, optimizer, "add_param_group", own)
+        yield
+
+
+def _within(around: Callable[[], AbstractContextManager[None]], call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with around():
+            return call(*args, **kwargs)
+
+    return within
 
 
 def _put_first(hooks: OrderedDict[int, Any], key: int) -> None:

@@ -41,16 +41,18 @@ def weights_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:
 
 
 class WatchedWeights:
-    """The weights that the optimizers had when the context began, of which none may be exchanged.
+    """The weights that the optimizers train, of which none may be exchanged.
 
     Attributes:
-        trainable: the identities of those that required grad then.
+        trainable: the identities of those that required grad when they came.
+        added: the identities of those that the optimizers got since.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], tape: Tape) -> None:
         self.optimizers = optimizers
         self.tape = tape
         self.trainable: set[int] = set()
+        self.added: set[int] = set()
         self._known = 0
         self._received: set[int] = set()
         self._sums: list[Tensor] = []
@@ -63,14 +65,27 @@ class WatchedWeights:
         """The context begins; raise `CaptureError` if a weight can't be followed."""
         self._refuse_shared_memory()
         for weight in self.weights():
-            if weight.is_complex():
-                raise CaptureError("complex weights are not supported; train their real and imaginary parts.")
-            if getattr(weight, "_post_accumulate_grad_hooks", None):
-                raise CaptureError(
-                    "a weight has a post-accumulate-grad hook, which runs code inside `backward` that metaopt does "
-                    "not see. Remove the hook and do the same in the loop, after `loss.backward()`."
-                )
+            _check(weight)
         self.trainable = {id(weight) for weight in self.weights() if weight.requires_grad}
+
+    def grow(self) -> None:
+        """The optimizers may have got weights; raise `CaptureError` if one can't be followed from here on."""
+        tape = self.tape
+        for weight in [weight for weight in self.weights() if not tape.is_trained(weight)]:
+            _check(weight)
+            external = tape.externals.get(id(weight))
+            if external is not None and (external.epoch == tape.epoch or external.moving):
+                raise CaptureError(
+                    f"a parameter of shape {tuple(weight.shape)} was added to the optimizer, and taken for a "
+                    "hyperparameter so far: it required grad, and nobody trained it. Freeze parameters until they are "
+                    "added (`requires_grad_(False)`), and add them between two steps."
+                )
+            if tape.find(weight) is None:
+                tape.alias(weight)  # it may be a copy of what is followed
+            tape.train(weight)
+            self.added.add(id(weight))
+            self.trainable |= {id(weight)} if weight.requires_grad else set()
+        self._refuse_shared_memory()
 
     def end(self) -> None:
         """The context has ended."""
@@ -107,8 +122,8 @@ class WatchedWeights:
     def _refuse_other_weights(self) -> None:
         if {id(weight) for weight in self.weights()} != set(self.tape.trained):
             raise CaptureError(
-                "parameters were added to or removed from the optimizer inside the context. Build the optimizer "
-                "before the context, or open a new context for the new parameters."
+                "parameters were added to or removed from the optimizer's groups inside the context. Add some by "
+                "`optimizer.add_param_group`, and freeze (`requires_grad_(False)`) those that are to rest."
             )
 
     def _refuse_replaced(self) -> None:
@@ -129,6 +144,16 @@ class WatchedWeights:
                 "still holds the old one, which gets no gradient any more, and the new one is not trained. Change "
                 "the values in place, `with torch.no_grad(): parameter.copy_(new)`."
             )
+
+
+def _check(weight: Tensor) -> None:
+    if weight.is_complex():
+        raise CaptureError("complex weights are not supported; train their real and imaginary parts.")
+    if getattr(weight, "_post_accumulate_grad_hooks", None):
+        raise CaptureError(
+            "a weight has a post-accumulate-grad hook, which runs code inside `backward` that metaopt does "
+            "not see. Remove the hook and do the same in the loop, after `loss.backward()`."
+        )
 
 
 def _place(weight: Tensor) -> tuple[int, int, Tensor] | None:

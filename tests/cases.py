@@ -503,6 +503,35 @@ def frozen(hyper: Hyper, context: Context) -> Trained:
     return simple(model, sgd(hyper, weight_decay=0.1), hyper, context)
 
 
+@case(lr=0.1, late=0.05, weights=weights(12))
+def layers_added_as_it_goes(hyper: Hyper, context: Context) -> Trained:
+    """Some were frozen until then, one received gradients that nobody used, and one is made in the loop."""
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 6, 3)
+    model[0].requires_grad_(False)
+    optimizer = sgd(hyper, momentum=0.5)(model[4].parameters())
+    layers: list[nn.Module] = list(model)
+
+    def predict(x: Tensor) -> Tensor:
+        features = model[:4](x)
+        return torch.stack([head(features) for head in layers[4:]]).sum(0)
+
+    with context(optimizer):
+        for t in range(6):
+            if t == 2:
+                model[0].requires_grad_(True)
+                optimizer.add_param_group({"params": model[0].parameters(), "lr": hyper["late"], "weight_decay": 0.1})
+            elif t == 4:
+                head = copy.deepcopy(model[4])
+                head.weight.data *= 0.5
+                optimizer.add_param_group({"params": head.parameters()})
+                layers = [*model, head]
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), predict(x), y).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(predict(x_val), y_val), model, optimizer)
+
+
 @case(lr=0.3, weights=weights(12))
 def used_twice(hyper: Hyper, context: Context) -> Trained:
     torch.manual_seed(3)

@@ -449,13 +449,65 @@ def test_loading_the_optimizers_state_inside_a_context_takes_no_number_out_of_a_
     assert lr.grad is not None
 
 
-def test_parameters_added() -> None:
+def test_parameters_appended_to_a_group() -> None:
     model, more = mlp(5, 6, 3), nn.Linear(3, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(metaopt.CaptureError, match="added to or removed"), metaopt.record(optimizer):
-        optimizer.add_param_group({"params": more.parameters()})
+    with pytest.raises(metaopt.CaptureError, match="add_param_group"), metaopt.record(optimizer):
+        optimizer.param_groups[0]["params"] += list(more.parameters())
         loss(nn.Sequential(model, more)).backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+@pytest.mark.parametrize("within", [False, True])
+def test_parameters_added_that_were_taken_for_hyperparameters(mode: Any, within: bool) -> None:
+    """With `record` that is no harm, but within an iteration that has used them so."""
+    model = mlp(5, 6, 3)
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    expected: Any = contextlib.nullcontext()
+    if within or mode is metaopt.stream:
+        expected = pytest.raises(metaopt.CaptureError, match="Freeze parameters until")
+    with expected, mode(optimizer):
+        for t in range(3):
+            if t == 1 and not within:
+                optimizer.add_param_group({"params": model[0].parameters()})
+            optimizer.zero_grad()
+            loss(model).backward()
+            if t == 1 and within:
+                optimizer.add_param_group({"params": model[0].parameters()})
+            optimizer.step()
+    assert "add_param_group" not in vars(optimizer)
+
+
+def test_parameters_added_have_no_initial_value_to_differentiate_by() -> None:
+    model = mlp(5, 6, 3)
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    before = [w.detach().clone() for w in model.parameters()]
+    with metaopt.record(optimizer) as run:
+        for t in range(3):
+            if t == 1:
+                model[0].requires_grad_(True)
+                optimizer.add_param_group({"params": model[0].parameters()})
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+    with pytest.raises(metaopt.SweepError, match="added to the optimizer"):
+        run.hypergradient(outer(model), model[0].weight)
+    assert run.hypergradient(outer(model), model[2].weight)[0].any()
+    run.rewind()
+    assert len(optimizer.param_groups) == 1
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("bad", [complex, "hooked"])
+def test_parameters_added_that_cannot_be_followed(bad: Any) -> None:
+    model, more = mlp(5, 6, 3), nn.Parameter(torch.ones(3, dtype=torch.complex64 if bad is complex else None))
+    if bad == "hooked":
+        more.register_post_accumulate_grad_hook(lambda weight: None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(metaopt.CaptureError, match=r"complex weights|post-accumulate"), metaopt.record(optimizer):
+        optimizer.add_param_group({"params": [more]})
 
 
 def test_parameters_replaced() -> None:

@@ -41,9 +41,10 @@ class Following:
     # -- from when on -------------------------------------------------------------------------------------------------
 
     def train(self, tensor: Tensor) -> Binding:
-        """Follow a weight that the optimizer trains."""
+        """Follow a weight that the optimizer trains from here on, as what it is followed as already, if it is."""
+        self.externals.give_up(tensor)
         self.trained[id(tensor)] = tensor
-        return self._follow_leaf(tensor)
+        return self.find(tensor) or self._follow_leaf(tensor)
 
     def adopt(self, tensor: Tensor) -> None:
         """A leaf that the loop writes with live values is no hyperparameter: it is carried, like a weight."""

@@ -207,6 +207,11 @@ class Recording(Run):
                 f"only the last {self._last} of {self._loop.steps} steps were kept, so the derivative with respect to "
                 "the initial weights can't be had. Leave `last` out."
             )
+        if any(id(tensor) in self._loop.guard.added for tensor in wanted):
+            raise SweepError(
+                "`wrt` has a weight that was added to the optimizer inside the context. The derivative with respect to "
+                "its first value would lack the steps before. Give it to the optimizer before the context."
+            )
         return wanted
 
     def _sweep(self, adjoint: Adjoint, wanted: list[Tensor] | None, retain: bool) -> None:

@@ -74,7 +74,8 @@ class _Kept:
         self._bookmark = None if bookmark is None else bookmark()
 
     def restore(self) -> None:
-        for group, numbers in zip(self.optimizer.param_groups, self._groups, strict=False):
+        del self.optimizer.param_groups[len(self._groups) :]
+        for group, numbers in zip(self.optimizer.param_groups, self._groups, strict=True):
             for name in [name for name in group if name != "params" and name not in numbers]:
                 del group[name]
             group.update({key: _copied(value) for key, value in numbers.items()})
