@@ -26,6 +26,7 @@ from metaopt.stn.forward_mode import dual_level
 from metaopt.stn.linearised import LinearisedPass
 from metaopt.stn.passes import Pass, Unsupported
 from metaopt.stn.spelt import SPELT_OUT
+from metaopt.stn.trees import leaves, mapped
 
 
 class Runner(Protocol):
@@ -46,7 +47,7 @@ def manual(run: Runner, z: Tensor) -> Any:
     output, p = run(z, LinearisedPass)
     if isinstance(output, Tensor):
         return combine(output, p.tangent(output))
-    return pytree.tree_map(lambda y: combine(y, p.tangent(y)), output)
+    return mapped(lambda y: combine(y, p.tangent(y)), output)
 
 
 class _Spelt(TorchFunctionMode):
@@ -92,7 +93,7 @@ def forward(run: Runner, z: Tensor) -> Any:
             primal, tangent = forward_ad.unpack_dual(y)
             return combine(primal, tangent)
 
-        return pytree.tree_map(split, output)
+        return mapped(split, output)
 
 
 def double(run: Runner, z: Tensor) -> Any:
@@ -100,8 +101,7 @@ def double(run: Runner, z: Tensor) -> Any:
     zero = torch.zeros_like(z).requires_grad_()
     with torch.enable_grad(), _Spelt(), sdpa_kernel(SDPBackend.MATH):
         output, _ = run(zero, Pass)
-        leaves, spec = pytree.tree_flatten(output)
-        live = [y for y in leaves if isinstance(y, Tensor) and y.requires_grad]
+        live = [y for y in leaves(output) if isinstance(y, Tensor) and y.requires_grad]
         tangents: dict[int, Tensor] = {}
         if live:
             adjoints = [torch.zeros_like(y).requires_grad_() for y in live]
@@ -117,9 +117,7 @@ def double(run: Runner, z: Tensor) -> Any:
             if pulled is not None:
                 tangents = {id(y): t for y, t in zip(live, pushed, strict=True) if t is not None}
         # The primal keeps its graph: a loss may differentiate it by the model's input.
-        return pytree.tree_unflatten(
-            [combine(y, tangents.get(id(y))) if isinstance(y, Tensor) else y for y in leaves], spec
-        )
+        return mapped(lambda y: combine(y, tangents.get(id(y))), output)
 
 
 ENGINES: dict[str, Callable[[Runner, Tensor], Any]] = {"manual": manual, "forward": forward, "double": double}

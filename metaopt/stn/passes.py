@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from metaopt.stn.calls import Call, Noted, Place, flat
 from metaopt.stn.instances import LARGEST, Instances, apply
 from metaopt.stn.layouts import Layout, NeedsGroups, Site
 from metaopt.stn.perturbations import Noise
 from metaopt.stn.responses import Active
+from metaopt.stn.trees import leaves
 
 Rule = Callable[..., Any]
 
@@ -176,7 +176,7 @@ class Pass(TorchFunctionMode):
 
     def require_joined(self, output: Any) -> None:
         """Raise `NeedsGroups` if a result was computed from parameters alone: it has no axis of examples."""
-        for leaf in pytree.tree_leaves(output) if not self.recording else ():
+        for leaf in leaves(output) if not self.recording else ():
             held = self.instances(leaf)
             if held is not None:
                 raise NeedsGroups(held.name, "the model returns what was computed from it alone")

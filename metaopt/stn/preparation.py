@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.utils import _pytree as pytree
 
 from metaopt.errors import ResponseError
 from metaopt.stn.batches import count, select, split
@@ -22,6 +21,7 @@ from metaopt.stn.outputs import close, moved, rows, shapes
 from metaopt.stn.passes import Pass, Recorder, Tracer
 from metaopt.stn.perturbations import Coordinates, Perturbation
 from metaopt.stn.responses import Responses
+from metaopt.stn.trees import mapped, objects
 
 # Examples on which it is seen whether a model keeps their order.
 MOST = 16
@@ -145,10 +145,10 @@ class Prepared(nn.Module):
         finally:
             for module, mode in modes:
                 module.training = mode
-        if any(len(shape) <= self.batch_dim for shape in shapes(together)):
-            # It has no axis of examples, such as a loss.
+        if objects(together) or any(len(shape) <= self.batch_dim for shape in shapes(together)):
+            # It has no axis of examples, such as a loss; or is of a kind that can't be put together from groups.
             return True
-        joined = pytree.tree_map(lambda *ys: self._join(ys), *halves)
+        joined = mapped(lambda *ys: self._join(ys), *halves)
         # Where the model draws random numbers in evaluation, no two runs agree, and shapes must do.
         return shapes(together) != shapes(joined) or not (drawn or close(together, joined, epsilon))
 

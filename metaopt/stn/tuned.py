@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.utils import _pytree as pytree
 
 from metaopt.errors import ResponseError
 from metaopt.hyperparameters import Hyperparameters
@@ -28,6 +27,7 @@ from metaopt.stn.perturbations import Coordinates, Noise, Perturbation, inverse_
 from metaopt.stn.preparation import Found
 from metaopt.stn.responses import Active, Responses
 from metaopt.stn.substitution import Slots, substituted
+from metaopt.stn.trees import mapped, objects
 
 # The groups into which a batch is split where a parameter can't respond per example.
 GROUPS = 8
@@ -213,7 +213,13 @@ class Tuned(Compared):
             inputs = split(args, kwargs, part, self.batch_dim, len(at.z))
             values = {name: value[part] for name, value in at.values.items()}
             outputs.append(self._whole(at, at.z[part], values, *inputs))
-        return pytree.tree_map(lambda *ys: self._join(ys), *outputs)
+        kinds = objects(outputs[0])
+        if kinds:
+            raise ResponseError(
+                f"the model returns an object of type `{type(kinds[0]).__name__}`, which can't be put together from "
+                "groups of examples; return its tensors, or set `groups=1` in `transform`."
+            )
+        return mapped(lambda *ys: self._join(ys), *outputs)
 
     def _join(self, parts: tuple[Any, ...]) -> Any:
         if not isinstance(parts[0], Tensor):
