@@ -45,7 +45,7 @@ class Compared(Prepared):
         found, passes = [], []
 
         def run(point: Tensor, kind: type[Pass]) -> tuple[Any, Pass]:
-            output, p = self._run(point, kind, values, args, kwargs, weights=False, response=False, weight=weight)
+            output, p = self._run(point, kind, values, args, kwargs, response=False, weight=weight)
             passes.append(p)
             return output, p
 

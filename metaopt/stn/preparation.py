@@ -75,7 +75,6 @@ class Prepared(nn.Module):
         args: Any,
         kwargs: Any,
         *,
-        weights: bool,
         response: bool,
         at: Perturbation | None = None,
         weight: Tensor | None = None,
@@ -159,7 +158,7 @@ class Prepared(nn.Module):
         z = self.rho.new_zeros(examples, self.coordinates.size)
         values = self.coordinates.values(self.coordinates.leaf().detach().expand(examples, -1))
         try:
-            _, p = self._run(z, kind, values, args, kwargs, weights=False, response=False)
+            _, p = self._run(z, kind, values, args, kwargs, response=False)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise ResponseError(
                 f"`{type(self.model).__name__}` was run on {examples} examples, to find out where they are in what "
@@ -180,7 +179,7 @@ class Prepared(nn.Module):
         z = self.rho.new_ones(1, self.coordinates.size)
         weight = 0.3 * torch.randn_like(self.responses.weight) / self.coordinates.size
         values = self.coordinates.values(self.coordinates.leaf().detach().expand(examples, -1))
-        constant: dict[str, Any] = {"weights": False, "response": False, "weight": weight}
+        constant: dict[str, Any] = {"response": False, "weight": weight}
         before = dict(self.fallback)
         output, p = self._responses_of(z.expand(examples, -1), values, args, kwargs, constant)
         unseen = {e.name for e in self.responses.entries} - p.used - set(self.fallback)
@@ -222,7 +221,7 @@ class Prepared(nn.Module):
         z = torch.randn(POINTS, self.coordinates.size, device="cpu").to(self.rho)
         weight = 0.3 * torch.randn_like(self.responses.weight) / self.coordinates.size
         values = self.coordinates.values(self.coordinates.leaf().detach().expand(examples, -1))
-        how: dict[str, Any] = {"weights": False, "response": False, "weight": weight}
+        how: dict[str, Any] = {"response": False, "weight": weight}
         together, p = self._responses_of(z[point.to(z.device)], values, args, kwargs, how)
         if not p.apart or self.fallback:
             # The examples of a group have one perturbation, and that is checked.

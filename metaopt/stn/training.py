@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["Factory", "Tuner"]
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
@@ -17,7 +16,16 @@ from torch.optim import Optimizer
 from metaopt.errors import ResponseError, SkippedStepWarning, warn, whole
 from metaopt.stn.batches import size_of
 from metaopt.stn.bounds import keep_inside
-from metaopt.stn.checks import check_first, evaluation, groups_of, repeat, require_scalar
+from metaopt.stn.checks import (
+    check_first,
+    check_validation,
+    evaluation,
+    groups_of,
+    made,
+    repeat,
+    require_scalar,
+    takes_values,
+)
 from metaopt.stn.generators import random_state, set_random_state
 from metaopt.stn.guards import differentiate
 from metaopt.stn.layouts import NeedsGroups
@@ -64,10 +72,10 @@ class Tuner:
         self.weights = [p for p in tuned.model.parameters() if p.requires_grad]
         self.response = list(tuned.responses.parameters())
         self.leaves = list(tuned.hyper.parameters())
-        self.optimizer = optimizer(self.weights)
-        self.response_optimizer = response_optimizer(self.response)
-        self.hyper_optimizer = hyper_optimizer(self.leaves)
-        self.scale_optimizer = None if scale_optimizer is None else scale_optimizer([tuned.rho])
+        self.optimizer = made(optimizer, self.weights, "weights")
+        self.response_optimizer = made(response_optimizer, self.response, "response")
+        self.hyper_optimizer = made(hyper_optimizer, self.leaves, "hyperparameters")
+        self.scale_optimizer = None if scale_optimizer is None else made(scale_optimizer, [tuned.rho], "scales")
         self.train_steps, self.valid_steps, self.warmup = train_steps, valid_steps, warmup
         self.entropy_weight, self.scale_bounds, self.clip = entropy_weight, scale_bounds, clip
         self.antithetic, self.linearize_valid = antithetic, linearize_valid
@@ -76,7 +84,8 @@ class Tuner:
         self.skipped = 0
         self._noise: Noise | None = None
         self._at_bounds: set[str] = set()
-        self._accepts_values = len(inspect.signature(valid_loss).parameters) > 2
+        self._accepts_values = takes_values(train_loss, valid_loss)
+        self._validated = False
 
     # -- the algorithm
 
@@ -182,7 +191,11 @@ class Tuner:
         at = Perturbation(z, tuned.coordinates.values(point.detach()), groups, linearised=self.linearize_valid)
         loss = self._loss(self.valid_loss, batch, at, values=self._accepts_values)
         objective = loss if self.scale_optimizer is None else loss - self.entropy_weight * entropy(sigma)
-        wanted = [*self.leaves, tuned.rho]
+        if not self._validated:
+            check_validation(loss, self.weights)
+            self._validated = True
+        # A hyperparameter that was frozen is a constant.
+        wanted = [t for t in (*self.leaves, tuned.rho) if t.requires_grad]
         gradients = differentiate(objective, wanted)
         if not _finite([objective, *gradients]):
             self._skip("hyperparameters")

@@ -240,7 +240,7 @@ class Tuned(Compared):
         """One run of the model, or several until one engine can do it."""
 
         def run(point: Tensor, kind: type[Pass]) -> tuple[Any, Pass]:
-            return self._run(point, kind, values, args, kwargs, weights=at.weights, response=at.response, at=at)
+            return self._run(point, kind, values, args, kwargs, response=at.response, at=at)
 
         if not at.linearised:
             return run(z, Pass)[0]
@@ -265,7 +265,6 @@ class Tuned(Compared):
         args: Any,
         kwargs: Any,
         *,
-        weights: bool,
         response: bool,
         at: Perturbation | None = None,
         weight: Tensor | None = None,
@@ -278,9 +277,8 @@ class Tuned(Compared):
             values: the hyperparameters' values.
             args: the model's.
             kwargs: the model's.
-            weights: whether w0 is differentiable.
             response: whether Θ is.
-            at: where to note what was used.
+            at: where to note what was used; without it w0 is a constant.
             weight: another ``U``.
         """
         replaced: dict[str, Tensor] = {}
@@ -289,7 +287,7 @@ class Tuned(Compared):
         for active in self.responses.active(z, frozen=not response, weight=weight):
             name = active.entry.name
             parameter = self.slots.parameter(name)
-            alias = parameter.view_as(parameter) if weights else parameter.detach()
+            alias = parameter.detach() if at is None else at.alias(parameter)
             if name in self.fallback:
                 change = active.change()
                 if kind.linearised:
