@@ -297,7 +297,7 @@ def test_parameters_that_join_the_batch_have_one_perturbation_for_each_example(n
     [
         (lambda x, p: x * p[: len(x)], "has examples and what it is given has none"),
         (lambda x, p: torch.cat([x, p])[len(p) :].sin(), "can't be told apart"),
-        (lambda x, p: (x[x[:, 0].argsort()] * p[0]).sin()[x[:, 0].argsort().argsort()], "another output than at"),
+        (lambda x, p: (x[x[:, 0].argsort()] * p[0]).sin()[x[:, 0].argsort().argsort()], "sorted or selected"),
         (lambda x, p: torch.stack([row * p[0] for row in x]), "depends on the batch"),
         (lambda x, p: x * p[0] + Hidden.apply(x, p * 2)[:, :1], "another output than at"),
         (lambda x, p: F.batch_norm(x, x.mean(0), x.var(0), p.mean(0)), "for each example alone"),

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from metaopt.stn.calls import Call, Noted, Place, flat
 from metaopt.stn.instances import LARGEST, Instances, apply
 from metaopt.stn.layouts import Layout, NeedsGroups, Site
+from metaopt.stn.orders import Orders, reads
 from metaopt.stn.perturbations import Noise
 from metaopt.stn.responses import Active
 from metaopt.stn.trees import leaves
@@ -32,6 +33,10 @@ PLAIN_METHODS |= {"type", "get_device", "is_complex", "__len__", "__hash__", "__
 PLAIN_METHODS |= {"is_signed", "is_inference", "__format__"}
 
 
+# Why an example can't be told from its place.
+MOVED = "it is given examples that the model sorts or selects by their values"
+
+
 class Unsupported(Exception):
     """This engine can't differentiate a function."""
 
@@ -44,6 +49,7 @@ class Pass(TorchFunctionMode):
         layouts: where the examples are, by site.
         rates: the dropout rates of each example by hyperparameter.
         calls: how functions without a rule are called, by site.
+        orders: which tensors have the examples in another order, if the model reads them at indices.
 
     Attributes:
         rules: by function: what it does with weights that respond, or with rates. Filled by `metaopt.stn.rules`.
@@ -59,12 +65,14 @@ class Pass(TorchFunctionMode):
         layouts: Mapping[Site, Layout | str],
         rates: Mapping[str, Tensor],
         calls: Mapping[Place, Call | str] | None = None,
+        orders: Orders | None = None,
     ) -> None:
         super().__init__()
         self.marks = dict(marks)
         self.layouts = layouts
         self.rates = rates
         self.calls = {} if calls is None else calls
+        self.orders = orders
         self.used: set[str] = set()
         self.hyper_used: set[str] = set()
         self.functional_dropout = False
@@ -82,6 +90,12 @@ class Pass(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        result = self._called(func, args, kwargs)
+        if self.orders is not None:
+            self.orders.follow(func, args, kwargs, result)
+        return result
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = self.rules.get(func)
         if not self.marks:
             return self.plain(func, args, kwargs) if rule is None else rule(self, func, *args, **kwargs)
@@ -136,10 +150,11 @@ class Pass(TorchFunctionMode):
         return self.fixed or self.locate((active.entry.name, func.__name__), value, len(active.coefficients[0]))
 
     def locate(self, site: Site, value: Tensor, examples: int) -> Layout | None:
-        """The layout of a site, with the number of examples checked."""
+        """The layout of a site, with the number of examples and their order checked."""
         found = self.layouts.get(site, "it was not used when the axes of examples were looked for")
         if isinstance(found, Layout):
-            found = found.fitted(value, examples)
+            moved = self.orders is not None and value in self.orders
+            found = MOVED if moved else found.fitted(value, examples)
         if isinstance(found, str):
             raise NeedsGroups(site[0], found)
         return found
@@ -246,12 +261,14 @@ class Tracer(Recorder):
         super().__init__(*args, **kwargs)
         self.starts = {key: active.entry.name for key, active in self.marks.items()}
         self.noted: list[Noted] = []
+        self.read: list[Any] = []
         self._reached = set(self.starts)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = super().__torch_function__(func, types, args, kwargs)
+        self.read += reads(func, args, kwargs or {})
         inputs = flat((args, kwargs or {}))
         if not self._reached.isdisjoint(map(id, inputs)) and not _reads_no_values(func):
             self.noted.append(Noted(function_name(func), inputs, flat(result)))

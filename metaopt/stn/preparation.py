@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Found", "Prepared"]
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from metaopt.stn.batches import count, select, split
 from metaopt.stn.calls import Call, Place, confirmed, follow
 from metaopt.stn.generators import random_state, same_randomness
 from metaopt.stn.layouts import Layout, NeedsGroups, Site, infer, reordered
+from metaopt.stn.orders import Key, noted
 from metaopt.stn.outputs import close, moved, rows, shapes
 from metaopt.stn.passes import Pass, Recorder, Tracer
 from metaopt.stn.perturbations import Coordinates, Perturbation
@@ -34,10 +35,17 @@ Traced = TypeVar("Traced", bound=Recorder)
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of a model in one mode: where the examples are, and how functions without a rule are called."""
+    """What is known of a model in one mode.
+
+    Args:
+        layouts: where the examples are.
+        calls: how functions without a rule are called.
+        reads: where examples are read at indices.
+    """
 
     layouts: dict[Site, Layout | str]
     calls: dict[Place, Call | str]
+    reads: dict[Key, Layout | str] = field(default_factory=dict)
 
     def refuse(self, why: Mapping[Site, str]) -> None:
         """Note why examples can't be told apart at some sites."""
@@ -112,7 +120,10 @@ class Prepared(nn.Module):
         two, three = (self._recorded(*inputs, n, Tracer) for inputs, n in parts)
         layouts = infer(two.seen, three.seen, None if known is None else known.layouts)
         calls = follow(two.noted, three.noted, (two.starts, three.starts))
-        return Found(layouts, calls if known is None else confirmed(calls, known.calls))
+        read = noted(two.read, three.read)
+        if known is None:
+            return Found(layouts, calls, read)
+        return Found(layouts, confirmed(calls, known.calls), known.reads | read)
 
     def _reordered(self, known: Mapping[Site, Layout | str], args: Any, kwargs: Any) -> dict[Site, str]:
         whole = count(args, kwargs, self.batch_dim)

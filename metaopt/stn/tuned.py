@@ -22,6 +22,7 @@ from metaopt.stn.generators import random_state, set_random_state
 from metaopt.stn.guards import guarded
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.masks import Mask, masks_of
+from metaopt.stn.orders import Orders
 from metaopt.stn.passes import Pass, Unsupported
 from metaopt.stn.perturbations import Coordinates, Noise, Perturbation, inverse_softplus
 from metaopt.stn.preparation import Found
@@ -301,7 +302,8 @@ class Tuned(Compared):
         shared = self.coordinates.per_batch
         rates = {n: values[n].flatten()[0] if n in shared else values[n] for n in set(self.bound.values())}
         found = self._layouts.get(self.model.training, Found({}, {}))
-        p = kind(marks, found.layouts, rates, found.calls)
+        orders = Orders(found.reads, len(z)) if found.reads and not kind.recording else None
+        p = kind(marks, found.layouts, rates, found.calls, orders)
         if at is not None:
             p.noise, p.moves_statistics = at.noise, at.weights
         for alias, change in held:
