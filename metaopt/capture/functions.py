@@ -12,11 +12,18 @@ __all__ = ["see_functions"]
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from torch.autograd import Function
 
-from metaopt.capture.watcher import Watcher
+
+class Watcher(Protocol):
+    """Who is shown custom functions."""
+
+    def apply(self, cls: type, original: Any, args: Any, kwargs: Any) -> Any:
+        """Call one; ``original`` is its ``apply``."""
+        ...
+
 
 _watchers = threading.local()
 _lock = threading.Lock()

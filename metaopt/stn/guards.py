@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["differentiate", "guarded"]
+__all__ = ["RECOMPUTED", "differentiate", "guarded"]
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress

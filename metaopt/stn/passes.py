@@ -14,8 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
+from metaopt.errors import ResponseError
 from metaopt.stn.calls import Call, Noted, Place, flat
+from metaopt.stn.guards import RECOMPUTED
 from metaopt.stn.instances import LARGEST, Instances, apply
 from metaopt.stn.layouts import Layout, NeedsGroups, Site
 from metaopt.stn.orders import Orders, reads
@@ -84,12 +87,16 @@ class Pass(TorchFunctionMode):
         self.apart: set[str] = set()
         self.held: dict[int, Instances] = {}
         self._asked: set[int] = set()
+        # Whether a custom function of the model's is computing.
+        self._within = False
         self._kept: list[Tensor] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._within:
+            return func(*args, **kwargs)
         result = self._called(func, args, kwargs)
         if self.orders is not None:
             self.orders.follow(func, args, kwargs, result)
@@ -117,6 +124,33 @@ class Pass(TorchFunctionMode):
             return self.each(func, args, kwargs, needs)
         finally:
             self._asked = asked
+
+    def apply(self, cls: type, original: Any, args: Any, kwargs: Any) -> Any:
+        """A custom ``autograd.Function`` of the model: what it calls has no gradient, its own ``backward`` has.
+
+        Raises:
+            NeedsGroups: if it is given a parameter that responds per example.
+        """
+        if cls is CheckpointFunction:
+            raise ResponseError(RECOMPUTED)
+        name, within = f"{cls.__name__}.apply", self._within
+        for known in (self.marks, self.held) if not (within or self.recording) else ():
+            for key in _among(known, args, kwargs):
+                owner = self.marks[key].entry.name if key in self.marks else self.held[key].name
+                raise NeedsGroups(owner, f"it is used by `{name}`, a custom autograd.Function")
+
+        def own(*inputs: Any, **options: Any) -> Any:
+            self._within = True
+            try:
+                return original(*inputs, **options)
+            finally:
+                self._within = within
+
+        own.__name__, own.__module__ = name, cls.__module__
+        result = own(*args, **kwargs) if within else self.plain(own, args, kwargs)
+        if self.orders is not None and not within:
+            self.orders.follow(own, args, kwargs, result)
+        return result
 
     def plain(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function for which there is nothing to respond."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from metaopt.capture.functions import see_functions
 from metaopt.errors import ResponseError
 from metaopt.hyperparameters import Hyperparameters
 from metaopt.stn.batches import count, split
@@ -313,6 +314,7 @@ class Tuned(Compared):
             guarded(args, kwargs),
             substituted(self.slots, replaced, buffers=not p.moves_statistics, rates=True, masked=masked),
             p,
+            see_functions(p),
         ):
             output = self.model(*args, **kwargs)
         p.require_joined(output)
