@@ -100,7 +100,7 @@ def double(run: Runner, z: Tensor) -> Any:
     """Two backward passes: the derivative by ``v`` of ``vᵀ J`` is ``J``, applied to ε."""
     zero = torch.zeros_like(z).requires_grad_()
     with torch.enable_grad(), _Spelt(), sdpa_kernel(SDPBackend.MATH):
-        output, _ = run(zero, Pass)
+        output, p = run(zero, Pass)
         live = [y for y in leaves(output) if isinstance(y, Tensor) and y.requires_grad]
         tangents: dict[int, Tensor] = {}
         if live:
@@ -115,7 +115,7 @@ def double(run: Runner, z: Tensor) -> Any:
                     raise
                 raise Unsupported(str(error).splitlines()[0]) from error
             if pulled is not None:
-                _require_adjoint(pulled, z, adjoints, pushed)
+                _require_adjoint(pulled, z, adjoints, pushed, p.epsilon)
                 tangents = {id(y): t for y, t in zip(live, pushed, strict=True) if t is not None}
         # The primal keeps its graph: a loss may differentiate it by the model's input.
         return mapped(lambda y: combine(y, tangents.get(id(y))), output)
@@ -128,11 +128,13 @@ def _some(like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _require_adjoint(pulled: Tensor, z: Tensor, adjoints: Sequence[Tensor], pushed: Sequence[Tensor | None]) -> None:
+def _require_adjoint(
+    pulled: Tensor, z: Tensor, adjoints: Sequence[Tensor], pushed: Sequence[Tensor | None], epsilon: float
+) -> None:
     """Raise `Unsupported` if ``v · (J z)`` is not ``(Jᵀ v) · z``: then a backward hides how it depends on ``v``."""
     there = sum(((v * t).sum().real.double() for v, t in zip(adjoints, pushed, strict=True) if t is not None))
     back = (pulled * z).sum().double()
-    rounding = max(torch.finfo(v.dtype).eps for v in (pulled, *adjoints))
+    rounding = max(epsilon, *(torch.finfo(v.dtype).eps for v in (pulled, *adjoints)))
     size = pulled.double().norm() * z.double().norm()
     if bool(torch.as_tensor(there - back).abs() > rounding**0.5 * size):
         raise Unsupported("a backward that can't be differentiated, such as one marked `once_differentiable`")
