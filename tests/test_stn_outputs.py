@@ -160,3 +160,44 @@ def test_batches_may_be_objects(kind: str) -> None:
             tuner.train_step(batch)
         tuner.valid_step(batch)
     assert not tuned.fallback
+
+
+class Keeping(nn.Module):
+    """Keeps a penalty as an attribute, and leaves its features to a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.penalty = nn.Linear(3, 4), nn.Linear(4, 2), torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x))
+        self.penalty = hidden.square().mean()
+        y: Tensor = self.head(hidden)
+        return y
+
+
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+@pytest.mark.parametrize("kind", ["attribute", "hook", "detached", "shape", "no grad"])
+def test_what_is_kept_beside_the_output_is_not_linearised_and_says_so(kind: str, method: str) -> None:
+    """The loss of such a value trained the weights, and the response as if it had none."""
+    model, seen = Keeping(), []
+    model.body.register_forward_hook(lambda *given: seen.append(given[2]))
+    tuned = transform(model, metaopt.Hyperparameters(noise=metaopt.positive(0.3)), method)
+
+    def train_loss(tuned: Any, batch: Tensor, values: Any) -> Tensor:
+        loss: Tensor = tuned(batch + values.noise.unsqueeze(1)).square().mean()
+        with torch.no_grad():
+            size = seen[-1].norm() if kind == "no grad" else 0
+        more = {
+            "attribute": lambda: model.penalty,
+            "hook": lambda: seen[-1].abs().mean(),
+            "shape": lambda: len(seen[-1]),
+        }
+        return loss + more.get(kind, lambda: model.penalty.detach() + size)()
+
+    with train(tuned, train_loss, lambda model, batch: model(batch).square().mean()) as tuner:
+        if method == "delta" and kind in ("attribute", "hook"):
+            with pytest.raises(ResponseError, match=r"kept beside its output.*let `forward` return it too"):
+                tuner.train_step(torch.randn(4, 3))
+        else:
+            tuner.train_step(torch.randn(4, 3))

@@ -6,7 +6,7 @@ each function of torch that is given one adds that response's effect by the rule
 
 from __future__ import annotations
 
-__all__ = ["Pass", "Recorder", "Tracer", "Unsupported", "function_name"]
+__all__ = ["Pass", "Recorder", "Tracer", "Unsupported", "function_name", "reads_no_values"]
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -108,7 +108,7 @@ class Pass(TorchFunctionMode):
             return self.plain(func, args, kwargs) if rule is None else rule(self, func, *args, **kwargs)
         # What was computed from parameters; they themselves may have a rule here.
         derived = self.held and any(key not in self.marks for key in _among(self.held, args, kwargs))
-        if derived and not _reads_no_values(func):
+        if derived and not reads_no_values(func):
             return self.each(func, args, kwargs)
         asked, self._asked = self._asked, set()
         try:
@@ -196,7 +196,7 @@ class Pass(TorchFunctionMode):
     def refuse_marked(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Raise `NeedsGroups` if a responding weight is given to a function that has no rule for it."""
         for key in _among(self.marks, args, kwargs):
-            if key not in self._asked and not _reads_no_values(func):
+            if key not in self._asked and not reads_no_values(func):
                 raise NeedsGroups(
                     self.marks[key].entry.name, f"it is used by `{function_name(func)}`, which has no rule per example"
                 )
@@ -304,7 +304,7 @@ class Tracer(Recorder):
         result = super().__torch_function__(func, types, args, kwargs)
         self.read += reads(func, args, kwargs or {})
         inputs = flat((args, kwargs or {}))
-        if not self._reached.isdisjoint(map(id, inputs)) and not _reads_no_values(func):
+        if not self._reached.isdisjoint(map(id, inputs)) and not reads_no_values(func):
             self.noted.append(Noted(function_name(func), inputs, flat(result)))
             self._reached.update(id(v) for v in self.noted[-1].outputs if isinstance(v, Tensor))
         return result
@@ -319,7 +319,8 @@ def _among(known: Mapping[int, Any], args: Any, kwargs: Mapping[str, Any]) -> It
             yield id(value)
 
 
-def _reads_no_values(func: Any) -> bool:
+def reads_no_values(func: Any) -> bool:
+    """Whether a function of a tensor does not depend on its entries."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return getattr(func.__self__, "__name__", "") in PLAIN

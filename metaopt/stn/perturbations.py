@@ -80,6 +80,7 @@ class Perturbation:
         response: whether the response is.
         uses: names of hyperparameters that the model's dropouts used.
         aliases: what stands in for w0 where it is trained.
+        running: whether the model is computing.
     """
 
     z: Tensor | None
@@ -92,6 +93,7 @@ class Perturbation:
     functional_dropout: bool = False
     noise: Noise = field(default_factory=lambda: Noise())
     aliases: list[Tensor] = field(default_factory=list)
+    running: bool = False
 
     def alias(self, parameter: Tensor) -> Tensor:
         """What stands in for a parameter: a view, by which a use through the model is told from a direct one."""

@@ -6,6 +6,7 @@ __all__ = ["Factory", "Tuner"]
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metaopt.errors import ResponseError, SkippedStepWarning, warn, whole
+from metaopt.stn.aside import Aside
 from metaopt.stn.batches import size_of
 from metaopt.stn.bounds import keep_inside
 from metaopt.stn.checks import (
@@ -86,6 +88,7 @@ class Tuner:
         self._at_bounds: set[str] = set()
         self._accepts_values = takes_values(train_loss, valid_loss)
         self._validated = False
+        self._watched: set[int] = set()
 
     # -- the algorithm
 
@@ -215,8 +218,11 @@ class Tuner:
     # -- parts of a step
 
     def _loss(self, function: Callable[..., Tensor], batch: Any, at: Perturbation, *, values: bool = True) -> Tensor:
-        with self.tuned.perturbed(at):
+        # Looked at until a step went well: the mode sees every function that the model calls.
+        watch = Aside(at) if at.linearised and id(function) not in self._watched else nullcontext()
+        with self.tuned.perturbed(at), watch:
             loss = function(self.tuned, batch, at.values) if values else function(self.tuned, batch)
+        self._watched |= {id(function)} if at.linearised else set()
         require_scalar(loss)
         return loss
 

@@ -112,7 +112,11 @@ class Tuned(Compared):
             return self._plain(changes, self.coordinates.values(point), args, kwargs, None)
         if at.z is None:
             return self._plain({}, at.values, args, kwargs, at)
-        return self._responding(at, args, kwargs)
+        at.running = True
+        try:
+            return self._responding(at, args, kwargs)
+        finally:
+            at.running = False
 
     @contextmanager
     def perturbed(self, at: Perturbation) -> Iterator[Perturbation]:
