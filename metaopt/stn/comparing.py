@@ -50,7 +50,7 @@ class Compared(Prepared):
             return output, p
 
         for engine in ENGINES:
-            with same_randomness(self.device):
+            with self._unmoved():
                 try:
                     output = ENGINES[engine](run, z.detach())
                     found.append((output, _gradient(output, weight)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 __all__ = ["Found", "Prepared"]
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from metaopt.stn.outputs import close, moved, rows, shapes
 from metaopt.stn.passes import Pass, Recorder, Tracer
 from metaopt.stn.perturbations import Coordinates, Perturbation
 from metaopt.stn.responses import Responses
+from metaopt.stn.substitution import attributes, set_attributes
 from metaopt.stn.trees import mapped, objects
 
 # Examples on which it is seen whether a model keeps their order.
@@ -31,6 +33,10 @@ POINTS = 4
 
 
 Traced = TypeVar("Traced", bound=Recorder)
+
+
+class Inseparable(Exception):
+    """The model can't be run on a part of a batch."""
 
 
 @dataclass(frozen=True)
@@ -94,26 +100,40 @@ class Prepared(nn.Module):
         training = self.model.training
         if training in self._layouts:
             return
-        modes = [(module, module.training) for module in self.model.modules()]
         try:
-            with same_randomness(self.device), torch.no_grad():
-                self.model.eval()
-                known = self._infer(args, kwargs, None)
-                if self.verify:
-                    known.refuse(self._reordered(known.layouts, args, kwargs))
-                    self._in_turn(known, args, kwargs)
-                for module, mode in modes:
-                    module.training = mode
-                self._layouts[training] = self._infer(args, kwargs, known) if training else known
-                if self.verify:
-                    epsilon = self._check(args, kwargs)
-                    self.mixes = self.mixes or (bool(self.fallback) and self._mixes(args, kwargs, epsilon))
+            with self._unmoved(), torch.no_grad():
+                self._look(training, args, kwargs)
+        except Inseparable as why:
+            # As a graph's nodes are, or a state that has the examples along another axis.
+            self.fallback |= dict.fromkeys(self.names, str(why))
+            self.mixes, self._layouts[training] = True, Found({}, {})
         except BaseException:
             self._layouts.pop(training, None)
             raise
+
+    @contextmanager
+    def _unmoved(self) -> Iterator[None]:
+        """Leave random generators and modules as they are."""
+        kept = attributes(self.model)
+        try:
+            with same_randomness(self.device):
+                yield
         finally:
-            for module, mode in modes:
-                module.training = mode
+            set_attributes(kept)
+
+    def _look(self, training: bool, args: Any, kwargs: Any) -> None:
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        known = self._infer(args, kwargs, None)
+        if self.verify:
+            known.refuse(self._reordered(known.layouts, args, kwargs))
+            self._in_turn(known, args, kwargs)
+        for module, mode in modes:
+            module.training = mode
+        self._layouts[training] = self._infer(args, kwargs, known) if training else known
+        if self.verify:
+            epsilon = self._check(args, kwargs)
+            self.mixes = self.mixes or (bool(self.fallback) and self._mixes(args, kwargs, epsilon))
 
     def _infer(self, args: Any, kwargs: Any, known: Found | None) -> Found:
         parts = [(select(args, kwargs, n, self.batch_dim), n) for n in (2, 3)]
@@ -134,7 +154,7 @@ class Prepared(nn.Module):
                 self._recorded(*split(args, kwargs, part, self.batch_dim, whole), len(part), Recorder).seen
                 for part in (first, order)
             )
-        except ResponseError:
+        except Inseparable:
             # It insists on an order, such as sequences of falling length: then it keeps the one that it is given.
             return {}
         return reordered(known, given, permuted, order)
@@ -169,13 +189,16 @@ class Prepared(nn.Module):
         z = self.rho.new_zeros(examples, self.coordinates.size)
         values = self.coordinates.values(self.coordinates.leaf().detach().expand(examples, -1))
         try:
-            _, p = self._run(z, kind, values, args, kwargs, response=False)
+            with self._unmoved():
+                _, p = self._run(z, kind, values, args, kwargs, response=False)
+        except ResponseError:
+            raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise ResponseError(
+            raise Inseparable(
                 f"`{type(self.model).__name__}` was run on {examples} examples, to find out where they are in what "
-                f"its layers see, and that failed: {error}. The examples must be along axis {self.batch_dim} of "
-                "every tensor that it is called with (`transform(..., batch_dim=...)` says which), and tensors "
-                "without examples must be of another size along it."
+                f"its layers see, and that failed: {error}; for a perturbation of each example, these must be along "
+                f"axis {self.batch_dim} of every tensor that it is called with (`transform(..., batch_dim=...)` says "
+                "which), and tensors without examples of another size along it"
             ) from error
         assert isinstance(p, kind)
         return p
@@ -251,7 +274,7 @@ class Prepared(nn.Module):
         """A nonlinear pass; what can't respond per example is noted."""
         while True:
             try:
-                with same_randomness(self.device):
+                with self._unmoved():
                     return self._run(z, Pass, values, args, kwargs, **how)
             except NeedsGroups as needs:
                 if needs.name not in self.names:
@@ -262,7 +285,7 @@ class Prepared(nn.Module):
         """The output with all weights changed by the response at one point."""
         kept, self.fallback = self.fallback, dict.fromkeys((e.name for e in self.responses.entries), "")
         try:
-            with same_randomness(self.device):
+            with self._unmoved():
                 return self._run(z, Pass, values, args, kwargs, **how)[0]
         finally:
             self.fallback = kept

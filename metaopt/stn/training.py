@@ -32,6 +32,7 @@ from metaopt.stn.generators import random_state, set_random_state
 from metaopt.stn.guards import differentiate
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy, inverse_softplus
+from metaopt.stn.substitution import attributes, set_attributes
 from metaopt.stn.tuned import Tuned
 
 Factory = Callable[[Iterable[Tensor]], Optimizer]
@@ -126,14 +127,14 @@ class Tuner:
             ResponseError: if the loss is no scalar, or the batch does not fit.
         """
         self.steps += 1
-        state = random_state(self.tuned.device)
+        state = self._state()
         if self.tuned.method == "stn":
             return self._attempt(lambda: self._joint(batch), state)
         loss = self._weights(batch)
-        after = random_state(self.tuned.device)
-        set_random_state(self.tuned.device, state)
+        after = self._state()
+        self._set_state(state)
         self._attempt(lambda: self._response(batch), state)
-        set_random_state(self.tuned.device, after)
+        self._set_state(after)
         return loss
 
     def valid_step(self, batch: Any) -> float:
@@ -146,7 +147,7 @@ class Tuner:
             The validation loss.
         """
         with evaluation(self.tuned):
-            loss: float = self._attempt(lambda: self._validation(batch), random_state(self.tuned.device))
+            loss: float = self._attempt(lambda: self._validation(batch), self._state())
         return loss
 
     # -- the steps
@@ -238,7 +239,15 @@ class Tuner:
                         "must see the examples along an axis; name its hyperparameter in `per_batch`."
                     ) from needs
                 self.tuned.fallback[needs.name] = needs.why
-                set_random_state(self.tuned.device, state)
+                self._set_state(state)
+
+    def _state(self) -> tuple[Any, Any]:
+        """Where a pass of the model starts from, beside its weights: random generators, and what its modules keep."""
+        return random_state(self.tuned.device), attributes(self.tuned.model)
+
+    def _set_state(self, state: tuple[Any, Any]) -> None:
+        set_random_state(self.tuned.device, state[0])
+        set_attributes(state[1])
 
     def _normal(self, examples: int, groups: int | None) -> Tensor:
         coordinates = self.tuned.coordinates

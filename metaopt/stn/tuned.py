@@ -303,8 +303,9 @@ class Tuned(Compared):
             else:
                 marks[id(alias)] = active
             replaced[name] = alias
-        # A rate that has one draw for a minibatch is one number, wherever the examples are.
-        shared = self.coordinates.per_batch
+        # A rate that has one draw for a minibatch, or for a group, is one number, wherever the examples are.
+        grouped = bool(self.fallback) and (at is None or at.groups is not None)
+        shared = set(self.bound.values()) if grouped else self.coordinates.per_batch
         rates = {n: values[n].flatten()[0] if n in shared else values[n] for n in set(self.bound.values())}
         found = self._layouts.get(self.model.training, Found({}, {}))
         orders = Orders(found.reads, len(z)) if found.reads and not kind.recording else None
