@@ -294,6 +294,8 @@ class Tracer(Recorder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.starts = {key: active.entry.name for key, active in self.marks.items()}
+        # The parameters that the aliases stand in for: a model that keeps them elsewhere uses them without a response.
+        self.originals: dict[int, str] = {}
         self.noted: list[Noted] = []
         self.read: list[Any] = []
         self._reached = set(self.starts)
@@ -304,10 +306,24 @@ class Tracer(Recorder):
         result = super().__torch_function__(func, types, args, kwargs)
         self.read += reads(func, args, kwargs or {})
         inputs = flat((args, kwargs or {}))
+        self._refuse_originals(func, inputs)
         if not self._reached.isdisjoint(map(id, inputs)) and not reads_no_values(func):
             self.noted.append(Noted(function_name(func), inputs, flat(result)))
             self._reached.update(id(v) for v in self.noted[-1].outputs if isinstance(v, Tensor))
         return result
+
+    def apply(self, cls: type, original: Any, args: Any, kwargs: Any) -> Any:
+        self._refuse_originals(cls, flat((args, kwargs)))
+        return super().apply(cls, original, args, kwargs)
+
+    def _refuse_originals(self, func: Any, inputs: list[Any]) -> None:
+        found = next((self.originals[id(v)] for v in inputs if id(v) in self.originals), None)
+        if found is not None and not reads_no_values(func):
+            raise ResponseError(
+                f"the model uses its parameter {found!r} by another way than its modules' parameters, such as a list "
+                "or a closure that holds it, where its response can't be seen; let a module have it as an attribute, "
+                "as in `self.tied = self.embedding.weight`, or as a part of an `nn.ParameterList`."
+            )
 
 
 def _among(known: Mapping[int, Any], args: Any, kwargs: Mapping[str, Any]) -> Iterator[int]:

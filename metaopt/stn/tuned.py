@@ -24,7 +24,7 @@ from metaopt.stn.guards import guarded
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.masks import Mask, masks_of
 from metaopt.stn.orders import Orders
-from metaopt.stn.passes import Pass, Unsupported
+from metaopt.stn.passes import Pass, Tracer, Unsupported
 from metaopt.stn.perturbations import Coordinates, Noise, Perturbation, inverse_softplus
 from metaopt.stn.preparation import Found
 from metaopt.stn.responses import Active, Responses
@@ -310,6 +310,8 @@ class Tuned(Compared):
         found = self._layouts.get(self.model.training, Found({}, {}))
         orders = Orders(found.reads, len(z)) if found.reads and not kind.recording else None
         p = kind(marks, found.layouts, rates, found.calls, orders)
+        if isinstance(p, Tracer):
+            p.originals = {id(self.slots.parameter(name)): name for name in replaced}
         if at is not None:
             p.noise, p.moves_statistics = at.noise, at.weights
         for alias, change in held:
