@@ -20,8 +20,9 @@ from metaopt.stn.generators import random_state, same_randomness
 from metaopt.stn.layouts import Layout, NeedsGroups, Site, infer, reordered
 from metaopt.stn.orders import Key, noted
 from metaopt.stn.outputs import close, moved, rows, shapes
-from metaopt.stn.passes import Pass, Recorder, Tracer
+from metaopt.stn.passes import Pass
 from metaopt.stn.perturbations import Coordinates, Perturbation
+from metaopt.stn.recorders import Recorder, Tracer
 from metaopt.stn.responses import Responses
 from metaopt.stn.substitution import attributes, set_attributes
 from metaopt.stn.trees import mapped, objects

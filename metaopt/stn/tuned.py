@@ -24,9 +24,10 @@ from metaopt.stn.guards import guarded
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.masks import Mask, masks_of
 from metaopt.stn.orders import Orders
-from metaopt.stn.passes import Pass, Tracer, Unsupported
+from metaopt.stn.passes import Pass, Unsupported
 from metaopt.stn.perturbations import Coordinates, Noise, Perturbation, inverse_softplus
 from metaopt.stn.preparation import Found
+from metaopt.stn.recorders import Tracer
 from metaopt.stn.responses import Active, Responses
 from metaopt.stn.substitution import Slots, substituted
 from metaopt.stn.trees import mapped, objects
