@@ -359,8 +359,9 @@ def test_a_hyperparameter_that_nothing_uses_is_named() -> None:
         (lambda m, b, v: b[1].mean(), "does not depend on the model"),
         (lambda m, b, v: m(b[0]).mean() + v.decay.mean() * m.model.one.weight.square().sum(), r"metaopt\.stn\.l2"),
         (lambda m, b, v: m(b[0][:5]).mean(), "5 examples in a step whose batch has 12"),
+        (lambda m, b, v: m(b[0].repeat(2, 1)).mean(), "24 examples in a step whose batch has 12.*once for each view"),
     ],
-    ids=["vector", "number", "constant", "direct", "part"],
+    ids=["vector", "number", "constant", "direct", "part", "views"],
 )
 def test_a_wrong_loss_says_what_to_do(loss: Any, text: str) -> None:
     with train(problem(), loss, valid_loss) as tuner, pytest.raises(ResponseError, match=text):
