@@ -55,7 +55,7 @@ KINDS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "user dictionary": lambda a, b: UserDict(first=a, second=b),
     "distribution": lambda a, b: Independent(Normal(a, b.exp()), 1),
     "beside": lambda a, b: (a, {"law": Normal(a, b.exp())}),
-    "packed": lambda a, b: pack_padded_sequence(torch.stack([a, b], 1), torch.full((len(a),), 2), True),
+    "packed": lambda a, b: pack_padded_sequence(torch.stack([a, b], 1), torch.full((len(a),), 2, device="cpu"), True),
 }
 kinds = pytest.mark.parametrize("kind", list(KINDS))
 
