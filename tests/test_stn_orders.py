@@ -135,3 +135,84 @@ def test_a_bound_dropout_within_packed_recurrence_says_what_to_do() -> None:
     tuned = transform(model, hyperparameters(), bind={"a": "network"}, groups=1)
     with pytest.raises(ResponseError, match="Bind a dropout module before or behind"):
         run(tuned, torch.randn(4, 4, 3), torch.randn(1, 3).expand(4, 3))
+
+
+class Reading(nn.Module):
+    """A layer on what is read at indices, which depend on the data."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.before, self.after = way, nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, chosen = torch.tanh(self.before(x)), x[..., 0] > 0
+        order, last = x[:, 0, 0].argsort(descending=True, stable=True), x[:, :, 1].argmax(1)
+        match self.way:
+            case "masked words":
+                return self.after(h[chosen])
+            case "places":
+                return self.after(h[chosen.nonzero(as_tuple=True)])
+            case "flat places":
+                return self.after(h.flatten(0, 1)[chosen.flatten().nonzero().squeeze(1)])
+            case "sorted":
+                return torch.zeros(len(x), h.shape[1], 2).index_copy(0, order, self.after(torch.sin(h[order])))
+            case "selected":
+                return self.after(h.index_select(0, order))[order.argsort()]
+            case "list":
+                return self.after(h[order.tolist()])[order.argsort()]
+            case "put together":
+                first = x[:, 0, 0] > 0
+                return self.after(torch.cat([h[first], h[~first]]))[
+                    torch.cat([first.argwhere(), (~first).argwhere()]).squeeze(1).argsort()
+                ]
+            case "written":
+                y = torch.zeros_like(h)
+                y[:] = h[order]
+                return self.after(y)[order.argsort()]
+            case "last":
+                return self.after(h[torch.arange(len(x)), last])
+            case "restored":
+                return self.after(torch.sin(h[order])[order.argsort()])
+            case "added":
+                return self.after(torch.zeros_like(h).index_add(0, order, h[order]))
+            case "gathered":
+                return self.after(h.gather(1, last.reshape(-1, 1, 1).expand(-1, 2, 4)))
+            case "table":
+                return self.after(torch.eye(15, 4)[last] + h[:, 0])
+        raise NotImplementedError
+
+
+def sentences(*counts: int) -> Tensor:
+    """As many chosen words in each; the sentences are in falling order of their first number where counts are equal."""
+    x = torch.randn(len(counts), 3, 3)
+    x[..., 0] = torch.tensor([[1.0 if i < n else -1.0 for i in range(3)] for n in counts])
+    return x
+
+
+@pytest.mark.parametrize("linearised", [False, True], ids=["centered", "delta"])
+@pytest.mark.parametrize(
+    "way", ["masked words", "places", "flat places", "sorted", "selected", "list", "put together", "written"]
+)
+@pytest.mark.filterwarnings("ignore:.*can't be linearised by hand:metaopt.FallbackWarning")
+def test_an_order_that_depends_on_the_batch_is_noticed_in_any_batch(way: str, linearised: bool) -> None:
+    """The first batch was in order, and the next one's examples had each other's weights."""
+    torch.manual_seed(0)
+    tuned, z = responding(Reading(way)), torch.randn(5, 3)
+    for counts, falls_back in (((2, 2, 2, 2, 2), False), ((1, 3, 0, 3, 3), True)):
+        x = sentences(*counts)
+        found = run(tuned, x, z, linearised=linearised)
+        assert bool(tuned.fallback) == falls_back
+        if not linearised:
+            torch.testing.assert_close(found, looped(tuned, x, z))
+    assert set(tuned.fallback) >= {"after.weight"}
+    assert "before.weight" not in tuned.fallback
+
+
+@pytest.mark.parametrize("way", ["last", "restored", "added", "gathered", "table"])
+def test_what_is_read_in_the_order_of_the_batch_responds_per_example(way: str) -> None:
+    torch.manual_seed(0)
+    tuned, z = responding(Reading(way)), torch.randn(5, 3)
+    for _ in range(3):
+        x = torch.randn(5, 3, 3)
+        torch.testing.assert_close(run(tuned, x, z), looped(tuned, x, z))
+    assert not tuned.fallback

@@ -359,8 +359,9 @@ def test_a_hyperparameter_that_nothing_uses_is_named() -> None:
         (lambda m, b, v: b[1].mean(), "does not depend on the model"),
         (lambda m, b, v: m(b[0]).mean() + v.decay.mean() * m.model.one.weight.square().sum(), r"metaopt\.stn\.l2"),
         (lambda m, b, v: m(b[0][:5]).mean(), "5 examples in a step whose batch has 12"),
+        (lambda m, b, v: m(b[0].repeat(2, 1)).mean(), "24 examples in a step whose batch has 12.*once for each view"),
     ],
-    ids=["vector", "number", "constant", "direct", "part"],
+    ids=["vector", "number", "constant", "direct", "part", "views"],
 )
 def test_a_wrong_loss_says_what_to_do(loss: Any, text: str) -> None:
     with train(problem(), loss, valid_loss) as tuner, pytest.raises(ResponseError, match=text):
@@ -403,6 +404,9 @@ def test_wrong_options_say_what_to_do() -> None:
         ({"clip": -1.0}, "clip is the largest norm of a gradient, above 0"),
         ({"clip": 0}, "clip is the largest norm of a gradient, above 0"),
         ({"entropy_weight": float("nan")}, "entropy_weight >= 0"),
+        ({"scale_bounds": 0.1}, "scale_bounds, a pair"),
+        ({"clip": "1"}, "clip is the largest norm of a gradient, above 0"),
+        ({"seed": 1.5}, "seed must be a whole number"),
         ({"optimizer": None}, "a function that makes it.*not as NoneType"),
         ({"hyper_optimizer": torch.optim.SGD([torch.ones(1)], lr=0.1)}, "a function that makes it.*not as SGD"),
     ],

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.autograd import Function
@@ -28,6 +28,15 @@ from metaopt.errors import CaptureError
 
 if TYPE_CHECKING:
     from metaopt.capture.watcher import Watcher
+
+
+class _Sees(Protocol):
+    """Who is shown custom functions."""
+
+    def apply(self, cls: type, original: Any, args: Any, kwargs: Any) -> Any:
+        """Call one; ``original`` is its ``apply``."""
+        ...
+
 
 # What the replay calls in place of those whose backward is, on purpose, not the derivative of their forward.
 _checked: weakref.WeakKeyDictionary[type, Surrogate | None] = weakref.WeakKeyDictionary()
@@ -47,7 +56,7 @@ def _apply(cls: type, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def see_functions(watcher: Watcher) -> Iterator[None]:
+def see_functions(watcher: _Sees) -> Iterator[None]:
     """While open, custom functions called in this thread are shown to the watcher."""
     global _users
     with _lock:

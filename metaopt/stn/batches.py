@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from metaopt.errors import ResponseError
+from metaopt.stn.trees import leaves, mapped
 
 
 def count(args: Any, kwargs: Any, dim: int) -> int:
@@ -27,7 +28,7 @@ def count(args: Any, kwargs: Any, dim: int) -> int:
                 "the model is called with a packed sequence, which has no axis of examples; pass the padded sequences "
                 "and their lengths, and let the model pack them."
             )
-    for leaf in pytree.tree_leaves((args, kwargs)):
+    for leaf in leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and leaf.ndim > dim:
             return leaf.shape[dim]
     raise ResponseError(
@@ -43,7 +44,7 @@ def split(args: Any, kwargs: Any, part: Tensor, dim: int, examples: int) -> tupl
             return leaf.index_select(dim, part.to(leaf.device))
         return leaf
 
-    taken: tuple[Any, Any] = pytree.tree_map(take, (args, kwargs))
+    taken: tuple[Any, Any] = mapped(take, (args, kwargs))
     return taken
 
 
@@ -53,7 +54,7 @@ def join(outputs: Sequence[Any], dim: int) -> Any:
     Raises:
         ResponseError: if its tensors have no axis of examples, or other shapes for other groups.
     """
-    return pytree.tree_map(lambda *parts: _joined(parts, dim), *outputs)
+    return mapped(lambda *parts: _joined(parts, dim), *outputs)
 
 
 def _joined(parts: tuple[Any, ...], dim: int) -> Any:
@@ -84,7 +85,7 @@ def size_of(batch: Any, dim: int) -> int:
     Raises:
         ResponseError: if it holds no tensor with examples.
     """
-    for leaf in pytree.tree_leaves(batch):
+    for leaf in leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim > dim:
             if not leaf.shape[dim]:
                 raise ResponseError("a batch has no examples; leave empty batches out.")

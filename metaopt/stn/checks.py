@@ -2,18 +2,86 @@
 
 from __future__ import annotations
 
-__all__ = ["check_first", "evaluation", "groups_of", "repeat", "require_scalar"]
+__all__ = [
+    "check_first",
+    "check_validation",
+    "evaluation",
+    "groups_of",
+    "made",
+    "repeat",
+    "require_scalar",
+    "takes_values",
+]
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import LBFGS, Optimizer
 
 from metaopt.errors import FallbackWarning, ResponseError, UnusedHyperparameterWarning, warn
 from metaopt.stn.perturbations import Perturbation
 from metaopt.stn.tuned import GROUPS, Tuned
+
+
+def takes_values(train_loss: Callable[..., Any], valid_loss: Callable[..., Any]) -> bool:
+    """Whether a validation loss is given the hyperparameters' values: if it can't be called without a third argument.
+
+    Raises:
+        ResponseError: if a loss function can't be called with what it is given.
+    """
+    if not _callable_with(train_loss, 3):
+        raise ResponseError(
+            "the training loss is called as `train_loss(model, batch, values)`, and takes other arguments; give it "
+            "these three, where `values` holds the hyperparameters."
+        )
+    if _callable_with(valid_loss, 2):
+        return False
+    if not _callable_with(valid_loss, 3):
+        raise ResponseError(
+            "the validation loss is called as `valid_loss(model, batch)`, or with `values` as a third argument, and "
+            "takes other arguments; give it these."
+        )
+    return True
+
+
+def _callable_with(function: Callable[..., Any], number: int) -> bool:
+    try:
+        inspect.signature(function).bind(*range(number))
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature to look at
+        return number < 3 or not callable(function)
+    return True
+
+
+def made(factory: Callable[..., Any], parameters: list[Any], what: str) -> Optimizer:
+    """The optimizer that a user's function makes of some parameters.
+
+    Raises:
+        ResponseError: if it is none, has other parameters, or takes steps that evaluate the loss anew.
+    """
+    optimizer = factory(parameters)
+    if not isinstance(optimizer, Optimizer):
+        raise ResponseError(
+            f"the function that makes the optimizer of the {what} returned {type(optimizer).__name__}; let it return "
+            "a torch optimizer, as `lambda p: torch.optim.Adam(p, lr=1e-3)` does."
+        )
+    known = {id(p) for p in parameters}
+    if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
+        raise ResponseError(
+            f"the optimizer of the {what} was made of other parameters than its function was given, so those would not "
+            "be trained; use the function's argument, as in `lambda p: torch.optim.Adam(p, lr=1e-3)`."
+        )
+    if isinstance(optimizer, LBFGS):
+        raise ResponseError(
+            f"LBFGS evaluates the loss several times in a step, and a step of the {what} has one draw of perturbations "
+            "and masks; use an optimizer that takes one gradient, such as Adam or SGD."
+        )
+    return optimizer
 
 
 def require_scalar(loss: Any) -> None:
@@ -79,10 +147,11 @@ def groups_of(tuned: Tuned, examples: int) -> int | None:
 
 def check_first(loss: Tensor, at: Perturbation, weights: Iterable[Tensor]) -> None:
     """What can be seen of a wrong loss function after the first step."""
-    if not at.weights and uses_directly(loss, weights):
+    if _uses_directly(loss, weights, at.aliases):
         raise ResponseError(
             "the training loss uses the model's parameters directly, not through `model(x)`: that part would not see "
-            "the perturbed weights. For weight decay use `metaopt.stn.l2(model, values.NAME)`."
+            "the perturbed weights. For weight decay use `metaopt.stn.l2(model, values.NAME)`, and call the model that "
+            "is the loss function's first argument."
         )
     unused = set(at.values) - at.values.read - at.uses
     if not unused:
@@ -99,10 +168,20 @@ def check_first(loss: Tensor, at: Perturbation, weights: Iterable[Tensor]) -> No
     )
 
 
-def uses_directly(loss: Tensor, leaves: Iterable[Tensor]) -> bool:
-    """Whether any of some leaves is in the graph of a loss."""
+def check_validation(loss: Tensor, weights: Iterable[Tensor]) -> None:
+    """Refuse a validation loss of the plain weights, which no hyperparameter moves."""
+    if _uses_directly(loss, weights):
+        raise ResponseError(
+            "the validation loss uses the model's parameters directly: that part does not depend on the "
+            "hyperparameters. Call the model that is the loss function's first argument, not the one that was given to "
+            "`transform`."
+        )
+
+
+def _uses_directly(loss: Tensor, leaves: Iterable[Tensor], aliases: Iterable[Tensor] = ()) -> bool:
+    """Whether any of some leaves is in the graph of a loss, other than through its aliases."""
     wanted = {id(leaf) for leaf in leaves}
-    seen, queue = set(), [loss.grad_fn]
+    seen, queue = {alias.grad_fn for alias in aliases}, [loss.grad_fn]
     while queue:
         node = queue.pop()
         if node is None or node in seen:

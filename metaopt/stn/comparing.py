@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metaopt.errors import FallbackWarning, ResponseError, warn
 from metaopt.stn.engines import ENGINES
@@ -17,6 +16,7 @@ from metaopt.stn.generators import same_randomness
 from metaopt.stn.outputs import close
 from metaopt.stn.passes import Pass, Unsupported
 from metaopt.stn.preparation import Prepared
+from metaopt.stn.trees import leaves
 
 
 class Compared(Prepared):
@@ -45,12 +45,12 @@ class Compared(Prepared):
         found, passes = [], []
 
         def run(point: Tensor, kind: type[Pass]) -> tuple[Any, Pass]:
-            output, p = self._run(point, kind, values, args, kwargs, weights=False, response=False, weight=weight)
+            output, p = self._run(point, kind, values, args, kwargs, response=False, weight=weight)
             passes.append(p)
             return output, p
 
         for engine in ENGINES:
-            with same_randomness(self.device):
+            with self._unmoved():
                 try:
                     output = ENGINES[engine](run, z.detach())
                     found.append((output, _gradient(output, weight)))
@@ -72,12 +72,12 @@ class Compared(Prepared):
 
 def _gradient(output: Any, weight: Tensor) -> Tensor | None:
     """A gradient through the tangents; some functions of torch have tangents without one."""
-    leaves = [y for y in pytree.tree_leaves(output) if isinstance(y, Tensor) and y.requires_grad]
-    if not leaves:
+    found = [y for y in leaves(output) if isinstance(y, Tensor) and y.requires_grad]
+    if not found:
         return None
     try:
         return torch.autograd.grad(
-            torch.stack([y.abs().square().mean() for y in leaves]).sum(), weight, allow_unused=True
+            torch.stack([y.abs().square().mean() for y in found]).sum(), weight, allow_unused=True
         )[0]
     except RuntimeError as error:
         text = str(error)

@@ -40,7 +40,8 @@ class Descent:
         Returns:
             Whether it was taken.
         """
-        everything = [parameter for parameters, _ in moves for parameter in parameters]
+        # A hyperparameter that was frozen is a constant.
+        everything = [parameter for parameters, _ in moves for parameter in parameters if parameter.requires_grad]
         gradients = differentiate(loss, everything)
         if not _finite([loss, *gradients]):
             self.skipped += 1

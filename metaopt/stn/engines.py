@@ -12,7 +12,7 @@ from __future__ import annotations
 
 __all__ = ["ENGINES", "Runner", "combine"]
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +26,7 @@ from metaopt.stn.forward_mode import dual_level
 from metaopt.stn.linearised import LinearisedPass
 from metaopt.stn.passes import Pass, Unsupported
 from metaopt.stn.spelt import SPELT_OUT
+from metaopt.stn.trees import leaves, mapped
 
 
 class Runner(Protocol):
@@ -46,7 +47,7 @@ def manual(run: Runner, z: Tensor) -> Any:
     output, p = run(z, LinearisedPass)
     if isinstance(output, Tensor):
         return combine(output, p.tangent(output))
-    return pytree.tree_map(lambda y: combine(y, p.tangent(y)), output)
+    return mapped(lambda y: combine(y, p.tangent(y)), output)
 
 
 class _Spelt(TorchFunctionMode):
@@ -92,34 +93,51 @@ def forward(run: Runner, z: Tensor) -> Any:
             primal, tangent = forward_ad.unpack_dual(y)
             return combine(primal, tangent)
 
-        return pytree.tree_map(split, output)
+        return mapped(split, output)
 
 
 def double(run: Runner, z: Tensor) -> Any:
     """Two backward passes: the derivative by ``v`` of ``vᵀ J`` is ``J``, applied to ε."""
     zero = torch.zeros_like(z).requires_grad_()
     with torch.enable_grad(), _Spelt(), sdpa_kernel(SDPBackend.MATH):
-        output, _ = run(zero, Pass)
-        leaves, spec = pytree.tree_flatten(output)
-        live = [y for y in leaves if isinstance(y, Tensor) and y.requires_grad]
+        output, p = run(zero, Pass)
+        live = [y for y in leaves(output) if isinstance(y, Tensor) and y.requires_grad]
         tangents: dict[int, Tensor] = {}
         if live:
-            adjoints = [torch.zeros_like(y).requires_grad_() for y in live]
+            adjoints = [_some(y).requires_grad_() for y in live]
             try:
                 (pulled,) = torch.autograd.grad(live, zero, adjoints, create_graph=True, allow_unused=True)
                 pushed: Any = ()
                 if pulled is not None:
                     pushed = torch.autograd.grad(pulled, adjoints, z, create_graph=True, allow_unused=True)
             except RuntimeError as error:
-                if "not implemented" not in str(error):
+                if "not implemented" not in str(error) and "once_differentiable" not in str(error):
                     raise
                 raise Unsupported(str(error).splitlines()[0]) from error
             if pulled is not None:
+                _require_adjoint(pulled, z, adjoints, pushed, p.epsilon)
                 tangents = {id(y): t for y, t in zip(live, pushed, strict=True) if t is not None}
         # The primal keeps its graph: a loss may differentiate it by the model's input.
-        return pytree.tree_unflatten(
-            [combine(y, tangents.get(id(y))) if isinstance(y, Tensor) else y for y in leaves], spec
-        )
+        return mapped(lambda y: combine(y, tangents.get(id(y))), output)
+
+
+def _some(like: Tensor) -> Tensor:
+    """Numbers with no pattern, which no generator is moved for."""
+    with torch.no_grad():
+        return torch.cos(torch.arange(like.numel(), device=like.device).square()).to(like.dtype).reshape(like.shape)
+
+
+@torch.no_grad()
+def _require_adjoint(
+    pulled: Tensor, z: Tensor, adjoints: Sequence[Tensor], pushed: Sequence[Tensor | None], epsilon: float
+) -> None:
+    """Raise `Unsupported` if ``v · (J z)`` is not ``(Jᵀ v) · z``: then a backward hides how it depends on ``v``."""
+    there = sum(((v * t).sum().real.double() for v, t in zip(adjoints, pushed, strict=True) if t is not None))
+    back = (pulled * z).sum().double()
+    rounding = max(epsilon, *(torch.finfo(v.dtype).eps for v in (pulled, *adjoints)))
+    size = pulled.double().norm() * z.double().norm()
+    if bool(torch.as_tensor(there - back).abs() > rounding**0.5 * size):
+        raise Unsupported("a backward that can't be differentiated, such as one marked `once_differentiable`")
 
 
 ENGINES: dict[str, Callable[[Runner, Tensor], Any]] = {"manual": manual, "forward": forward, "double": double}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["differentiate", "guarded"]
+__all__ = ["RECOMPUTED", "differentiate", "guarded"]
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import disable_saved_tensors_hooks
-from torch.utils import _pytree as pytree
 
 from metaopt.errors import ResponseError
+from metaopt.stn.trees import leaves
 
 RECOMPUTED = (
     "the model uses `torch.utils.checkpoint`, which computes a part of it once more while gradients are taken, when "
@@ -33,7 +33,7 @@ def guarded(*inputs: Any, recomputes: bool = False) -> Iterator[None]:
     Raises:
         ResponseError: if it writes on its input, or saves less than its gradient needs.
     """
-    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_inference()]
+    tensors = [t for t in leaves(inputs) if isinstance(t, Tensor) and not t.is_inference()]
     versions = [t._version for t in tensors]
     with ExitStack() as stack:
         if not recomputes:

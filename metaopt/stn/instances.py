@@ -132,6 +132,8 @@ def _known(
         if indexed and any(v.dtype not in INDICES for v in batched):
             # Such indices may be of other examples; out of range they would end a process that computes on a GPU.
             call = "indices there may be of other examples"
+        if isinstance(call, Call) and p.orders is not None and any(v in p.orders for v in batched):
+            call = "the examples there are sorted or selected by their values"
     if isinstance(call, str):
         raise NeedsGroups(first.name, f"it is used by `{name}`, and {call}")
     return call

@@ -10,7 +10,7 @@ References:
 
 from __future__ import annotations
 
-__all__ = ["LinearisedPass", "carry"]
+__all__ = ["LinearisedPass", "carry", "kept_tangent"]
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -147,3 +147,8 @@ def carry(p: Pass, value: Tensor, tangent: Tensor) -> Tensor:
     """Let a tensor carry a tangent for the rest of a pass."""
     setattr(value, _ATTRIBUTE, (p, tangent if tangent.shape == value.shape else tangent.expand_as(value)))
     return value
+
+
+def kept_tangent(value: Tensor) -> bool:
+    """Whether a tensor still has the tangent of a pass."""
+    return getattr(value, _ATTRIBUTE, None) is not None

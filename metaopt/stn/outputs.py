@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from metaopt.stn.trees import leaves
 
 
 def moved(before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]) -> bool:
@@ -19,18 +20,18 @@ def moved(before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | No
 
 def shapes(output: Any) -> list[Any]:
     """The shapes of its tensors."""
-    return [leaf.shape for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [leaf.shape for leaf in leaves(output) if isinstance(leaf, Tensor)]
 
 
 def rows(output: Any, examples: int, index: int, dim: int) -> list[Tensor]:
     """One example of each output that has examples."""
-    leaves = (y for y in pytree.tree_leaves(output) if isinstance(y, Tensor) and y.ndim > dim)
-    return [y.select(dim, index) for y in leaves if y.shape[dim] == examples]
+    found = (y for y in leaves(output) if isinstance(y, Tensor) and y.ndim > dim)
+    return [y.select(dim, index) for y in found if y.shape[dim] == examples]
 
 
 def close(a: Any, b: Any, epsilon: float) -> bool:
     """Whether two outputs agree up to the rounding of the lowest precision within."""
-    for x, y in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
+    for x, y in zip(leaves(a), leaves(b), strict=True):
         if isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
             rounding = max(epsilon, torch.finfo(x.dtype).eps)
             tolerance = 1e-8 if rounding < 1e-15 else 2e-3 if rounding < 1e-6 else 1e-1

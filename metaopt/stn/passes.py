@@ -6,7 +6,7 @@ each function of torch that is given one adds that response's effect by the rule
 
 from __future__ import annotations
 
-__all__ = ["Pass", "Recorder", "Tracer", "Unsupported", "function_name"]
+__all__ = ["Pass", "Unsupported", "function_name", "reads_no_values"]
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -14,13 +14,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
-from metaopt.stn.calls import Call, Noted, Place, flat
+from metaopt.errors import ResponseError
+from metaopt.stn.calls import Call, Place
+from metaopt.stn.guards import RECOMPUTED
 from metaopt.stn.instances import LARGEST, Instances, apply
 from metaopt.stn.layouts import Layout, NeedsGroups, Site
+from metaopt.stn.orders import Orders
 from metaopt.stn.perturbations import Noise
 from metaopt.stn.responses import Active
+from metaopt.stn.trees import leaves
 
 Rule = Callable[..., Any]
 
@@ -30,6 +34,10 @@ PLAIN |= {"is_nested", "is_sparse", "is_sparse_csr", "is_quantized", "is_cpu", "
 PLAIN_METHODS = {"size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "ndimension"}
 PLAIN_METHODS |= {"type", "get_device", "is_complex", "__len__", "__hash__", "__repr__", "data_ptr", "nelement"}
 PLAIN_METHODS |= {"is_signed", "is_inference", "__format__"}
+
+
+# Why an example can't be told from its place.
+MOVED = "it is given examples that the model sorts or selects by their values"
 
 
 class Unsupported(Exception):
@@ -44,6 +52,7 @@ class Pass(TorchFunctionMode):
         layouts: where the examples are, by site.
         rates: the dropout rates of each example by hyperparameter.
         calls: how functions without a rule are called, by site.
+        orders: which tensors have the examples in another order, if the model reads them at indices.
 
     Attributes:
         rules: by function: what it does with weights that respond, or with rates. Filled by `metaopt.stn.rules`.
@@ -59,12 +68,14 @@ class Pass(TorchFunctionMode):
         layouts: Mapping[Site, Layout | str],
         rates: Mapping[str, Tensor],
         calls: Mapping[Place, Call | str] | None = None,
+        orders: Orders | None = None,
     ) -> None:
         super().__init__()
         self.marks = dict(marks)
         self.layouts = layouts
         self.rates = rates
         self.calls = {} if calls is None else calls
+        self.orders = orders
         self.used: set[str] = set()
         self.hyper_used: set[str] = set()
         self.functional_dropout = False
@@ -76,18 +87,28 @@ class Pass(TorchFunctionMode):
         self.apart: set[str] = set()
         self.held: dict[int, Instances] = {}
         self._asked: set[int] = set()
+        # Whether a custom function of the model's is computing.
+        self._within = False
         self._kept: list[Tensor] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._within:
+            return func(*args, **kwargs)
+        result = self._called(func, args, kwargs)
+        if self.orders is not None:
+            self.orders.follow(func, args, kwargs, result)
+        return result
+
+    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = self.rules.get(func)
         if not self.marks:
             return self.plain(func, args, kwargs) if rule is None else rule(self, func, *args, **kwargs)
         # What was computed from parameters; they themselves may have a rule here.
         derived = self.held and any(key not in self.marks for key in _among(self.held, args, kwargs))
-        if derived and not _reads_no_values(func):
+        if derived and not reads_no_values(func):
             return self.each(func, args, kwargs)
         asked, self._asked = self._asked, set()
         try:
@@ -103,6 +124,33 @@ class Pass(TorchFunctionMode):
             return self.each(func, args, kwargs, needs)
         finally:
             self._asked = asked
+
+    def apply(self, cls: type, original: Any, args: Any, kwargs: Any) -> Any:
+        """A custom ``autograd.Function`` of the model: what it calls has no gradient, its own ``backward`` has.
+
+        Raises:
+            NeedsGroups: if it is given a parameter that responds per example.
+        """
+        if cls is CheckpointFunction:
+            raise ResponseError(RECOMPUTED)
+        name, within = f"{cls.__name__}.apply", self._within
+        for known in (self.marks, self.held) if not (within or self.recording) else ():
+            for key in _among(known, args, kwargs):
+                owner = self.marks[key].entry.name if key in self.marks else self.held[key].name
+                raise NeedsGroups(owner, f"it is used by `{name}`, a custom autograd.Function")
+
+        def own(*inputs: Any, **options: Any) -> Any:
+            self._within = True
+            try:
+                return original(*inputs, **options)
+            finally:
+                self._within = within
+
+        own.__name__, own.__module__ = name, cls.__module__
+        result = own(*args, **kwargs) if within else self.plain(own, args, kwargs)
+        if self.orders is not None and not within:
+            self.orders.follow(own, args, kwargs, result)
+        return result
 
     def plain(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function for which there is nothing to respond."""
@@ -136,10 +184,11 @@ class Pass(TorchFunctionMode):
         return self.fixed or self.locate((active.entry.name, func.__name__), value, len(active.coefficients[0]))
 
     def locate(self, site: Site, value: Tensor, examples: int) -> Layout | None:
-        """The layout of a site, with the number of examples checked."""
+        """The layout of a site, with the number of examples and their order checked."""
         found = self.layouts.get(site, "it was not used when the axes of examples were looked for")
         if isinstance(found, Layout):
-            found = found.fitted(value, examples)
+            moved = self.orders is not None and value in self.orders
+            found = MOVED if moved else found.fitted(value, examples)
         if isinstance(found, str):
             raise NeedsGroups(site[0], found)
         return found
@@ -147,7 +196,7 @@ class Pass(TorchFunctionMode):
     def refuse_marked(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Raise `NeedsGroups` if a responding weight is given to a function that has no rule for it."""
         for key in _among(self.marks, args, kwargs):
-            if key not in self._asked and not _reads_no_values(func):
+            if key not in self._asked and not reads_no_values(func):
                 raise NeedsGroups(
                     self.marks[key].entry.name, f"it is used by `{function_name(func)}`, which has no rule per example"
                 )
@@ -176,7 +225,7 @@ class Pass(TorchFunctionMode):
 
     def require_joined(self, output: Any) -> None:
         """Raise `NeedsGroups` if a result was computed from parameters alone: it has no axis of examples."""
-        for leaf in pytree.tree_leaves(output) if not self.recording else ():
+        for leaf in leaves(output) if not self.recording else ():
             held = self.instances(leaf)
             if held is not None:
                 raise NeedsGroups(held.name, "the model returns what was computed from it alone")
@@ -217,48 +266,6 @@ class Pass(TorchFunctionMode):
         return target.copy_(value)
 
 
-class Recorder(Pass):
-    """A pass that changes nothing and notes what each site was given."""
-
-    recording = True
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.seen: dict[Site, list[Tensor]] = {}
-
-    def locate(self, site: Site, value: Tensor, examples: int) -> Layout | None:
-        self.seen.setdefault(site, []).append(value.detach())
-        return None
-
-    def layout(self, active: Active, func: Any, value: Tensor) -> Layout | None:
-        self.used.add(active.entry.name)
-        # In a composite rule the axis is known; what counts is that the composite's own input has it.
-        return None if self.fixed else self.locate((active.entry.name, func.__name__), value, 0)
-
-    def refuse_marked(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-        return
-
-
-class Tracer(Recorder):
-    """A recorder that also notes the calls to which parameters lead."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.starts = {key: active.entry.name for key, active in self.marks.items()}
-        self.noted: list[Noted] = []
-        self._reached = set(self.starts)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs)
-        inputs = flat((args, kwargs or {}))
-        if not self._reached.isdisjoint(map(id, inputs)) and not _reads_no_values(func):
-            self.noted.append(Noted(function_name(func), inputs, flat(result)))
-            self._reached.update(id(v) for v in self.noted[-1].outputs if isinstance(v, Tensor))
-        return result
-
-
 def _among(known: Mapping[int, Any], args: Any, kwargs: Mapping[str, Any]) -> Iterator[int]:
     """Which of some tensors are given to a function."""
     for value in (*args, *kwargs.values()) if kwargs else args:
@@ -268,7 +275,8 @@ def _among(known: Mapping[int, Any], args: Any, kwargs: Mapping[str, Any]) -> It
             yield id(value)
 
 
-def _reads_no_values(func: Any) -> bool:
+def reads_no_values(func: Any) -> bool:
+    """Whether a function of a tensor does not depend on its entries."""
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return getattr(func.__self__, "__name__", "") in PLAIN

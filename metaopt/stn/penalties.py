@@ -57,7 +57,7 @@ def l2(model: Tuned, coefficient: Tensor | float, names: Collection[str] | None 
         for active in model.responses.active(at.z, frozen=not at.response):
             if active.entry.name in chosen:
                 parameter = model.slots.parameter(active.entry.name)
-                norm = _squared_norm(parameter if at.weights else parameter.detach(), active)
+                norm = _squared_norm(at.alias(parameter), active)
                 total = norm if total is None else total + norm
     assert total is not None
     return (_each(coefficient, total, "examples") * total).mean()

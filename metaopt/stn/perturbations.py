@@ -79,6 +79,8 @@ class Perturbation:
         weights: whether the weights w0 are trained through it.
         response: whether the response is.
         uses: names of hyperparameters that the model's dropouts used.
+        aliases: what stands in for w0 where it is trained.
+        running: whether the model is computing.
     """
 
     z: Tensor | None
@@ -90,6 +92,15 @@ class Perturbation:
     uses: set[str] = field(default_factory=set)
     functional_dropout: bool = False
     noise: Noise = field(default_factory=lambda: Noise())
+    aliases: list[Tensor] = field(default_factory=list)
+    running: bool = False
+
+    def alias(self, parameter: Tensor) -> Tensor:
+        """What stands in for a parameter: a view, by which a use through the model is told from a direct one."""
+        if not self.weights:
+            return parameter.detach()
+        self.aliases.append(parameter.view_as(parameter))
+        return self.aliases[-1]
 
 
 class Coordinates:

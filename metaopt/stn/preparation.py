@@ -4,7 +4,8 @@ from __future__ import annotations
 
 __all__ = ["Prepared"]
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -16,9 +17,13 @@ from metaopt.stn.batches import count, join, select, split
 from metaopt.stn.calls import confirmed, follow
 from metaopt.stn.generators import random_state, same_randomness
 from metaopt.stn.layouts import Layout, NeedsGroups, Site, infer, reordered
+from metaopt.stn.orders import noted
 from metaopt.stn.outputs import close, moved, rows, shapes
-from metaopt.stn.passes import Pass, Recorder, Tracer
+from metaopt.stn.passes import Pass
+from metaopt.stn.recorders import Recorder, Tracer
 from metaopt.stn.running import Found, Running
+from metaopt.stn.substitution import attributes, set_attributes
+from metaopt.stn.trees import objects
 
 # Examples on which it is seen whether a model keeps their order.
 MOST = 16
@@ -27,6 +32,10 @@ POINTS = 4
 
 
 Traced = TypeVar("Traced", bound=Recorder)
+
+
+class Inseparable(Exception):
+    """The model can't be run on a part of a batch."""
 
 
 class Prepared(Running):
@@ -43,33 +52,50 @@ class Prepared(Running):
         training = self.model.training
         if training in self._layouts:
             return
-        modes = [(module, module.training) for module in self.model.modules()]
         try:
-            with same_randomness(self.device), torch.no_grad():
-                self.model.eval()
-                known = self._infer(args, kwargs, None)
-                if self.verify:
-                    known.refuse(self._reordered(known.layouts, args, kwargs))
-                    self._in_turn(known, args, kwargs)
-                for module, mode in modes:
-                    module.training = mode
-                self._layouts[training] = self._infer(args, kwargs, known) if training else known
-                if self.verify:
-                    epsilon = self._check(args, kwargs)
-                    self.mixes = self.mixes or (bool(self.fallback) and self._mixes(args, kwargs, epsilon))
+            with self._unmoved(), torch.no_grad():
+                self._look(training, args, kwargs)
+        except Inseparable as why:
+            # As a graph's nodes are, or a state that has the examples along another axis.
+            self.fallback |= dict.fromkeys(self.names, str(why))
+            self.mixes, self._layouts[training] = True, Found({}, {})
         except BaseException:
             self._layouts.pop(training, None)
             raise
+
+    @contextmanager
+    def _unmoved(self) -> Iterator[None]:
+        """Leave random generators and modules as they are."""
+        kept = attributes(self.model)
+        try:
+            with same_randomness(self.device):
+                yield
         finally:
-            for module, mode in modes:
-                module.training = mode
+            set_attributes(kept)
+
+    def _look(self, training: bool, args: Any, kwargs: Any) -> None:
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        known = self._infer(args, kwargs, None)
+        if self.verify:
+            known.refuse(self._reordered(known.layouts, args, kwargs))
+            self._in_turn(known, args, kwargs)
+        for module, mode in modes:
+            module.training = mode
+        self._layouts[training] = self._infer(args, kwargs, known) if training else known
+        if self.verify:
+            epsilon = self._check(args, kwargs)
+            self.mixes = self.mixes or (bool(self.fallback) and self._mixes(args, kwargs, epsilon))
 
     def _infer(self, args: Any, kwargs: Any, known: Found | None) -> Found:
         parts = [(select(args, kwargs, n, self.batch_dim), n) for n in (2, 3)]
         two, three = (self._recorded(*inputs, n, Tracer) for inputs, n in parts)
         layouts = infer(two.seen, three.seen, None if known is None else known.layouts)
         calls = follow(two.noted, three.noted, (two.starts, three.starts))
-        return Found(layouts, calls if known is None else confirmed(calls, known.calls))
+        read = noted(two.read, three.read)
+        if known is None:
+            return Found(layouts, calls, read)
+        return Found(layouts, confirmed(calls, known.calls), known.reads | read)
 
     def _reordered(self, known: Mapping[Site, Layout | str], args: Any, kwargs: Any) -> dict[Site, str]:
         whole = count(args, kwargs, self.batch_dim)
@@ -80,7 +106,7 @@ class Prepared(Running):
                 self._recorded(*split(args, kwargs, part, self.batch_dim, whole), len(part), Recorder).seen
                 for part in (first, order)
             )
-        except ResponseError:
+        except Inseparable:
             # It insists on an order, such as sequences of falling length: then it keeps the one that it is given.
             return {}
         return reordered(known, given, permuted, order)
@@ -101,8 +127,8 @@ class Prepared(Running):
         finally:
             for module, mode in modes:
                 module.training = mode
-        if any(len(shape) <= self.batch_dim for shape in shapes(together)):
-            # It has no axis of examples, such as a loss.
+        if objects(together) or any(len(shape) <= self.batch_dim for shape in shapes(together)):
+            # It has no axis of examples, such as a loss; or is of a kind that can't be put together from groups.
             return True
         joined = join(halves, self.batch_dim)
         # Where the model draws random numbers in evaluation, no two runs agree, and shapes must do.
@@ -112,13 +138,16 @@ class Prepared(Running):
         z = self.rho.new_zeros(examples, self.coordinates.size)
         values = self.coordinates.values(self.coordinates.leaf().detach().expand(examples, -1))
         try:
-            _, p = self._run(z, kind, values, args, kwargs, weights=False, response=False)
+            with self._unmoved():
+                _, p = self._run(z, kind, values, args, kwargs, response=False)
+        except ResponseError:
+            raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            raise ResponseError(
+            raise Inseparable(
                 f"`{type(self.model).__name__}` was run on {examples} examples, to find out where they are in what "
-                f"its layers see, and that failed: {error}. The examples must be along axis {self.batch_dim} of "
-                "every tensor that it is called with (`transform(..., batch_dim=...)` says which), and tensors "
-                "without examples must be of another size along it."
+                f"its layers see, and that failed: {error}; for a perturbation of each example, these must be along "
+                f"axis {self.batch_dim} of every tensor that it is called with (`transform(..., batch_dim=...)` says "
+                "which), and tensors without examples of another size along it"
             ) from error
         assert isinstance(p, kind)
         return p
@@ -133,7 +162,7 @@ class Prepared(Running):
         z = self.rho.new_ones(1, self.coordinates.size)
         weight = 0.3 * torch.randn_like(self.responses.weight) / self.coordinates.size
         values = self.coordinates.values(self.coordinates.leaf().detach().expand(examples, -1))
-        constant: dict[str, Any] = {"weights": False, "response": False, "weight": weight}
+        constant: dict[str, Any] = {"response": False, "weight": weight}
         before = dict(self.fallback)
         output, p = self._responses_of(z.expand(examples, -1), values, args, kwargs, constant)
         unseen = {e.name for e in self.responses.entries} - p.used - set(self.fallback)
@@ -175,7 +204,7 @@ class Prepared(Running):
         z = torch.randn(POINTS, self.coordinates.size, device="cpu").to(self.rho)
         weight = 0.3 * torch.randn_like(self.responses.weight) / self.coordinates.size
         values = self.coordinates.values(self.coordinates.leaf().detach().expand(examples, -1))
-        how: dict[str, Any] = {"weights": False, "response": False, "weight": weight}
+        how: dict[str, Any] = {"response": False, "weight": weight}
         together, p = self._responses_of(z[point.to(z.device)], values, args, kwargs, how)
         if not p.apart or self.fallback:
             # The examples of a group have one perturbation, and that is checked.
@@ -194,7 +223,7 @@ class Prepared(Running):
         """A nonlinear pass; what can't respond per example is noted."""
         while True:
             try:
-                with same_randomness(self.device):
+                with self._unmoved():
                     return self._run(z, Pass, values, args, kwargs, **how)
             except NeedsGroups as needs:
                 if needs.name not in self.names:
@@ -205,7 +234,7 @@ class Prepared(Running):
         """The output with all weights changed by the response at one point."""
         kept, self.fallback = self.fallback, dict.fromkeys((e.name for e in self.responses.entries), "")
         try:
-            with same_randomness(self.device):
+            with self._unmoved():
                 return self._run(z, Pass, values, args, kwargs, **how)[0]
         finally:
             self.fallback = kept

@@ -6,28 +6,38 @@ __all__ = ["Found", "Running"]
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metaopt.capture.functions import see_functions
 from metaopt.stn.calls import Call, Place
 from metaopt.stn.guards import guarded
 from metaopt.stn.layouts import Layout, Site
 from metaopt.stn.masks import Mask
+from metaopt.stn.orders import Key, Orders
 from metaopt.stn.passes import Pass
 from metaopt.stn.perturbations import Coordinates, Noise, Perturbation
+from metaopt.stn.recorders import Tracer
 from metaopt.stn.responses import Active, Responses
 from metaopt.stn.substitution import Slots, substituted
 
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of a model in one mode: where the examples are, and how functions without a rule are called."""
+    """What is known of a model in one mode.
+
+    Args:
+        layouts: where the examples are.
+        calls: how functions without a rule are called.
+        reads: where examples are read at indices.
+    """
 
     layouts: dict[Site, Layout | str]
     calls: dict[Place, Call | str]
+    reads: dict[Key, Layout | str] = field(default_factory=dict)
 
     def refuse(self, why: Mapping[Site, str]) -> None:
         """Note why examples can't be told apart at some sites."""
@@ -101,7 +111,6 @@ class Running(nn.Module):
         args: Any,
         kwargs: Any,
         *,
-        weights: bool,
         response: bool,
         at: Perturbation | None = None,
         weight: Tensor | None = None,
@@ -114,9 +123,8 @@ class Running(nn.Module):
             values: the hyperparameters' values.
             args: the model's.
             kwargs: the model's.
-            weights: whether w0 is differentiable.
             response: whether Θ is.
-            at: where to note what was used.
+            at: where to note what was used; without it w0 is a constant.
             weight: another ``U``.
         """
         replaced: dict[str, Tensor] = {}
@@ -125,7 +133,7 @@ class Running(nn.Module):
         for active in self.responses.active(z, frozen=not response, weight=weight):
             name = active.entry.name
             parameter = self.slots.parameter(name)
-            alias = parameter.view_as(parameter) if weights else parameter.detach()
+            alias = parameter.detach() if at is None else at.alias(parameter)
             if name in self.fallback:
                 change = active.change()
                 if kind.linearised:
@@ -135,11 +143,15 @@ class Running(nn.Module):
             else:
                 marks[id(alias)] = active
             replaced[name] = alias
-        # A rate that has one draw for a minibatch is one number, wherever the examples are.
-        shared = self.coordinates.per_batch
+        # A rate that has one draw for a minibatch, or for a group, is one number, wherever the examples are.
+        grouped = bool(self.fallback) and (at is None or at.groups is not None)
+        shared = set(self.bound.values()) if grouped else self.coordinates.per_batch
         rates = {n: values[n].flatten()[0] if n in shared else values[n] for n in set(self.bound.values())}
         found = self._layouts.get(self.model.training, Found({}, {}))
-        p = kind(marks, found.layouts, rates, found.calls)
+        orders = Orders(found.reads, len(z)) if found.reads and not kind.recording else None
+        p = kind(marks, found.layouts, rates, found.calls, orders)
+        if isinstance(p, Tracer):
+            p.originals = {id(self.slots.parameter(name)): name for name in replaced}
         if at is not None:
             p.noise, p.moves_statistics = at.noise, at.weights
         for alias, change in held:
@@ -149,6 +161,7 @@ class Running(nn.Module):
             guarded(args, kwargs),
             substituted(self.slots, replaced, buffers=not p.moves_statistics, rates=True, masked=masked),
             p,
+            see_functions(p),
         ):
             output = self.model(*args, **kwargs)
         p.require_joined(output)

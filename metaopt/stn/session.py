@@ -49,7 +49,8 @@ def train(
         tuned: what `transform` gave.
         train_loss: ``train_loss(model, batch, values)`` returns a scalar; it is called with the present and with
             perturbed hyperparameters. ``values`` holds each hyperparameter's value for each example, as a constant.
-        valid_loss: ``valid_loss(model, batch)``, without the regularisers; or with ``values`` as a third argument.
+        valid_loss: ``valid_loss(model, batch)``, without the regularisers; it is given ``values`` too if it has a third
+            argument without a default.
         optimizer: makes the optimizer of the weights from their list.
         response_optimizer: makes the response's; by default like ``optimizer``.
         hyper_optimizer: makes the hyperparameters'.
@@ -68,7 +69,8 @@ def train(
         The tuner. The model is in training mode within, and in the mode that it had before, afterwards.
 
     Raises:
-        ResponseError: if a number of steps, τ or a bound makes no sense.
+        ResponseError: if a number of steps, τ or a bound makes no sense, if a loss can't be called like that, or if an
+            optimizer has other parameters than it was given.
 
     References:
         Bae and Grosse 2020, Alg. 1; MacKay et al. 2019, Alg. 1 and Eq. 15 (entropy).
@@ -76,6 +78,7 @@ def train(
     train_steps = whole("train_steps", train_steps, 1, ResponseError)
     valid_steps = whole("valid_steps", valid_steps, 0, ResponseError)
     warmup = whole("warmup", warmup, 0, ResponseError)
+    seed = None if seed is None else whole("seed", seed, 0, ResponseError)
     _check_numbers(scale_bounds, entropy_weight, clip)
     _check_factories(optimizer, response_optimizer or optimizer, hyper_optimizer, scale_optimizer or optimizer)
     modes = [(module, module.training) for module in tuned.modules()]
@@ -105,12 +108,13 @@ def train(
 
 
 def _check_numbers(scale_bounds: tuple[float, float], entropy_weight: float, clip: float | None) -> None:
-    low, high = scale_bounds
-    if not (0 < low <= high and entropy_weight >= 0):
+    pair = isinstance(scale_bounds, (tuple, list)) and len(scale_bounds) == 2
+    if not (pair and 0 < scale_bounds[0] <= scale_bounds[1] and entropy_weight >= 0):
         raise ResponseError(
-            f"needs 0 < low <= high for scale_bounds and entropy_weight >= 0, got {scale_bounds}, {entropy_weight}."
+            "needs 0 < low <= high for scale_bounds, a pair, and entropy_weight >= 0, got "
+            f"{scale_bounds}, {entropy_weight}."
         )
-    if clip is not None and not clip > 0:
+    if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
         raise ResponseError(f"clip is the largest norm of a gradient, above 0 (or None), not {clip}.")
 
 

@@ -1,9 +1,9 @@
 """Functions in terms of others, where torch's own derivatives or vectorised forms have gaps (torch 2.13).
 
 The backward of forward mode's softmax, and of all that contains it, fails where the primal has a graph too: a saved
-value is written in place. The forward derivatives of ``glu`` and ``hardsigmoid`` have no backward, and ``cdist`` and
-``weight_norm`` no forward derivative. What is asked for something rare returns ``NotImplemented``, and torch's own is
-called.
+value is written in place; that of norms is NaN at zero. The forward derivatives of ``glu`` and ``hardsigmoid`` have no
+backward, and ``cdist`` and ``weight_norm`` no forward derivative. What is asked for something rare returns
+``NotImplemented``, and torch's own is called.
 """
 
 from __future__ import annotations
@@ -92,15 +92,62 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
     return NotImplemented if inplace else F.relu6(input + 3) / 6
 
 
+def _length(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+    """The Euclidean norm. Its derivative at zero is zero, as in torch's backward; in torch's forward mode it is NaN."""
+    square = (x * x).sum() if dim is None else (x * x).sum(dim, keepdim=keepdim)
+    apart = square > 0
+    return torch.where(apart, torch.where(apart, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
+
+
+def _real(*values: Any) -> bool:
+    return all(isinstance(v, Tensor) and v.is_floating_point() for v in values)
+
+
+@spell_out(torch.linalg.vector_norm)
+def _vector_norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, **options: Any) -> Tensor:  # noqa: A002
+    if ord not in (1, 2) or options or not _real(x) or (dim is None and keepdim):
+        return NotImplemented
+    if ord == 1:
+        return x.abs().sum() if dim is None else x.abs().sum(dim, keepdim=keepdim)
+    return _length(x, dim, keepdim)
+
+
+@spell_out(torch.linalg.norm)
+def _norm_of_either(x: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, **options: Any) -> Tensor:  # noqa: A002
+    # Of two axes an order of 2 is the spectral norm.
+    if not (ord is None or (ord == 2 and isinstance(dim, int))):
+        return NotImplemented
+    return _vector_norm(x, 2, dim, keepdim, **options)
+
+
+@spell_out(torch.norm, torch.Tensor.norm)
+def _norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, **options: Any) -> Tensor:  # noqa: A002
+    if p not in (None, "fro", 1, 2):
+        return NotImplemented
+    return _vector_norm(input, 1 if p == 1 else 2, dim, keepdim, **{k: v for k, v in options.items() if v is not None})
+
+
+@spell_out(F.normalize)
+def _normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Tensor:  # noqa: A002
+    if p != 2 or out is not None or not _real(input):
+        return NotImplemented
+    return input / _length(input, dim, True).clamp_min(eps)
+
+
+@spell_out(F.cosine_similarity)
+def _cosine(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    if not _real(x1, x2):
+        return NotImplemented
+    one, two = (x / _length(x, dim, True).clamp_min(eps) for x in (x1, x2))
+    return (one * two).sum(dim)
+
+
 @spell_out(torch.cdist)
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, *_: Any, **__: Any) -> Tensor:
     difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
-    # The square root has no derivative at zero; torch's is zero there.
     if p != 2:
         return torch.linalg.vector_norm(difference, p, dim=-1)
-    square = difference.square().sum(-1)
-    apart = square > 0
-    return torch.where(apart, torch.where(apart, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
+    return _length(difference, -1)
 
 
 @spell_out(torch._weight_norm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Slots", "rate_attribute", "substituted"]
+__all__ = ["Slots", "attributes", "rate_attribute", "set_attributes", "substituted"]
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,6 +53,22 @@ def rate_attribute(module: nn.Module) -> str | None:
     if isinstance(module, DROPOUTS):
         return "p"
     return "dropout" if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) else None
+
+
+Attributes = list[tuple[dict[str, Any], dict[str, Any]]]
+
+
+def attributes(model: nn.Module) -> Attributes:
+    """What the modules keep in their attributes now, such as the state of a recurrence between two batches."""
+    return [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+
+
+def set_attributes(kept: Attributes) -> None:
+    """Put back what they kept."""
+    for now, before in kept:
+        for key in now.keys() - before.keys():
+            del now[key]
+        now.update(before)
 
 
 @contextmanager

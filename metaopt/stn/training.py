@@ -4,8 +4,8 @@ from __future__ import annotations
 
 __all__ = ["Factory", "Tuner"]
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any
 
@@ -14,13 +14,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metaopt.errors import ResponseError, whole
+from metaopt.stn.aside import Aside
 from metaopt.stn.batches import size_of
 from metaopt.stn.bounds import keep_inside
-from metaopt.stn.checks import check_first, evaluation, groups_of, repeat, require_scalar
+from metaopt.stn.checks import (
+    check_first,
+    check_validation,
+    evaluation,
+    groups_of,
+    made,
+    repeat,
+    require_scalar,
+    takes_values,
+)
 from metaopt.stn.descent import Descent
 from metaopt.stn.generators import random_state, set_random_state
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy, inverse_softplus
+from metaopt.stn.substitution import attributes, set_attributes
 from metaopt.stn.tuned import Tuned
 
 Factory = Callable[[Iterable[Tensor]], Optimizer]
@@ -64,10 +75,10 @@ class Tuner:
         self.weights = [p for p in tuned.model.parameters() if p.requires_grad]
         self.response = list(tuned.responses.parameters())
         self.leaves = list(tuned.hyper.parameters())
-        self.optimizer = optimizer(self.weights)
-        self.response_optimizer = response_optimizer(self.response)
-        self.hyper_optimizer = hyper_optimizer(self.leaves)
-        self.scale_optimizer = None if scale_optimizer is None else scale_optimizer([tuned.rho])
+        self.optimizer = made(optimizer, self.weights, "weights")
+        self.response_optimizer = made(response_optimizer, self.response, "response")
+        self.hyper_optimizer = made(hyper_optimizer, self.leaves, "hyperparameters")
+        self.scale_optimizer = None if scale_optimizer is None else made(scale_optimizer, [tuned.rho], "scales")
         self.train_steps, self.valid_steps, self.warmup = train_steps, valid_steps, warmup
         self.entropy_weight, self.scale_bounds = entropy_weight, scale_bounds
         self.descent = Descent(clip)
@@ -76,7 +87,9 @@ class Tuner:
         self.steps = 0
         self._noise: Noise | None = None
         self._at_bounds: set[str] = set()
-        self._accepts_values = len(inspect.signature(valid_loss).parameters) > 2
+        self._accepts_values = takes_values(train_loss, valid_loss)
+        self._validated = False
+        self._watched: set[int] = set()
 
     @property
     def skipped(self) -> int:
@@ -119,14 +132,14 @@ class Tuner:
             ResponseError: if the loss is no scalar, or the batch does not fit.
         """
         self.steps += 1
-        state = random_state(self.tuned.device)
+        state = self._state()
         if self.tuned.method == "stn":
             return self._attempt(lambda: self._joint(batch), state)
         loss = self._weights(batch)
-        after = random_state(self.tuned.device)
-        set_random_state(self.tuned.device, state)
+        after = self._state()
+        self._set_state(state)
         self._attempt(lambda: self._response(batch), state)
-        set_random_state(self.tuned.device, after)
+        self._set_state(after)
         return loss
 
     def valid_step(self, batch: Any) -> float:
@@ -139,7 +152,7 @@ class Tuner:
             The validation loss.
         """
         with evaluation(self.tuned):
-            loss: float = self._attempt(lambda: self._validation(batch), random_state(self.tuned.device))
+            loss: float = self._attempt(lambda: self._validation(batch), self._state())
         return loss
 
     # -- the steps
@@ -188,6 +201,9 @@ class Tuner:
         at = Perturbation(z, tuned.coordinates.values(point.detach()), groups, linearised=self.linearize_valid)
         loss = self._loss(self.valid_loss, batch, at, values=self._accepts_values)
         objective = loss if self.scale_optimizer is None else loss - self.entropy_weight * entropy(sigma)
+        if not self._validated:
+            check_validation(loss, self.weights)
+            self._validated = True
         moves = (self.leaves, self.hyper_optimizer), ([tuned.rho], self.scale_optimizer)
         if not self.descent.step("hyperparameters", objective, *moves):
             return loss.item()
@@ -200,8 +216,11 @@ class Tuner:
     # -- parts of a step
 
     def _loss(self, function: Callable[..., Tensor], batch: Any, at: Perturbation, *, values: bool = True) -> Tensor:
-        with self.tuned.perturbed(at):
+        # Looked at until a step went well: the mode sees every function that the model calls.
+        watch = Aside(at) if at.linearised and id(function) not in self._watched else nullcontext()
+        with self.tuned.perturbed(at), watch:
             loss = function(self.tuned, batch, at.values) if values else function(self.tuned, batch)
+        self._watched |= {id(function)} if at.linearised else set()
         require_scalar(loss)
         return loss
 
@@ -217,7 +236,15 @@ class Tuner:
                         "must see the examples along an axis; name its hyperparameter in `per_batch`."
                     ) from needs
                 self.tuned.fallback[needs.name] = needs.why
-                set_random_state(self.tuned.device, state)
+                self._set_state(state)
+
+    def _state(self) -> tuple[Any, Any]:
+        """Where a pass of the model starts from, beside its weights: random generators, and what its modules keep."""
+        return random_state(self.tuned.device), attributes(self.tuned.model)
+
+    def _set_state(self, state: tuple[Any, Any]) -> None:
+        set_random_state(self.tuned.device, state[0])
+        set_attributes(state[1])
 
     def _normal(self, examples: int, groups: int | None) -> Tensor:
         coordinates = self.tuned.coordinates

@@ -26,6 +26,7 @@ from metaopt.stn.perturbations import Coordinates, Perturbation, inverse_softplu
 from metaopt.stn.responses import Responses
 from metaopt.stn.running import Found
 from metaopt.stn.substitution import Slots
+from metaopt.stn.trees import objects
 
 # The groups into which a batch is split where a parameter can't respond per example.
 GROUPS = 8
@@ -108,7 +109,11 @@ class Tuned(Compared):
             return self._plain(changes, self.coordinates.values(point), args, kwargs, None)
         if at.z is None:
             return self._plain({}, at.values, args, kwargs, at)
-        return self._responding(at, args, kwargs)
+        at.running = True
+        try:
+            return self._responding(at, args, kwargs)
+        finally:
+            at.running = False
 
     @contextmanager
     def perturbed(self, at: Perturbation) -> Iterator[Perturbation]:
@@ -158,7 +163,8 @@ class Tuned(Compared):
         if examples != len(at.z):
             raise ResponseError(
                 f"the model is called with {examples} examples in a step whose batch has {len(at.z)}: each example has "
-                "its own perturbation, so call it on the whole batch, with the examples along axis "
+                "its own perturbation, so call it on the batch (once for each view, where examples have several: "
+                "`model(one), model(two)` and not `model(torch.cat([one, two]))`), with the examples along axis "
                 f"{self.batch_dim} (`transform(..., batch_dim=...)` says which), and let the first tensor of a "
                 "batch of data be one with its examples."
             )
@@ -172,13 +178,19 @@ class Tuned(Compared):
             inputs = split(args, kwargs, part, self.batch_dim, len(at.z))
             values = {name: value[part] for name, value in at.values.items()}
             outputs.append(self._whole(at, at.z[part], values, *inputs))
+        kinds = objects(outputs[0])
+        if kinds:
+            raise ResponseError(
+                f"the model returns an object of type `{type(kinds[0]).__name__}`, which can't be put together from "
+                "groups of examples; return its tensors, or set `groups=1` in `transform`."
+            )
         return join(outputs, self.batch_dim)
 
     def _whole(self, at: Perturbation, z: Tensor, values: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
         """One run of the model, or several until one engine can do it."""
 
         def run(point: Tensor, kind: type[Pass]) -> tuple[Any, Pass]:
-            return self._run(point, kind, values, args, kwargs, weights=at.weights, response=at.response, at=at)
+            return self._run(point, kind, values, args, kwargs, response=at.response, at=at)
 
         if not at.linearised:
             return run(z, Pass)[0]

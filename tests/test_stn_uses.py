@@ -1,0 +1,90 @@
+"""Uses of weights and values that torch or a pass does not see as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaopt.errors import ResponseError
+from metaopt.stn import transform
+from tests.stn_models import at, hyperparameters, output
+
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "normalize": lambda h: F.normalize(h, dim=-1),
+    "method": lambda h: h / (h.norm(dim=-1, keepdim=True) + 0.1),
+    "function": lambda h: torch.norm(h, p=2, dim=1),
+    "vector": lambda h: torch.linalg.vector_norm(h, dim=-1),
+    "either": lambda h: torch.linalg.norm(h, dim=-1, keepdim=True),
+    "all": lambda h: torch.stack([row.norm() for row in h]),
+    "cosine": lambda h: F.cosine_similarity(h, torch.ones(4), dim=-1),
+    "another": lambda h: h.norm(p=1, dim=-1),
+    "matrix": lambda h: torch.linalg.norm(h.reshape(-1, 2, 2), 2, dim=(1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", list(NORMS))
+@pytest.mark.parametrize("engine", ["manual", "forward", "double"])
+def test_norms_are_torchs_and_have_a_derivative_at_zero(name: str, engine: str) -> None:
+    """Where a batch had a vector of zeros, its step was left out."""
+    torch.manual_seed(0)
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return NORMS[name](F.relu(self.layer(x) - 9 * (x[:, :1] > 5)))
+
+    tuned = transform(Normed(), hyperparameters(), "delta", engine=engine, groups=4)
+    with torch.no_grad():
+        tuned.responses.weight.normal_()
+    x, z = torch.rand(4, 3), torch.randn(4, 3)
+    tuned.fallback = {entry.name: "" for entry in tuned.responses.entries} if name == "all" else {}
+    point = {"linearised": True, "response": True, "groups": 4 if name == "all" else None}
+    zero = output(tuned, x, at(tuned, torch.zeros_like(z), **point))
+    torch.testing.assert_close(zero, tuned.model(x), rtol=1e-13, atol=1e-13)
+    if name in ("another", "matrix"):
+        return
+    x[0, 0] = 9
+    y = output(tuned, x, at(tuned, z, **point))
+    gradients = torch.autograd.grad(y.square().sum(), list(tuned.responses.parameters()), allow_unused=True)
+    assert all(bool(v.isfinite().all()) for v in (y, *gradients) if v is not None)
+
+
+class Elsewhere(nn.Module):
+    """A decoder that has its weight in a list, a closure, or of a parameter that a custom function is given."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(3, 4, bias=False)
+        weight = self.encoder.weight
+        self.held = [weight]
+        self.decode: Any = {
+            "list": lambda h: F.linear(h, self.held[0].t()),
+            "closure": lambda h: h @ weight,
+            "shape": lambda h: h[:, : weight.shape[1]],
+            "attribute": lambda h: h @ self.encoder.weight,
+        }[way]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.decode(torch.tanh(self.encoder(x)))
+        return y
+
+
+@pytest.mark.parametrize("way", ["list", "closure", "shape", "attribute"])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_a_parameter_that_is_kept_elsewhere_is_an_error(way: str, method: str) -> None:
+    """It was used without its response: with ``verify``, both sides of the comparison lacked it."""
+    tuned, z = transform(Elsewhere(way), hyperparameters(), method), torch.randn(4, 3)
+    point = at(tuned, z, linearised=method == "delta")
+    if way in ("shape", "attribute"):
+        output(tuned, torch.randn(4, 3), point)
+        return
+    with pytest.raises(ResponseError, match=r"uses its parameter 'encoder\.weight' by another way.*as an attribute"):
+        output(tuned, torch.randn(4, 3), point)

@@ -1,0 +1,139 @@
+"""Models that can't be run on a part of a batch, and models with a state of their own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metaopt.errors import FallbackWarning
+from metaopt.stn import l2, train
+from tests.test_stn_users import FIXED, problem
+
+
+class Graph(nn.Module):
+    """Messages along the edges of one graph, whose nodes are the examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.drop, self.two = nn.Linear(3, 4), nn.Dropout(0.2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        hidden = torch.tanh(self.one(x))
+        hidden = torch.zeros_like(hidden).index_add(0, edges[1], hidden[edges[0]])
+        y: Tensor = self.two(self.drop(hidden))
+        return y
+
+
+class Carried(nn.Module):
+    """A state with the examples along its second axis, beside inputs with them along their first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.drop, self.out = nn.GRU(3, 4, 2, batch_first=True), nn.Dropout(0.2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        y: Tensor = self.out(self.drop(self.gru(x, state)[0]))
+        return y
+
+
+class Halves(nn.Module):
+    """The first half of a batch against the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.drop = nn.Linear(3, 4), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = torch.stack(self.drop(self.layer(x)).chunk(2))
+        return one * two
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]]]] = {
+    "graph": (Graph, lambda: (torch.randn(6, 3), torch.tensor([[0, 5, 2, 3, 4], [5, 1, 3, 2, 0]]))),
+    "carried": (Carried, lambda: (torch.randn(6, 4, 3), torch.randn(2, 6, 4))),
+    "halves": (Halves, lambda: (torch.randn(6, 3),)),
+}
+
+
+def valid_loss(model: Any, batch: Any) -> Tensor:
+    loss: Tensor = model(*batch).square().mean()
+    return loss
+
+
+def train_loss(model: Any, batch: Any, values: Any) -> Tensor:
+    return valid_loss(model, batch) + l2(model, values.decay)
+
+
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_batch_that_can_not_be_split_has_one_perturbation(name: str, method: str) -> None:
+    torch.manual_seed(0)
+    build, draw = MODELS[name]
+    tuned, batch = problem(build, method), draw()
+    with train(tuned, train_loss, valid_loss, **FIXED) as tuner:
+        with pytest.warns(FallbackWarning, match=r"was run on \d examples.*that failed"):
+            tuner.train_step(batch)
+        tuner.train_step(batch)
+        tuner.valid_step(batch)
+    assert set(tuned.fallback) == tuned.names
+    model, h, expected = tuned.model.eval(), 1e-5, []
+    for unit in torch.eye(2):
+        losses = []
+        for sign in (h, -h):
+            z = tuned.coordinates.leaf() + sign * unit if method == "stn" else sign * unit / tuned.reference
+            changes = tuned.responses.changes(z)
+            weights = {n: p + changes[n] for n, p in model.named_parameters()}
+            losses.append(functional_call(model, weights, batch).square().mean())
+        expected.append((losses[0] - losses[1]) / (2 * h))
+    gradient = torch.stack([leaf.grad for leaf in tuner.leaves if leaf.grad is not None])
+    torch.testing.assert_close(gradient, torch.stack(expected), rtol=1e-6, atol=1e-9)
+
+
+class Stateful(nn.Module):
+    """Goes on from where the last batch ended, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.drop, self.out = nn.GRUCell(3, 4), nn.Dropout(0.2), nn.Linear(4, 2)
+        self.state: Tensor | None = None
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        state = self.cell(x, self.state)
+        self.state = state.detach()
+        y: Tensor = self.out(self.drop(state))
+        return y
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning", "ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("method", ["centered", "delta"])
+def test_a_state_between_batches_moves_as_in_plain_training(method: str) -> None:
+    torch.manual_seed(0)
+    tuned, batches = problem(Stateful, method), [torch.randn(5, 3) for _ in range(3)]
+    plain = copy.deepcopy(tuned.model)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    plain.get_submodule("drop").eval()
+    losses = []
+    for x in batches:
+        optimizer.zero_grad()
+        loss = F.mse_loss(plain(x), torch.ones(5, 2))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    def loss_of(model: Any, batch: Tensor, _: Any) -> Tensor:
+        return F.mse_loss(model(batch), torch.ones(5, 2))
+
+    with train(tuned, loss_of, valid_loss, optimizer=lambda p: torch.optim.SGD(p, lr=0.1)) as tuner:
+        tuned.model.get_submodule("drop").eval()
+        assert [tuner.train_step(x) for x in batches] == losses
+    assert tuned.model.calls == 3
+    torch.testing.assert_close(tuned.model.state_dict(), plain.state_dict(), rtol=0, atol=0)
