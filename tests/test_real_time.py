@@ -110,6 +110,49 @@ def test_weights_that_rest_before_they_depend_on_anything() -> None:
     assert hypergradcheck(train, lambda model: F.cross_entropy(model(x_val), y_val), decay)
 
 
+@pytest.mark.parametrize("snapshot", [False, True], ids=["rollout", "snapshot"])
+def test_what_was_computed_before_anything_depended_on_a_hyperparameter(snapshot: bool) -> None:
+    """Targets of the untrained model that several epochs read, and a copy of it that only the objective does."""
+    lr = torch.tensor(0.1, requires_grad=True)
+    x, y, x_val, y_val = data()
+
+    def train(watch: Callable[[torch.optim.Optimizer], Any]) -> list[nn.Module]:
+        model = mlp(5, 6, 3)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+        with watch(optimizer):
+            start = copy.deepcopy(model)
+            for t in range(10):
+                if t % 5 == 0:
+                    with torch.no_grad():
+                        targets = (model(x) + F.one_hot(y, 3)).softmax(1)
+                optimizer.zero_grad()
+                part = torch.arange(t % 2, len(x), 2)
+                F.cross_entropy(model(x[part]), targets[part]).backward()
+                optimizer.step()
+        return [model, start] if snapshot else [model]
+
+    assert hypergradcheck(
+        train, lambda models: torch.stack([F.cross_entropy(m(x_val), y_val) for m in models]).sum(), lr
+    )
+
+
+def test_tangents_that_were_reset_are_not_asked_for() -> None:
+    lr = torch.tensor(0.1, requires_grad=True)
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+    with metaopt.stream(optimizer) as run:
+        for t in range(8):
+            if t == 1:
+                target = model(x).detach().softmax(1)
+            if t == 5:
+                run.reset_tangents()
+            optimizer.zero_grad()
+            (F.cross_entropy(model(x), target) if t > 5 else F.cross_entropy(model(x), y)).backward()
+            optimizer.step()
+    run.backward(F.cross_entropy(model(x_val), y_val))
+
+
 def test_weights_that_the_loop_sets_to_numbers() -> None:
     """They have no tangent before the step, and gradients are taken at them."""
     lr = torch.tensor(0.1, requires_grad=True)

@@ -124,6 +124,8 @@ class Streaming(Run):
         self._columns.renew()
         self._tangents.clear()
         self._recent.clear()
+        self._still |= self._lost
+        self._lost.clear()
 
     def state_dict(self, *modules: nn.Module) -> Saved:
         """``Z``, to go on from in another process; save it between two steps, beside the rest of the training.
@@ -171,7 +173,7 @@ class Streaming(Run):
         self._still = ((self._still - set(segment.outputs)) | (set(keys) - set(pushed))) & alive
         self._recent.append((segment, before, is_step))
         while sum(step for _, _, step in self._recent) > 2:
-            self._drop(self._recent.popleft()[0], alive)
+            self._drop(*self._recent.popleft()[:2], alive)
         if is_step and self._loop.steps % _CHECK_EVERY == 0:
             self._check_finite()
 
@@ -221,13 +223,18 @@ class Streaming(Run):
                 )
             for earlier, tangents, _ in reversed(self._recent):
                 if key in earlier.outputs:
-                    self._tangents.update(self._push(earlier, [key], tangents, {}))
+                    found = self._push(earlier, [key], tangents, {})
+                    self._tangents.update(found)
+                    self._still |= {key} - set(found)
                     break
 
-    def _drop(self, segment: Segment, alive: set[int]) -> None:
+    def _drop(self, segment: Segment, tangents: dict[int, Tensor], alive: set[int]) -> None:
         recent = {key for later, _, _ in self._recent for key in later.outputs}
-        self._lost |= {key for key in segment.outputs if key in alive and key not in self._tangents}
-        self._lost -= recent | self._still
+        gone = {key for key in segment.outputs if key in alive and key not in self._tangents}
+        gone -= recent | self._still
+        still = {key for key in gone if not _moves(segment, key, tangents)}
+        self._still |= still
+        self._lost = (self._lost | gone) - recent - self._still
         self._lost -= {b.key for b in self._loop.tape.bindings() if self._is_gradient(b.ref())}
 
     def _is_gradient(self, tensor: Tensor | None) -> bool:
@@ -320,6 +327,12 @@ class Streaming(Run):
     def _forget(self) -> None:
         self._tangents.clear()
         self._recent.clear()
+
+
+def _moves(segment: Segment, key: int, tangents: Mapping[int, Tensor]) -> bool:
+    """Whether an output of an iteration may depend on a hyperparameter."""
+    part = segment.program.function((segment.outputs[key],))
+    return bool(part.externals) or any(segment.inputs[place][0] in tangents for place in part.inputs)
 
 
 def _widened(tangent: Tensor, count: int) -> Tensor:
