@@ -136,6 +136,64 @@ def test_what_was_computed_before_anything_depended_on_a_hyperparameter(snapshot
     )
 
 
+@pytest.mark.parametrize("kept", ["best", "module", "average", "targets"])
+def test_what_the_loop_comes_back_to_much_later(kept: str) -> None:
+    """The best weights so far, and targets of all batches that an epoch begins with."""
+    lr = torch.tensor(0.1, requires_grad=True)
+    x, y, x_val, y_val = data()
+
+    def train(watch: Callable[[torch.optim.Optimizer], Any]) -> nn.Module:
+        model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr, momentum=0.5)
+        best: Any = None
+        losses = []
+        with watch(optimizer):
+            for t in range(9):
+                if kept == "targets" and t == 2:
+                    with torch.no_grad():
+                        targets = [model(part).softmax(1) for part in x.split(2)]
+                optimizer.zero_grad()
+                if kept == "targets" and t > 2:
+                    F.cross_entropy(model(x.split(2)[t - 3]), targets[t - 3]).backward()
+                else:
+                    F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                losses.append(F.cross_entropy(model(x), y).detach())
+                if t == 3 and kept == "best":
+                    best = copy.deepcopy(model.state_dict())
+                elif t == 3 and kept == "module":
+                    best = copy.deepcopy(model).state_dict()
+                elif t in (1, 4) and kept == "average":
+                    new = model.state_dict()
+                    best = {name: (v.clone() if best is None else (best[name] + v) / 2) for name, v in new.items()}
+            if best is not None:
+                model.load_state_dict(best)
+        return model.eval()
+
+    assert hypergradcheck(train, lambda model: F.cross_entropy(model(x_val), y_val), lr)
+
+
+@pytest.mark.parametrize("scalar", [False, True])
+def test_logs_that_nobody_reads_do_not_grow_the_tangents(scalar: bool) -> None:
+    lr = torch.tensor(0.1, requires_grad=True)
+    x, y, _, _ = data()
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+    log, sizes = [], []
+    with metaopt.stream(optimizer) as run:
+        for _ in range(20):
+            optimizer.zero_grad()
+            scores = model(x)
+            loss = F.cross_entropy(scores, y)
+            log.append(loss.detach() if scalar else scores.detach())
+            loss.backward()
+            optimizer.step()
+            sizes.append(sum(z.numel() for z in run._tangents.values()))
+        assert max(sizes) <= (1 if scalar else 2) * sum(p.numel() for p in model.parameters())
+        with pytest.raises(metaopt.CaptureError, match="used again; its tangent was not kept"):
+            run.backward(lambda: log[10].mean())
+
+
 def test_tangents_that_were_reset_are_not_asked_for() -> None:
     lr = torch.tensor(0.1, requires_grad=True)
     x, y, x_val, y_val = data()
