@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["SPECIAL", "apply_function", "inner_leaf"]
 
+import functools
+import inspect
 import sys
 import weakref
 from collections.abc import Callable
@@ -276,9 +278,11 @@ def _instance_norm(watcher: Watcher, func: Callable[..., Any], args: Args, kwarg
     return statistics.instance_norm(watcher, func, args, kwargs)
 
 
+_signature = functools.cache(inspect.signature)
+
+
 def _embedding(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = _signature(func).bind(*args, **kwargs).arguments
     weight = given.get("weight")
     if isinstance(weight, Tensor) and watcher.tape.is_live(weight):
         if given.get("max_norm") is not None:
