@@ -251,6 +251,29 @@ def test_a_wrong_compiler_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
         close(Trained(compile="aot_eager").gradients(), expected)
 
 
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_gradients_that_are_all_rounding_are_no_bug_of_the_compiler(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of attention's key bias: what moves the last digit of the state moves the derivative as much."""
+    call = Compiled.__call__
+
+    def rounded(self: Compiled, given: Any) -> list[Tensor | None]:
+        given.values = [versions.nudged(v) if v.is_floating_point() else v for v in given.values]
+        return call(self, given)
+
+    monkeypatch.setattr(Compiled, "__call__", rounded)
+    torch.manual_seed(0)
+    model, lr = nn.Linear(5, 3), torch.tensor(0.05, requires_grad=True)
+    shift = nn.Parameter(torch.randn(()))  # no cross entropy sees it
+    x, y = torch.randn(24, 5), torch.randint(3, (24,))
+    optimizer = metaopt.optim.Adam([*model.parameters(), shift], lr=lr)
+    with mode(optimizer, compile="aot_eager") as run:
+        for _ in range(4):
+            optimizer.zero_grad()
+            F.cross_entropy((model(x) + shift).log_softmax(1) + shift, y).backward()
+            optimizer.step()
+    run.backward(F.cross_entropy(model(x), y) + shift.square())
+
+
 def test_a_missing_compiler_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*given: Any) -> Any:
         raise RuntimeError("No working C++ compiler found")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Replay", "Segment"]
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -158,6 +158,14 @@ class Segment:
             return self
         whole = [(key, Cell(state[key], owned=True) if cell is LOST else cell) for key, cell in self.inputs]
         return replace(self, inputs=whole)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Segment:
+        """The iteration at another state."""
+        inputs = [
+            (key, Cell(move(cell.value()), owned=True) if cell.tensor.is_floating_point() else cell)
+            for key, cell in self.inputs
+        ]
+        return replace(self, inputs=inputs)
 
     def _pick(self, places: Sequence[int]) -> list[tuple[int, Cell]]:
         return [self.inputs[place] for place in places]

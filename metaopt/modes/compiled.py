@@ -64,9 +64,11 @@ class CompiledPullBack(PullBack):
             return super().__call__(segment, alpha, after)
 
         def own(nudge: bool) -> Pulled:
-            given = {key: nudged(a) for key, a in alpha.items()} if nudge else alpha
             with undisturbed():
-                return PullBack.__call__(self, segment, given, after)
+                if not nudge:
+                    return PullBack.__call__(self, segment, alpha, after)
+                given = {key: nudged(a) for key, a in alpha.items()}
+                return PullBack.__call__(self, segment.moved(nudged), given, {})
 
         return trusted(
             compiled,
@@ -171,7 +173,7 @@ class CompiledPush:
         def own(nudge: bool) -> dict[int, Tensor]:
             given = {key: nudged(z) if nudge else z for key, z in tangents.items()}
             with undisturbed():
-                return push_forward(segment, keys, given, columns, None)
+                return push_forward(segment.moved(nudged) if nudge else segment, keys, given, columns, None)
 
         def finish(found: Sequence[Tensor | None]) -> dict[int, Tensor]:
             return {key: z for key, z in zip(keys, found, strict=True) if z is not None}
