@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import metaopt
 from metaopt.capture.program import Program
@@ -192,6 +194,24 @@ def test_logs_that_nobody_reads_do_not_grow_the_tangents(scalar: bool) -> None:
         assert max(sizes) <= (1 if scalar else 2) * sum(p.numel() for p in model.parameters())
         with pytest.raises(metaopt.CaptureError, match="used again; its tangent was not kept"):
             run.backward(lambda: log[10].mean())
+
+
+def test_a_loop_that_looks_for_anomalies_is_shown_none_of_ours() -> None:
+    """A way to push that torch has not was tried under the loop's own look-out, which warned of it."""
+    lr = torch.tensor(0.1, requires_grad=True)
+    weights = torch.ones(12, requires_grad=True)
+    x, y, _, _ = data()
+    model = mlp(5, 6, 6, 3)
+    optimizer = metaopt.optim.Adam(model.parameters(), lr=lr)
+    with warnings.catch_warnings(record=True) as caught, metaopt.stream(optimizer):
+        warnings.simplefilter("always")
+        for t in range(3):
+            with torch.autograd.set_detect_anomaly(t == 1):
+                optimizer.zero_grad()
+                hidden = checkpoint(lambda: F.dropout(model[:3](x), 0.3), use_reentrant=False)
+                (weights * F.cross_entropy(model[3:](hidden), y, reduction="none")).mean().backward()
+                optimizer.step()
+    assert not [w for w in caught if "Error detected" in str(w.message)]
 
 
 def test_tangents_that_were_reset_are_not_asked_for() -> None:

@@ -189,7 +189,9 @@ class Streaming(Run):
             if found is not None:
                 return found
         try:
-            return push_forward(segment, keys, tangents, self._columns, self._chunk)
+            # The loop may look for anomalies of its own; a way to push that is tried and given up is none.
+            with torch.autograd.set_detect_anomaly(False):
+                return push_forward(segment, keys, tangents, self._columns, self._chunk)
         except RuntimeError as error:
             raise retold(error, self._loop.steps) from error
 
