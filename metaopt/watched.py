@@ -147,6 +147,12 @@ class WatchedWeights:
 
 
 def _check(weight: Tensor) -> None:
+    if weight.is_meta:
+        raise CaptureError(
+            f"a weight of shape {tuple(weight.shape)} is on the meta device, and has no values. "
+            "Build the model on a real device, or fill it (`model.to_empty(device=...)`, initialise) before "
+            "the optimizer is built: filling exchanges the parameters, and the optimizer keeps the old."
+        )
     if weight.is_complex():
         raise CaptureError("complex weights are not supported; train their real and imaginary parts.")
     if getattr(weight, "_post_accumulate_grad_hooks", None):

@@ -496,6 +496,22 @@ def padding(hyper: Hyper, context: Context) -> Trained:
 
 
 @case(lr=0.3, weights=weights(12))
+def bags(hyper: Hyper, context: Context) -> Trained:
+    torch.manual_seed(3)
+    words, out = nn.Parameter(torch.randn(9, 4)), nn.Linear(4, 3)
+    model = nn.ParameterList([words, *out.parameters()])
+    x, y, offsets = torch.randint(0, 9, (40,)), torch.randint(0, 3, (12,)), torch.arange(0, 36, 3)
+    optimizer = sgd(hyper, momentum=0.5)(model.parameters())
+    predict = lambda: out(F.embedding_bag(x, words, offsets, None, 2.0, False, "sum").tanh())  # noqa: E731
+    with context(optimizer):
+        for _ in range(4):
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), predict(), y).backward()
+            optimizer.step()
+    return Trained(lambda: F.cross_entropy(predict(), y), model, optimizer)
+
+
+@case(lr=0.3, weights=weights(12))
 def frozen(hyper: Hyper, context: Context) -> Trained:
     model = mlp(5, 6, 6, 3)
     model[0].requires_grad_(False)

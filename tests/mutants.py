@@ -602,7 +602,7 @@ MUTANTS = [
         "rounding-of-the-adjoint-alone",
         "what rounding of the state makes of a compiled derivative counts as a wrong compiler",
         "modes/compiled.py",
-        "PullBack.__call__(self, segment.nudged(),",
+        "PullBack.__call__(self, segment.nudged(seed),",
         "PullBack.__call__(self, segment,",
         ("tests/test_compile.py", "amplifies"),
     ),

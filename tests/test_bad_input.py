@@ -202,6 +202,30 @@ def test_complex_weights() -> None:
         pass
 
 
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream, metaopt.implicit])
+def test_weights_without_values(mode: Any) -> None:
+    optimizer = torch.optim.SGD(nn.Linear(2, 2, device="meta").parameters(), lr=0.1)
+    with pytest.raises(metaopt.CaptureError, match="meta device"), mode(optimizer):
+        pass
+
+
+def test_a_hyperparameter_that_only_decides_is_no_unused_one() -> None:
+    hyper = metaopt.Hyperparameters(lr=metaopt.positive(0.1), threshold=0.2)
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=hyper.lr)
+    with metaopt.record(optimizer) as run:
+        for _ in range(2):
+            optimizer.zero_grad()
+            score = loss(model)
+            torch.where(score > hyper.threshold, score, 2 * score).backward()
+            optimizer.step()
+    with pytest.warns(metaopt.UnusedHyperparameterWarning, match="threshold .* read .* has no derivative"):
+        (zero,) = run.hypergradient(outer(model), hyper.get_leaf("threshold"))
+    assert not zero.any()
+    with pytest.warns(metaopt.UnusedHyperparameterWarning, match="threshold .* read .* has no derivative"):
+        run.backward(outer(model))
+
+
 def test_unused_hyperparameter_is_named() -> None:
     hyper = metaopt.Hyperparameters(lr=metaopt.positive(0.1), forgotten=metaopt.positive(0.2))
     run, model = trained(hyper.lr)

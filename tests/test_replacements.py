@@ -43,6 +43,27 @@ def test_embedding_with_padding(padding: int, scale: bool) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("padding", [None, 0, -1])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max", "weighted"])
+@pytest.mark.parametrize("bags", ["table", "offsets", "last"])
+def test_embedding_bag(bags: str, mode: str, padding: int | None) -> None:
+    x, weight = torch.randint(0, 6, (3, 4)), torch.randn(6, 2, requires_grad=True)
+    options: dict[str, Any] = {"mode": "sum" if mode == "weighted" else mode, "padding_idx": padding}
+    given = [weight]
+    if mode == "weighted":
+        options["per_sample_weights"] = torch.rand(x.shape if bags == "table" else 12, requires_grad=True)
+        given.append(options["per_sample_weights"])
+    if bags != "table":
+        x = x.reshape(-1)
+        options["offsets"] = torch.tensor([0, 3, 3, 8, 12] if bags == "last" else [0, 3, 3, 8])
+        options["include_last_offset"] = bags == "last"
+    found, expected = (function(x, weight, **options) for function in (replacements.embedding_bag, F.embedding_bag))
+    torch.testing.assert_close(found, expected)
+    cotangent = torch.randn_like(found)
+    for one, other in zip(*(torch.autograd.grad(y, given, cotangent) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("dim", [0, 1])
 def test_weight_norm(dim: int) -> None:
     v = torch.randn(4, 5, requires_grad=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["SPECIAL", "inner_leaf"]
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -224,9 +226,11 @@ def _refuse_post_hook(watcher: Watcher, func: Callable[..., Any], args: Args, kw
 # -- layers ----------------------------------------------------------------------------------
 
 
+_signature = functools.cache(inspect.signature)
+
+
 def _embedding(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-    given = dict(zip(names, args, strict=False)) | kwargs
+    given = _signature(func).bind(*args, **kwargs).arguments
     weight = given.get("weight")
     if isinstance(weight, Tensor) and watcher.tape.is_live(weight):
         if given.get("max_norm") is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from metaopt.capture.primitives import flatten, true_forward
-from metaopt.capture.segment import Segment
+from metaopt.capture.segment import Segment, undisturbed
 from metaopt.errors import CaptureError
 
 _WRONG = 1e-3
@@ -131,17 +131,14 @@ def _disagreement(
     function: Callable[[Sequence[Tensor]], Sequence[Tensor]], point: Sequence[Tensor]
 ) -> tuple[float, float] | None:
     """Autograd's and the finite differences' derivative, if they differ; None if they agree or nothing can be said."""
-    state = torch.get_rng_state()
     try:
-        with warnings.catch_warnings(), torch.enable_grad():
+        with undisturbed(), warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             first = _compare(function, point)
             return first if first is None else _compare(function, point)  # two directions, before anyone is accused
     except (RuntimeError, TypeError, ValueError, NotImplementedError):
         return None  # not to be had in float64: nothing can be said
-    finally:
-        torch.set_rng_state(state)
 
 
 def _compare(

@@ -18,6 +18,8 @@ standard deviation is 0, though the sample moves with them.
 
 ``torch.fake_quantize_per_tensor_affine`` and its kin: their backward takes rounding for the identity on purpose.
 
+``F.embedding_bag`` has no second derivative, and says so.
+
 ``F.embedding`` with a ``padding_idx``: its backward leaves that row out on purpose, though the forward reads it.
 """
 
@@ -27,6 +29,7 @@ __all__ = [
     "REPLACEMENTS",
     "binomial",
     "cross_entropy",
+    "embedding_bag",
     "fake_quantize",
     "foreach_copy_",
     "hard_gumbel_softmax",
@@ -128,6 +131,44 @@ def padded_embedding(
     return torch.where((input == row).unsqueeze(-1), stop(phase, weight[row]), words)
 
 
+def embedding_bag(
+    input: Tensor,  # noqa: A002 (torch's name for it)
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """``F.embedding_bag``: rows of the weight, reduced over the entries of each bag that are no padding."""
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        options = (max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
+        return F.embedding_bag(input, weight, offsets, *options, include_last_offset, padding_idx)
+    words = input.reshape(-1)
+    places = torch.arange(len(words), device=input.device)
+    if offsets is None:
+        count, bags = len(input), places // max(input.shape[1], 1)
+    else:
+        starts = offsets[:-1] if include_last_offset else offsets
+        count, bags = len(starts), torch.bucketize(places, starts, right=True) - 1
+    kept = torch.ones_like(words, dtype=torch.bool) if padding_idx is None else words != padding_idx % len(weight)
+    rows = weight[words]
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.reshape(-1, 1)
+    zeros = rows.new_zeros(count, rows.shape[1])
+    if mode == "max":
+        rows, bags = rows[kept], bags[kept]
+        return zeros.scatter_reduce(0, bags.unsqueeze(1).expand_as(rows), rows, "amax", include_self=False)
+    total = zeros.index_add(0, bags, torch.where(kept.unsqueeze(1), rows, 0.0))
+    if mode == "sum":
+        return total
+    return total / zeros[:, :1].index_add(0, bags, kept.to(rows.dtype).unsqueeze(1)).clamp(min=1.0)
+
+
 def unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
     """What ``GradScaler`` does to gradients, without the look for infinities: ``grad *= inv_scale``."""
     for grad in grads:
@@ -172,6 +213,7 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.normal: normal,
     torch.binomial: binomial,
     F.cross_entropy: cross_entropy,
+    F.embedding_bag: embedding_bag,
     F.nll_loss: nll_loss,
     torch._amp_foreach_non_finite_check_and_unscale_: unscale_,
     torch._foreach_copy_: foreach_copy_,

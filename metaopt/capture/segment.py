@@ -113,9 +113,9 @@ class Segment:
         with undisturbed():
             return call(Phase(), inputs, externals, constants, self)
 
-    def nudged(self) -> Segment:
+    def nudged(self, seed: int) -> Segment:
         """The same iteration from a state with another last digit: what it gives differs by as much as rounding may."""
-        return replace(self, inputs=[(key, Cell(nudged(cell.value()), owned=True)) for key, cell in self.inputs])
+        return replace(self, inputs=[(key, Cell(nudged(cell.value(), seed), owned=True)) for key, cell in self.inputs])
 
     # -- what is kept --------------------------------------------------------------------------------------------------
 
@@ -174,11 +174,12 @@ def undisturbed() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def nudged(tensor: Tensor) -> Tensor:
-    """A tensor with another last digit."""
+def nudged(tensor: Tensor, seed: int) -> Tensor:
+    """A tensor with another last digit, drawn from a seed; the generators of the loop are left alone."""
     if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
         return tensor
-    return tensor * (1 + torch.finfo(tensor.dtype).eps * torch.randn_like(tensor))
+    noise = torch.empty_like(tensor).normal_(generator=torch.Generator(tensor.device).manual_seed(seed))
+    return tensor * (1 + torch.finfo(tensor.dtype).eps * noise)
 
 
 def variable(value: Tensor) -> Tensor:

@@ -63,11 +63,12 @@ class CompiledPullBack(PullBack):
         if compiled is None:
             return super().__call__(segment, alpha, after)
 
-        def own(nudge: bool) -> Pulled:
+        def own(seed: int | None) -> Pulled:
             with undisturbed():
-                if not nudge:
+                if seed is None:
                     return PullBack.__call__(self, segment, alpha, after)
-                return PullBack.__call__(self, segment.nudged(), {key: nudged(a) for key, a in alpha.items()}, {})
+                given = {key: nudged(a, seed) for key, a in alpha.items()}
+                return PullBack.__call__(self, segment.nudged(seed), given, {})
 
         return trusted(
             compiled,
@@ -169,10 +170,12 @@ class CompiledPush:
         if compiled is None:
             return None
 
-        def own(nudge: bool) -> dict[int, Tensor]:
+        def own(seed: int | None) -> dict[int, Tensor]:
             with undisturbed():
-                given = {key: nudged(z) if nudge else z for key, z in tangents.items()}
-                return push_forward(segment.nudged() if nudge else segment, keys, given, columns, None)
+                if seed is None:
+                    return push_forward(segment, keys, dict(tangents), columns, None)
+                given = {key: nudged(z, seed) for key, z in tangents.items()}
+                return push_forward(segment.nudged(seed), keys, given, columns, None)
 
         def finish(found: Sequence[Tensor | None]) -> dict[int, Tensor]:
             return {key: z for key, z in zip(keys, found, strict=True) if z is not None}

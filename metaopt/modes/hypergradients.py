@@ -92,7 +92,7 @@ def collect(adjoint: Adjoint, wanted: list[Tensor]) -> tuple[Tensor, ...]:
         elif tensor.grad_fn is None:
             grad = gradients.get(id(tensor))
             if grad is None:
-                _warn_one(tensor)
+                _warn_one(tensor, adjoint.loop)
         else:
             grad = _of_value(tensor, gradients)
         shape = tensor.shape if adjoint.batch is None else (adjoint.batch, *tensor.shape)
@@ -115,8 +115,11 @@ def _nothing(loop: Loop) -> SweepError:
     )
 
 
-def _warn_one(tensor: Tensor) -> None:
+def _warn_one(tensor: Tensor, loop: Loop) -> None:
     name = name_of(tensor) or f"a tensor of shape {tuple(tensor.shape)}"
+    if any(tensor is leaf for leaf in leaves_behind(loop)):
+        _warn_read(f"the hyperparameter {name} was read")
+        return
     warn(
         f"the hyperparameter {name} took no part in the recorded steps nor in the outer objective; its "
         "hypergradient is zero. Was it replaced by a copy, or turned into a Python number?",
@@ -125,19 +128,28 @@ def _warn_one(tensor: Tensor) -> None:
 
 
 def _warn_unused(adjoint: Adjoint, used: set[int]) -> None:
-    owners = {id(o): o for leaf in leaves_behind(adjoint.loop) if (o := owner_of(leaf)) is not None}
-    names = [
-        str(name_of(leaf))
-        for owner in owners.values()
-        for leaf in owner.parameters()
-        if leaf.requires_grad and id(leaf) not in used
-    ]
+    behind = leaves_behind(adjoint.loop)
+    owners = {id(o): o for leaf in behind if (o := owner_of(leaf)) is not None}
+    unused = [p for o in owners.values() for p in o.parameters() if p.requires_grad and id(p) not in used]
+    read = [str(name_of(leaf)) for leaf in unused if any(leaf is other for other in behind)]
+    names = [name for leaf in unused if (name := str(name_of(leaf))) not in read]
+    if read:
+        _warn_read(f"the hyperparameters {', '.join(read)} were read")
     if names:
         warn(
             f"the hyperparameters {', '.join(names)} took no part in the recorded steps nor in the outer "
             "objective, and get no hypergradient. Were they replaced by copies, or turned into Python numbers?",
             UnusedHyperparameterWarning,
         )
+
+
+def _warn_read(whose: str) -> None:
+    warn(
+        f"{whose} in the recorded steps or in the outer objective, but what these lead to has no derivative by "
+        "it: the hypergradient is zero. A value that only decides (a threshold, a comparison, a rounding), acts where "
+        "it is clipped, or was turned into a Python number has none; decide smoothly (`torch.sigmoid`) to tune it.",
+        UnusedHyperparameterWarning,
+    )
 
 
 def _of_value(tensor: Tensor, gradients: dict[int, Tensor]) -> Tensor | None:

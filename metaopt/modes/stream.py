@@ -25,6 +25,7 @@ from metaopt.modes.outer import Objective
 from metaopt.modes.pullback import PullBack, places_of
 from metaopt.modes.resuming import Saved, load, save
 from metaopt.modes.run import Run, Watchable
+from metaopt.modes.survivors import moves, worth_keeping
 from metaopt.modes.tangents import push_forward
 
 _MANY = 1000
@@ -125,6 +126,8 @@ class Streaming(Run):
         self._columns.renew()
         self._tangents.clear()
         self._recent.clear()
+        self._still |= self._lost
+        self._lost.clear()
 
     def state_dict(self, *modules: nn.Module) -> Saved:
         """``Z``, to go on from in another process; save it between two steps, beside the rest of the training.
@@ -165,14 +168,14 @@ class Streaming(Run):
         present = {} if self._compiled is None else self._loop.tape.present()
         keys = [key for key in segment.outputs if key in state]
         pushed = self._push(segment, keys, before, present)
-        alive = {binding.key for binding in self._loop.tape.living()}
+        alive = {binding.key: binding.ref() for binding in self._loop.tape.living()}
         after = {key: z for key, z in before.items() if key in alive and key not in segment.outputs}
         self._tangents = {**after, **pushed}
-        self._lost = (self._lost - set(segment.outputs)) & alive
-        self._still = ((self._still - set(segment.outputs)) | (set(keys) - set(pushed))) & alive
+        self._lost = (self._lost - set(segment.outputs)) & alive.keys()
+        self._still = ((self._still - set(segment.outputs)) | (set(keys) - set(pushed))) & alive.keys()
         self._recent.append((segment, before, is_step))
         while sum(step for _, _, step in self._recent) > 2:
-            self._drop(self._recent.popleft()[0], alive)
+            self._drop(*self._recent.popleft()[:2], alive)
         if is_step and self._loop.steps % _CHECK_EVERY == 0:
             self._check_finite()
 
@@ -187,7 +190,9 @@ class Streaming(Run):
             if found is not None:
                 return found
         try:
-            return push_forward(segment, keys, tangents, self._columns, self._chunk)
+            # The loop may look for anomalies of its own; a way to push that is tried and given up is none.
+            with torch.autograd.set_detect_anomaly(False):
+                return push_forward(segment, keys, tangents, self._columns, self._chunk)
         except RuntimeError as error:
             raise retold(error, self._loop.steps) from error
 
@@ -212,24 +217,42 @@ class Streaming(Run):
 
     def _resolve(self, segment: Segment) -> None:
         """Get the tangents of what this iteration reads of the last ones besides the state."""
-        for key, _ in segment.inputs:
+        for key, cell in segment.inputs:
             if key in self._tangents or key in self._still:
                 continue
             if key in self._lost:
                 raise CaptureError(
-                    "a tensor that was computed several steps ago, and not read since, is used again; its tangent "
-                    "was not kept. Compute it again, or use it in the step after the one that computes it."
+                    f"a tensor of shape {tuple(cell.tensor.shape)} that was computed several steps ago, and not read "
+                    "since, is used again; its tangent was not kept, as it is a number or there are many such. "
+                    "Compute it again, use it in the step after the one that computes it, or take `metaopt.record`."
                 )
             for earlier, tangents, _ in reversed(self._recent):
                 if key in earlier.outputs:
-                    self._tangents.update(self._push(earlier, [key], tangents, {}))
+                    found = self._push(earlier, [key], tangents, {})
+                    self._tangents.update(found)
+                    self._still |= {key} - set(found)
                     break
 
-    def _drop(self, segment: Segment, alive: set[int]) -> None:
+    def _drop(self, segment: Segment, tangents: dict[int, Tensor], alive: Mapping[int, Tensor | None]) -> None:
+        """Let go of an iteration; what outlives it gets its tangent now, or is lost."""
         recent = {key for later, _, _ in self._recent for key in later.outputs}
-        self._lost |= {key for key in segment.outputs if key in alive and key not in self._tangents}
-        self._lost -= recent | self._still
-        self._lost -= {b.key for b in self._loop.tape.bindings() if self._is_gradient(b.ref())}
+        gradients = {b.key for b in self._loop.tape.bindings() if self._is_gradient(b.ref())}
+        gone = {key for key in segment.outputs if key in alive and key not in self._tangents}
+        gone -= recent | self._still | gradients
+        self._still |= {key for key in gone if not moves(segment, key, tangents)}
+        survivors = {key: alive[key] for key in sorted(gone - self._still)}
+        if survivors:
+            kept = worth_keeping(segment, survivors, self._loop.tape.opaque, self._room())
+            found = self._push(segment, kept, tangents, {})
+            self._tangents.update(found)
+            self._still |= set(kept) - set(found)
+            gone -= set(kept)
+        self._lost = (self._lost | gone) - recent - self._still - gradients
+
+    def _room(self) -> int:
+        """How many entries besides the state may have tangents: as many as the state's, less those that have."""
+        state = self._state_keys()
+        return sum(z[0].numel() if key in state else -z[0].numel() for key, z in self._tangents.items() if len(z))
 
     def _is_gradient(self, tensor: Tensor | None) -> bool:
         return any(weight.grad is tensor for weight in self._loop.tape.trained.values())
