@@ -40,8 +40,7 @@ class Descent:
         Returns:
             Whether it was taken.
         """
-        # A hyperparameter that was frozen is a constant.
-        everything = [parameter for parameters, _ in moves for parameter in parameters if parameter.requires_grad]
+        everything = [parameter for parameters, _ in moves for parameter in parameters]
         gradients = differentiate(loss, everything)
         if not _finite([loss, *gradients]):
             self.skipped += 1

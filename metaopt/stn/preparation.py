@@ -66,7 +66,7 @@ class Prepared(Running):
     @contextmanager
     def _unmoved(self) -> Iterator[None]:
         """Leave random generators and modules as they are."""
-        kept = attributes(self.model)
+        kept = attributes(self.slots.modules)
         try:
             with same_randomness(self.device):
                 yield

@@ -29,7 +29,8 @@ class Slots:
         self.buffers: list[tuple[dict[str, Any], str]] = []
         # Modules, and not their `__dict__`: a copy of the model has others.
         self.rates: list[tuple[nn.Module, str, Rate]] = []
-        self.recurrent = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
+        self.modules = list(model.modules())
+        self.recurrent = [m for m in self.modules if isinstance(m, nn.RNNBase)]
         first: dict[int, str] = {}
         for prefix, module in model.named_modules():
             for key, parameter in module._parameters.items():
@@ -58,16 +59,17 @@ def rate_attribute(module: nn.Module) -> str | None:
 Attributes = list[tuple[dict[str, Any], dict[str, Any]]]
 
 
-def attributes(model: nn.Module) -> Attributes:
-    """What the modules keep in their attributes now, such as the state of a recurrence between two batches."""
-    return [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+def attributes(modules: Sequence[nn.Module]) -> Attributes:
+    """What modules keep in their attributes now, such as the state of a recurrence between two batches."""
+    return [(module.__dict__, module.__dict__.copy()) for module in modules]
 
 
 def set_attributes(kept: Attributes) -> None:
     """Put back what they kept."""
     for now, before in kept:
-        for key in now.keys() - before.keys():
-            del now[key]
+        if now.keys() != before.keys():
+            for key in now.keys() - before.keys():
+                del now[key]
         now.update(before)
 
 

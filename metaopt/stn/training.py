@@ -204,7 +204,9 @@ class Tuner:
         if not self._validated:
             check_validation(loss, self.weights)
             self._validated = True
-        moves = (self.leaves, self.hyper_optimizer), ([tuned.rho], self.scale_optimizer)
+        # A hyperparameter that was frozen is a constant.
+        leaves = [leaf for leaf in self.leaves if leaf.requires_grad]
+        moves = (leaves, self.hyper_optimizer), ([tuned.rho], self.scale_optimizer)
         if not self.descent.step("hyperparameters", objective, *moves):
             return loss.item()
         keep_inside(tuned.hyper, self._at_bounds)
@@ -240,7 +242,7 @@ class Tuner:
 
     def _state(self) -> tuple[Any, Any]:
         """Where a pass of the model starts from, beside its weights: random generators, and what its modules keep."""
-        return random_state(self.tuned.device), attributes(self.tuned.model)
+        return random_state(self.tuned.device), attributes(self.tuned.slots.modules)
 
     def _set_state(self, state: tuple[Any, Any]) -> None:
         set_random_state(self.tuned.device, state[0])
