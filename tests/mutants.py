@@ -76,8 +76,8 @@ MUTANTS = [
     Mutant(
         "reset-tangents",
         "each step begins with Z = 0",
-        "modes/stream.py",
-        "        before = self._tangents\n        if is_step",
+        "modes/carried.py",
+        "        before = self.tangents\n        if is_step",
         "        before: dict[int, Tensor] = {}\n        if is_step",
         (FORWARD, "forward_is_unrolled"),
     ),
@@ -100,7 +100,7 @@ MUTANTS = [
     Mutant(
         "narrow-tangents",
         "the columns of a hyperparameter that appears later take the place of the first ones",
-        "modes/stream.py",
+        "modes/carried.py",
         "torch.cat([tangent, tangent.new_zeros(",
         "torch.cat([tangent.flip(0), tangent.new_zeros(",
         ("tests/test_real_time.py", "appears_later"),

@@ -214,7 +214,7 @@ def test_the_memory_does_not_depend_on_the_number_of_steps(problem: Any) -> None
     def weigh(run: metaopt.Streaming, hyper: metaopt.Hyperparameters) -> None:
         gc.collect()
         alive.append(sum(x.nbytes for x in gc.get_objects() if type(x) is Tensor and x.device.type == "cpu"))
-        tangents.append(sum(z.nbytes for z in run._tangents.values()))
+        tangents.append(sum(z.nbytes for z in run._carried.tangents.values()))
 
     tutorial.real_time(problem, tutorial.INFORMED, replace(SMALL, every=30, epochs=6), seed=0, watch=weigh)
     state = 2 * sum(p.nbytes for p in training.make_network(problem, SMALL, seed=0).parameters())

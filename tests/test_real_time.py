@@ -190,7 +190,7 @@ def test_logs_that_nobody_reads_do_not_grow_the_tangents(scalar: bool) -> None:
             log.append(loss.detach() if scalar else scores.detach())
             loss.backward()
             optimizer.step()
-            sizes.append(sum(z.numel() for z in run._tangents.values()))
+            sizes.append(sum(z.numel() for z in run._carried.tangents.values()))
         assert max(sizes) <= (1 if scalar else 2) * sum(p.numel() for p in model.parameters())
         with pytest.raises(metaopt.CaptureError, match="used again; its tangent was not kept"):
             run.backward(lambda: log[10].mean())
@@ -294,7 +294,7 @@ def test_the_memory_of_forward_mode_does_not_grow() -> None:
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
             hyper.lr = 0.01 + 1e-4 * t
-            sizes.append((len(run._tangents), len(run._recent), len(run._loop.tape.externals)))
+            sizes.append((len(run._carried.tangents), len(run._carried._recent), len(run._loop.tape.externals)))
     assert sizes[20] == sizes[-1]
 
 

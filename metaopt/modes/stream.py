@@ -8,25 +8,23 @@ from __future__ import annotations
 
 __all__ = ["Streaming", "stream"]
 
-from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
-from metaopt.errors import CaptureError, MetaoptWarning, SweepError, warn, whole
-from metaopt.modes.adjoint import Adjoint, opaque, retold
+from metaopt.errors import MetaoptWarning, SweepError, warn, whole
+from metaopt.modes.adjoint import Adjoint
+from metaopt.modes.carried import Carried
 from metaopt.modes.columns import Columns, Directions, coordinates
 from metaopt.modes.compiled import CompiledPush
 from metaopt.modes.hypergradients import accumulate, collect, tensors_of
 from metaopt.modes.outer import Objective
-from metaopt.modes.pullback import PullBack, places_of
+from metaopt.modes.pullback import PullBack
 from metaopt.modes.resuming import Saved, load, save
 from metaopt.modes.run import Run, Watchable
-from metaopt.modes.survivors import moves, worth_keeping
-from metaopt.modes.tangents import push_forward
 
 _MANY = 1000
 _CHECK_EVERY = 10
@@ -104,18 +102,10 @@ class Streaming(Run):
             raise ValueError(f"discount must lie between 0 and 1, not {discount:g}.")
         directions = None if directions is None else whole("directions", directions, 1)
         super().__init__(optimizer, verify=verify, moving=True)
-        self._chunk = chunk
-        self._compiled = None if backend is None else CompiledPush(backend)
         self._loop.tape.keeps_values = backend is not None
-        self._discount = discount
         self._columns = Columns() if directions is None else Directions(directions, generator)
-        self._tangents: dict[int, Tensor] = {}
-        # The iterations since the last step but one, with the tangents that they began with: a tensor that is neither
-        # weight nor state gets its tangent only if a later iteration reads it.
-        self._recent: deque[tuple[Segment, dict[int, Tensor], bool]] = deque()
-        self._lost: set[int] = set()
-        # What was pushed and has no tangent: it depends on no hyperparameter yet, however long ago it was written.
-        self._still: set[int] = set()
+        compiled = None if backend is None else CompiledPush(backend)
+        self._carried = Carried(self._loop, self._columns, compiled, chunk=chunk, discount=discount)
         self._warned = False
 
     def reset_tangents(self) -> None:
@@ -124,10 +114,7 @@ class Streaming(Run):
         With random directions, new ones are drawn.
         """
         self._columns.renew()
-        self._tangents.clear()
-        self._recent.clear()
-        self._still |= self._lost
-        self._lost.clear()
+        self._carried.reset()
 
     def state_dict(self, *modules: nn.Module) -> Saved:
         """``Z``, to go on from in another process; save it between two steps, beside the rest of the training.
@@ -138,7 +125,7 @@ class Streaming(Run):
         Raises:
             SweepError: if a tensor that is no weight, no state of the optimizer and no such buffer has a tangent.
         """
-        return save(self._loop, self._columns, self._tangents, modules)
+        return save(self._loop, self._columns, self._carried.tangents, modules)
 
     def load_state_dict(self, state: Saved, hyperparameters: Iterable[Tensor], *modules: nn.Module) -> None:
         """Go on from what `state_dict` kept: call it where the context begins, after the optimizer's state was loaded.
@@ -153,131 +140,34 @@ class Streaming(Run):
             StaleError: if hyperparameters or tensors are missing, or have other shapes.
             SweepError: after the first step.
         """
-        self._tangents = load(self._loop, self._columns, state, hyperparameters, modules)
-        self._recent.clear()
+        self._carried.begin(load(self._loop, self._columns, state, hyperparameters, modules))
 
     # -- FORWARD-HG ----------------------------------------------------------------------------------------------------
 
     def _receive(self, segment: Segment, is_step: bool) -> None:
-        self._resolve(segment)
+        self._carried.resolve(segment)
         self._discover(segment)
-        before = self._tangents
-        if is_step and self._discount != 1.0:
-            before = {key: self._discount * tangent for key, tangent in before.items()}
-        state = self._state_keys()
-        present = {} if self._compiled is None else self._loop.tape.present()
-        keys = [key for key in segment.outputs if key in state]
-        pushed = self._push(segment, keys, before, present)
-        alive = {binding.key: binding.ref() for binding in self._loop.tape.living()}
-        after = {key: z for key, z in before.items() if key in alive and key not in segment.outputs}
-        self._tangents = {**after, **pushed}
-        self._lost = (self._lost - set(segment.outputs)) & alive.keys()
-        self._still = ((self._still - set(segment.outputs)) | (set(keys) - set(pushed))) & alive.keys()
-        self._recent.append((segment, before, is_step))
-        while sum(step for _, _, step in self._recent) > 2:
-            self._drop(*self._recent.popleft()[:2], alive)
+        self._carried.receive(segment, is_step)
         if is_step and self._loop.steps % _CHECK_EVERY == 0:
             self._check_finite()
 
-    def _push(
-        self, segment: Segment, keys: list[int], tangents: dict[int, Tensor], after: Mapping[int, Tensor]
-    ) -> dict[int, Tensor]:
-        if not keys:
-            return {}
-        self._refuse_opaque(segment, keys)
-        if self._compiled is not None and (self._chunk is None or self._chunk >= self._columns.count):
-            found = self._compiled(segment, keys, tangents, self._columns, after)
-            if found is not None:
-                return found
-        try:
-            # The loop may look for anomalies of its own; a way to push that is tried and given up is none.
-            with torch.autograd.set_detect_anomaly(False):
-                return push_forward(segment, keys, tangents, self._columns, self._chunk)
-        except RuntimeError as error:
-            raise retold(error, self._loop.steps) from error
-
-    def _refuse_opaque(self, segment: Segment, keys: list[int]) -> None:
-        strangers = self._loop.tape.opaque
-        if strangers:
-            for place in segment.program.function(places_of(segment, keys)).inputs:
-                key, cell = segment.inputs[place]
-                if key in strangers:
-                    raise opaque(cell.value().shape, strangers[key])
-
-    def _state_keys(self) -> set[int]:
-        tape = self._loop.tape
-        states = {
-            id(tensor) for state in self._loop.states() for tensor in state.values() if isinstance(tensor, Tensor)
-        }
-        return {
-            binding.key
-            for binding in tape.living()
-            if binding.buffer or id(tensor := binding.ref()) in tape.trained or id(tensor) in states
-        }
-
-    def _resolve(self, segment: Segment) -> None:
-        """Get the tangents of what this iteration reads of the last ones besides the state."""
-        for key, cell in segment.inputs:
-            if key in self._tangents or key in self._still:
-                continue
-            if key in self._lost:
-                raise CaptureError(
-                    f"a tensor of shape {tuple(cell.tensor.shape)} that was computed several steps ago, and not read "
-                    "since, is used again; its tangent was not kept, as it is a number or there are many such. "
-                    "Compute it again, use it in the step after the one that computes it, or take `metaopt.record`."
-                )
-            for earlier, tangents, _ in reversed(self._recent):
-                if key in earlier.outputs:
-                    found = self._push(earlier, [key], tangents, {})
-                    self._tangents.update(found)
-                    self._still |= {key} - set(found)
-                    break
-
-    def _drop(self, segment: Segment, tangents: dict[int, Tensor], alive: Mapping[int, Tensor | None]) -> None:
-        """Let go of an iteration; what outlives it gets its tangent now, or is lost."""
-        recent = {key for later, _, _ in self._recent for key in later.outputs}
-        gradients = {b.key for b in self._loop.tape.bindings() if self._is_gradient(b.ref())}
-        gone = {key for key in segment.outputs if key in alive and key not in self._tangents}
-        gone -= recent | self._still | gradients
-        self._still |= {key for key in gone if not moves(segment, key, tangents)}
-        survivors = {key: alive[key] for key in sorted(gone - self._still)}
-        if survivors:
-            kept = worth_keeping(segment, survivors, self._loop.tape.opaque, self._room())
-            found = self._push(segment, kept, tangents, {})
-            self._tangents.update(found)
-            self._still |= set(kept) - set(found)
-            gone -= set(kept)
-        self._lost = (self._lost | gone) - recent - self._still - gradients
-
-    def _room(self) -> int:
-        """How many entries besides the state may have tangents: as many as the state's, less those that have."""
-        state = self._state_keys()
-        return sum(z[0].numel() if key in state else -z[0].numel() for key, z in self._tangents.items() if len(z))
-
-    def _is_gradient(self, tensor: Tensor | None) -> bool:
-        return any(weight.grad is tensor for weight in self._loop.tape.trained.values())
-
     def _discover(self, segment: Segment) -> None:
         self._columns.discover(external.tensor for external in segment.externals)
-        missing = self._columns.count
-        self._tangents = {key: _widened(z, missing) for key, z in self._tangents.items()}
-        self._recent = deque(
-            (earlier, {key: _widened(z, missing) for key, z in tangents.items()}, step)
-            for earlier, tangents, step in self._recent
-        )
-        if missing > _MANY and not self._warned:
+        count = self._columns.count
+        self._carried.widen(count)
+        if count > _MANY and not self._warned:
             self._warned = True
             warn(
-                f"the hyperparameters have {missing} entries, and forward mode carries a tangent of the whole state "
+                f"the hyperparameters have {count} entries, and forward mode carries a tangent of the whole state "
                 "for each. With thousands of them `metaopt.record` is the right mode: its cost does not depend on "
                 "their number.",
                 MetaoptWarning,
             )
 
     def _check_finite(self) -> None:
-        for z in self._tangents.values():
+        for z in self._carried.tangents.values():
             if not bool(torch.isfinite(z).all()):
-                norms = [float(z.norm()) for z in self._tangents.values()]
+                norms = [float(z.norm()) for z in self._carried.tangents.values()]
                 raise SweepError(
                     f"the tangent Z is not finite by step {self._loop.steps} (norms {max(norms):.3g}): the training "
                     "is chaotic, or diverges, or an operation of the step has an infinite derivative (a root or a norm "
@@ -323,8 +213,8 @@ class Streaming(Run):
     def _evaluate(self, outer: Objective) -> Adjoint:
         adjoint = self._adjoint(outer)
         adjoint.check_value()
-        tangents = self._tangents
-        for segment, before, _ in reversed(self._recent):
+        tangents = self._carried.tangents
+        for segment, before in self._carried.back():
             if all(key in tangents or key not in segment.outputs for key in adjoint.carried):
                 break
             adjoint.pull_back(PullBack(), segment, self._loop.steps)
@@ -342,12 +232,4 @@ class Streaming(Run):
         return adjoint
 
     def _forget(self) -> None:
-        self._tangents.clear()
-        self._recent.clear()
-
-
-def _widened(tangent: Tensor, count: int) -> Tensor:
-    """With zeros for hyperparameters that appeared since."""
-    if len(tangent) == count:
-        return tangent
-    return torch.cat([tangent, tangent.new_zeros((count - len(tangent), *tangent.shape[1:]))])
+        self._carried.begin({})
