@@ -140,7 +140,7 @@ def test_memory_is_told_and_forecast() -> None:
 def test_a_forecast_of_checkpoints_is_near_what_they_take() -> None:
     forecast = Training(100, keep="checkpoints").run.memory().forecast(400)
     actual = Training(400, keep="checkpoints").run.memory().total
-    assert 0.5 * actual < forecast < 3 * actual
+    assert actual <= forecast < 2 * actual
 
 
 def test_states_on_disk_leave_no_file(tmp_path: Path) -> None:

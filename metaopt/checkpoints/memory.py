@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Memory", "bytes_of"]
+__all__ = ["Memory", "bytes_of", "grid"]
 
 import math
 import re
@@ -26,6 +26,14 @@ def bytes_of(amount: int | str) -> int:
     if number < 1:
         raise ValueError(f"a budget must be at least one byte, not {amount!r}.")
     return int(number)
+
+
+def grid(steps: int) -> tuple[int, int]:
+    """How many checkpoints so many steps get where no budget limits them, and how many steps lie between two."""
+    stride = 1
+    while math.ceil(steps / stride) > 2 * stride:
+        stride *= 2
+    return math.ceil(steps / stride), stride if stride > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -58,13 +66,16 @@ class Memory:
         return self.states + self.values + self.inputs
 
     def forecast(self, steps: int) -> int:
-        """What so many steps like these will take, by the same kind of keeping, up to the budget."""
+        """What so many steps like these will take, by the same kind of keeping, up to the budget.
+
+        With checkpoints, the states between two of them, which the sweep computes again, are counted too.
+        """
         steps = whole("steps", steps, 0)
         if not self.steps:
             return 0
         inputs = self.inputs * steps // self.steps
         if self.keep == "checkpoints":
-            few = min(steps, 3 * max(1, round(steps**0.5)))
+            few = sum(grid(steps))
             return inputs + (self.state * few if self.budget is None else min(self.state * few, self.budget))
         kept = (self.states + self.values) * steps // self.steps
         return inputs + (kept if self.budget is None else min(kept, self.budget))
