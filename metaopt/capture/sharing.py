@@ -164,14 +164,18 @@ def _join(graph: fx.Graph, products: list[_Product]) -> None:
 def _sources_first(nodes: Iterable[fx.Node]) -> list[fx.Node]:
     """The nodes in their order, but for those that have to wait for what they read."""
     found: dict[fx.Node, None] = {}
+    begun: set[fx.Node] = set()
     for node in nodes:
         waiting = [node]
         while waiting:
-            missing = [source for source in waiting[-1].all_input_nodes if source not in found]
-            if missing:
-                waiting += missing
-            else:
+            last = waiting[-1]
+            missing = [] if last in found else [source for source in last.all_input_nodes if source not in found]
+            if not missing:
                 found[waiting.pop()] = None
+                continue
+            assert last not in begun, "a call needs its own result"
+            begun.add(last)
+            waiting += missing
     return list(found)
 
 
