@@ -252,6 +252,22 @@ def never_zeroed(hyper: Hyper, context: Context) -> Trained:
     return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
 
 
+@case(lr=0.1, weights=weights(12))
+def a_gradient_used_much_later(hyper: Hyper, context: Context) -> Trained:
+    """Two networks, of which one gets a gradient in the first iteration and steps in the sixth."""
+    x, y, x_val, y_val = data()
+    model, late = mlp(5, 6, 3), mlp(5, 3)
+    optimizers = [sgd(hyper)(late.parameters()), sgd(hyper)(model.parameters())]
+    with context(optimizers):  # type: ignore[arg-type]
+        for t in range(6):
+            optimizers[1].zero_grad()
+            weighted(hyper, slice(None), model(x) + late(x) if t == 0 else model(x), y).backward()
+            if t == 5:
+                optimizers[0].step()
+            optimizers[1].step()
+    return Trained(F.cross_entropy(model(x_val) + late(x_val), y_val), model, optimizers[1])
+
+
 @case(lr=0.3, momentum=0.8, weights=weights(12))
 def zeroed_in_place(hyper: Hyper, context: Context) -> Trained:
     return simple(mlp(5, 6, 3), sgd(hyper), hyper, context, set_to_none=False)
