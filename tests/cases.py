@@ -564,6 +564,26 @@ def layers_added_as_it_goes(hyper: Hyper, context: Context) -> Trained:
     return Trained(F.cross_entropy(predict(x_val), y_val), model, optimizer)
 
 
+@case(lr=0.1, weights=weights(12))
+def a_layer_made_of_a_product_of_others(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model, layers = mlp(5, 6, 3), nn.ParameterList()
+    optimizer = sgd(hyper, momentum=0.5)(model.parameters())
+
+    def predict(x: Tensor) -> Tensor:
+        return model(x) + sum(F.linear(x, layer) for layer in layers)
+
+    with context(optimizer):
+        for t in range(5):
+            if t == 3:
+                layers.append(nn.Parameter((model[2].weight @ model[0].weight).detach()))
+                optimizer.add_param_group({"params": list(layers)})
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), predict(x), y).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(predict(x_val), y_val), model, optimizer)
+
+
 @case(lr=0.3, weights=weights(12))
 def used_twice(hyper: Hyper, context: Context) -> Trained:
     torch.manual_seed(3)

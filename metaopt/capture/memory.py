@@ -44,6 +44,13 @@ class Memory:
             # The weak reference also keeps the address from being given to another storage.
             self._owners[storage._cdata] = (StorageWeakRef(storage), binding, tensor_geometry(tensor))
 
+    def is_owned(self, tensor: Tensor) -> bool:
+        """Whether somebody owns the memory that a tensor lies in."""
+        if tensor.layout is not torch.strided:
+            return False
+        known = self._owners.get(tensor.untyped_storage()._cdata)
+        return known is not None and not known[0].expired()
+
     def owner(self, tensor: Tensor) -> tuple[Binding, Geometry] | None:
         """Whose memory a tensor lies in, if that is another's."""
         if tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
