@@ -537,6 +537,18 @@ def test_a_group_with_a_setting_outside_its_domain_is_not_added() -> None:
     assert run.steps == len(optimizer.param_groups) == 1
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_a_parameter_made_of_a_result_with_a_graph(added: bool) -> None:
+    model = mlp(5, 6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(metaopt.CaptureError, match="Detach the result"), metaopt.record(optimizer):
+        more = nn.Parameter(model[2].weight @ model[0].weight)
+        if added:
+            optimizer.add_param_group({"params": [more]})
+        (loss(model) + more.square().sum()).backward()
+        optimizer.step()
+
+
 @pytest.mark.parametrize("bad", [complex, "hooked"])
 def test_parameters_added_that_cannot_be_followed(bad: Any) -> None:
     model, more = mlp(5, 6, 3), nn.Parameter(torch.ones(3, dtype=torch.complex64 if bad is complex else None))
