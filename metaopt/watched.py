@@ -80,8 +80,8 @@ class WatchedWeights:
                     "hyperparameter so far: it required grad, and nobody trained it. Freeze parameters until they are "
                     "added (`requires_grad_(False)`), and add them between two steps."
                 )
-            if tape.find(weight) is None:
-                tape.alias(weight)  # it may be a copy of what is followed
+            if tape.find(weight) is None and tape.alias(weight) is None:  # it may be a copy of what is followed
+                tape.refuse_hidden(weight)
             tape.train(weight)
             self.added.add(id(weight))
             self.trainable |= {id(weight)} if weight.requires_grad else set()

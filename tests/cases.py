@@ -252,6 +252,22 @@ def never_zeroed(hyper: Hyper, context: Context) -> Trained:
     return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
 
 
+@case(lr=0.1, weights=weights(12))
+def a_gradient_used_much_later(hyper: Hyper, context: Context) -> Trained:
+    """Two networks, of which one gets a gradient in the first iteration and steps in the sixth."""
+    x, y, x_val, y_val = data()
+    model, late = mlp(5, 6, 3), mlp(5, 3)
+    optimizers = [sgd(hyper)(late.parameters()), sgd(hyper)(model.parameters())]
+    with context(optimizers):  # type: ignore[arg-type]
+        for t in range(6):
+            optimizers[1].zero_grad()
+            weighted(hyper, slice(None), model(x) + late(x) if t == 0 else model(x), y).backward()
+            if t == 5:
+                optimizers[0].step()
+            optimizers[1].step()
+    return Trained(F.cross_entropy(model(x_val) + late(x_val), y_val), model, optimizers[1])
+
+
 @case(lr=0.3, momentum=0.8, weights=weights(12))
 def zeroed_in_place(hyper: Hyper, context: Context) -> Trained:
     return simple(mlp(5, 6, 3), sgd(hyper), hyper, context, set_to_none=False)
@@ -542,6 +558,26 @@ def layers_added_as_it_goes(hyper: Hyper, context: Context) -> Trained:
                 head.weight.data *= 0.5
                 optimizer.add_param_group({"params": head.parameters()})
                 layers = [*model, head]
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), predict(x), y).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(predict(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.1, weights=weights(12))
+def a_layer_made_of_a_product_of_others(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model, layers = mlp(5, 6, 3), nn.ParameterList()
+    optimizer = sgd(hyper, momentum=0.5)(model.parameters())
+
+    def predict(x: Tensor) -> Tensor:
+        return model(x) + sum(F.linear(x, layer) for layer in layers)
+
+    with context(optimizer):
+        for t in range(5):
+            if t == 3:
+                layers.append(nn.Parameter((model[2].weight @ model[0].weight).detach()))
+                optimizer.add_param_group({"params": list(layers)})
             optimizer.zero_grad()
             weighted(hyper, slice(None), predict(x), y).backward()
             optimizer.step()

@@ -503,10 +503,11 @@ def test_parameters_added_that_were_taken_for_hyperparameters(mode: Any, within:
     assert "add_param_group" not in vars(optimizer)
 
 
-def test_parameters_added_have_no_initial_value_to_differentiate_by() -> None:
+@pytest.mark.parametrize("SGD", [torch.optim.SGD, metaopt.optim.SGD], ids=["torch", "metaopt"])
+def test_parameters_added_have_no_initial_value_to_differentiate_by(SGD: Any) -> None:
     model = mlp(5, 6, 3)
     model[0].requires_grad_(False)
-    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    optimizer = SGD(model[2].parameters(), lr=torch.tensor(0.1, requires_grad=SGD is metaopt.optim.SGD))
     before = [w.detach().clone() for w in model.parameters()]
     with metaopt.record(optimizer) as run:
         for t in range(3):
@@ -522,6 +523,30 @@ def test_parameters_added_have_no_initial_value_to_differentiate_by() -> None:
     run.rewind()
     assert len(optimizer.param_groups) == 1
     assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_a_group_with_a_setting_outside_its_domain_is_not_added() -> None:
+    model, lr = mlp(5, 6, 3), torch.tensor(-0.1, requires_grad=True)
+    model[0].requires_grad_(False)
+    optimizer = metaopt.optim.SGD(model[2].parameters(), lr=0.1)
+    with metaopt.record(optimizer) as run:
+        with pytest.raises(metaopt.DomainError, match="at least 0"):
+            optimizer.add_param_group({"params": model[0].parameters(), "lr": lr})
+        loss(model).backward()
+        optimizer.step()
+    assert run.steps == len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_a_parameter_made_of_a_result_with_a_graph(added: bool) -> None:
+    model = mlp(5, 6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(metaopt.CaptureError, match="Detach the result"), metaopt.record(optimizer):
+        more = nn.Parameter(model[2].weight @ model[0].weight)
+        if added:
+            optimizer.add_param_group({"params": [more]})
+        (loss(model) + more.square().sum()).backward()
+        optimizer.step()
 
 
 @pytest.mark.parametrize("bad", [complex, "hooked"])

@@ -241,11 +241,22 @@ def test_few_steps_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not built
 
 
-def test_a_wrong_compiler_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        pytest.param(lambda g: 1.01 * g, id="factor"),
+        pytest.param(lambda g: -g, id="sign"),
+        pytest.param(lambda g: None, id="missing"),
+        pytest.param(lambda g: torch.nan * g, id="no-number"),
+        pytest.param(lambda g: torch.cat([g[:1], 0 * g[1:]]) if g.dim() else 0 * g, id="entries"),
+    ],
+)
+def test_a_wrong_compiler_is_found_out(mistake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     call = Compiled.__call__
 
     def wrong(self: Compiled, given: Any) -> list[Tensor | None]:
-        return [None if g is None else 1.01 * g for g in call(self, given)]
+        first, *others = call(self, given)
+        return [None if first is None else mistake(first), *others]
 
     monkeypatch.setattr(Compiled, "__call__", wrong)
     expected = Trained().gradients()

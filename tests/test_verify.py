@@ -71,4 +71,40 @@ def test_each_run_replays_one_step_of_a_structure_that_an_earlier_run_has_checke
         return len(replayed)
 
     assert train(2) == 2
-    assert train(steps) == (1 if steps > 1 else 0)
+    assert train(steps) == 1  # a single step waits for no other, and is looked at as the context ends
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+@pytest.mark.parametrize("clamped", [False, True])
+def test_a_single_step_of_a_known_structure_is_looked_at(mode: Any, clamped: bool) -> None:
+    """What the loop writes after it is something else."""
+    counted = [1.0, 0.0]
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.scale = counted[0]
+            counted[0] += counted[1]
+            return x * ctx.scale
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return grad * ctx.scale
+
+    def train(steps: int) -> None:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 5)
+        optimizer = torch.optim.Adam(model.parameters())
+        with mode(optimizer):
+            for _ in range(steps):
+                optimizer.zero_grad()
+                Scaled.apply(model(torch.ones(7, 3))).square().sum().backward()
+                optimizer.step()
+            if clamped:
+                model.weight.data.clamp_(-0.1, 0.1)
+
+    train(2)
+    train(1)
+    counted[1] = 0.5
+    with pytest.raises(metaopt.CaptureError, match="replaying step 1"):
+        train(1)

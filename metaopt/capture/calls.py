@@ -51,6 +51,8 @@ def _detach(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwar
     if base is not None:
         binding.base, binding.base_value = base, base.value
         binding.via = View(stop, (BASE,), {}, 1, 0, True)
+    if not source.is_leaf and not tape.memory.is_owned(result):
+        tape.own_memory(result)  # a parameter may be made of it, out of sight
     return result
 
 

@@ -152,6 +152,12 @@ class Following:
 
     def refuse_hidden(self, tensor: Tensor) -> None:
         """Raise if a tensor depends on the trained weights, out of sight."""
+        if tensor.is_leaf and self.memory.has_passed(tensor):
+            raise CaptureError(
+                f"a parameter of shape {tuple(tensor.shape)} was made of a result that depends on weights or "
+                "hyperparameters, and has a graph (`nn.Parameter(a @ b)`), which was not seen. Detach the result, "
+                "`nn.Parameter((a @ b).detach())`: its value is followed then."
+            )
         if any(id(found) in self.trained for found in leaves_of(tensor)):
             raise CaptureError(
                 f"a tensor of shape {tuple(tensor.shape)} depends on the trained weights, but metaopt did not see "

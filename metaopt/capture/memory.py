@@ -36,6 +36,8 @@ class Memory:
         self.parted: dict[int, tuple[StorageWeakRef, list[tuple[weakref.ref[Tensor], int]]]] = {}
         self._left: dict[int, StorageWeakRef] = {}
         self._exposed: dict[int, _Exposed] = {}
+        # That of results with a graph, of which a parameter may be made out of sight.
+        self._passing: dict[int, StorageWeakRef] = {}
 
     def own(self, tensor: Tensor, binding: Binding | None) -> None:
         """Other tensors in this one's memory, made out of sight, are views of it."""
@@ -43,6 +45,26 @@ class Memory:
             storage = tensor.untyped_storage()
             # The weak reference also keeps the address from being given to another storage.
             self._owners[storage._cdata] = (StorageWeakRef(storage), binding, tensor_geometry(tensor))
+
+    def passes(self, tensor: Tensor) -> None:
+        """Note a result that has a graph."""
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            self._passing[storage._cdata] = StorageWeakRef(storage)
+
+    def has_passed(self, leaf: Tensor) -> bool:
+        """Whether a leaf lies in the memory of a result that had a graph."""
+        if leaf.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(leaf):
+            return False
+        known = self._passing.get(leaf.untyped_storage()._cdata)
+        return known is not None and not known.expired()
+
+    def is_owned(self, tensor: Tensor) -> bool:
+        """Whether somebody owns the memory that a tensor lies in."""
+        if tensor.layout is not torch.strided:
+            return False
+        known = self._owners.get(tensor.untyped_storage()._cdata)
+        return known is not None and not known[0].expired()
 
     def owner(self, tensor: Tensor) -> tuple[Binding, Geometry] | None:
         """Whose memory a tensor lies in, if that is another's."""
@@ -107,6 +129,7 @@ class Memory:
     def purge(self) -> None:
         """Forget memory that is gone."""
         self._owners = {key: known for key, known in self._owners.items() if not known[0].expired()}
+        self._passing = {key: known for key, known in self._passing.items() if not known.expired()}
         self.parted = {key: known for key, known in self.parted.items() if not known[0].expired()}
         self._left = {key: known for key, known in self._left.items() if not known.expired()}
 

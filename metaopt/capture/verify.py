@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from metaopt.capture.bindings import Binding
+from metaopt.capture.cells import version_of
 from metaopt.capture.derivatives import check_segment
 from metaopt.capture.program import Program
 from metaopt.capture.segment import Segment
@@ -28,6 +30,7 @@ class Verifier:
             raise ValueError(f'verify must be "first", "all" or "never", not {which!r}.')
         self.which = which
         self._seen: set[Program] = set()
+        self._waiting: tuple[Segment, int] | None = None
 
     def check(self, segment: Segment, tape: Tape, step: int, *, last: bool = True) -> None:
         """Raise `CaptureError` if the replay of a segment that has just been finished differs from the loop.
@@ -40,10 +43,32 @@ class Verifier:
                 before it does not show. A program that an earlier run has checked waits for the step that tells more.
         """
         program = segment.program
-        waits = not last and program.derivative_checked
-        if self.which == "never" or (self.which == "first" and (waits or program in self._seen)):
+        self._waiting = None
+        if self.which == "never" or (self.which == "first" and program in self._seen):
             return
-        actual = {binding.key: tensor for binding in tape.bindings() if (tensor := binding.ref()) is not None}
+        if self.which == "first" and not last and program.derivative_checked:
+            self._waiting = segment, step
+            return
+        self._compare(segment, tape, step, tape.bindings())
+        if last:
+            self._seen.add(program)
+        if not program.derivative_checked:
+            check_segment(segment, step)
+            program.derivative_checked = last
+
+    def settle(self, tape: Tape) -> None:
+        """The context ends: raise if the last step still waits for one that tells more, and differs from the loop."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            segment, step = waiting
+            # What the loop has written since the step is something else.
+            unwritten = [b for b in tape.bindings() if not (b.fresh and b.epoch == tape.epoch)]
+            self._compare(
+                segment, tape, step, [b for b in unwritten if (t := b.ref()) is not None and b.version == version_of(t)]
+            )
+
+    def _compare(self, segment: Segment, tape: Tape, step: int, bindings: list[Binding]) -> None:
+        actual = {binding.key: tensor for binding in bindings if (tensor := binding.ref()) is not None}
         keys = [key for key in segment.outputs if key in actual]
         try:
             outputs = segment.values(keys)
@@ -58,11 +83,6 @@ class Verifier:
             wrong = _wrong(pairs, tape, loose, _floors(tape, [tensor for _, tensor in pairs]))
             if wrong:
                 raise CaptureError(_report(wrong, tape, step, len(keys)))
-        if last:
-            self._seen.add(program)
-        if not program.derivative_checked:
-            check_segment(segment, step)
-            program.derivative_checked = last
 
 
 def check_replay(segment: Segment, found: Mapping[int, Tensor], known: Mapping[int, Tensor], *, exact: bool) -> None:

@@ -203,7 +203,9 @@ class Watcher(TorchFunctionMode):
             binding = tape.define(tensor, out, inner=inner if requires_grad else 0)
             if tape.keeps_values:
                 tape.keep_value(tensor, out)
-            if not requires_grad and tensor.is_floating_point():
+            if requires_grad:
+                tape.memory.passes(tensor)
+            elif tensor.is_floating_point():
                 tape.own_memory(tensor)
             if tensor._is_view():
                 self._mark_view(binding, tensor, sources, View(func, args, kwargs, len(results), place, not grad))

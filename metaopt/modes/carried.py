@@ -123,16 +123,16 @@ class Carried:
         grads = {id(grad) for weight in tape.trained.values() if (grad := weight.grad) is not None}
         gradients = {binding.key for binding in tape.bindings() if id(binding.ref()) in grads}
         gone = {key for key in segment.outputs if key in alive and key not in self.tangents}
-        gone -= recent | self._still | gradients
+        gone -= recent | self._still
         self._still |= {key for key in gone if not moves(segment, key, tangents)}
         survivors = {key: alive[key] for key in sorted(gone - self._still)}
         if survivors:
-            kept = worth_keeping(segment, survivors, tape.opaque, self._room())
+            kept = worth_keeping(segment, survivors, tape.opaque, self._room(), gradients)
             found = self._push(segment, kept, tangents, {})
             self.tangents.update(found)
             self._still |= set(kept) - set(found)
             gone -= set(kept)
-        self._lost = (self._lost | gone) - recent - self._still - gradients
+        self._lost = (self._lost | gone) - recent - self._still
 
     def _room(self) -> int:
         """How many entries besides the state may have tangents: as many as the state's, less those that have."""

@@ -30,11 +30,16 @@ def moves(segment: Segment, key: int, tangents: Collection[int]) -> bool:
 
 
 def worth_keeping(
-    segment: Segment, survivors: Mapping[int, Tensor | None], opaque: Collection[int], room: int
+    segment: Segment,
+    survivors: Mapping[int, Tensor | None],
+    opaque: Collection[int],
+    room: int,
+    gradients: Collection[int] = (),
 ) -> list[int]:
     """Those of an iteration's outputs whose tangents are to be had before the iteration is dropped.
 
-    Copies and averages of weights are: what is made of tensors of its own shape, or of its own size together. Others
+    Copies and averages of weights are: what is made of tensors of its own shape, or of its own size together; and the
+    weights' gradients, which a late step may use (one network steps less often than it gets gradients). Others
     (targets, the records of a rollout) are while there is room, and scalars are not: they are logs of losses, each of
     which would take another pass through the model.
 
@@ -43,6 +48,7 @@ def worth_keeping(
         survivors: the outputs that are alive, by key.
         opaque: the keys of what came about out of sight.
         room: how many entries there is room for.
+        gradients: the keys of the weights' gradients.
     """
     chosen = []
     for key, tensor in survivors.items():
@@ -56,7 +62,7 @@ def worth_keeping(
         shape = tensor.shape if tensor is not None else shapes[0] if shapes else torch.Size()
         size = shape.numel()
         same = all(other == shape for other in shapes) or sum(other.numel() for other in shapes) == size
-        if (same and max(hypers, default=0) <= size) or (shape and size <= room):
+        if key in gradients or (same and max(hypers, default=0) <= size) or (shape and size <= room):
             chosen.append(key)
             room -= size
     return chosen

@@ -44,6 +44,8 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
         group = dict(param_group)
         for key, default in self._defaults_given.items():
             group[key] = unlink(key, group.get(key, default.value), links, rule_of(self))
+        for name, link in links.items():
+            rule_of(self).check(name, float(link.at(self.schedule_step).detach()))
         super().add_param_group(group)
         self._links[len(self.param_groups) - 1] = links
         self._hook()
@@ -62,6 +64,8 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
     def go_back(self, bookmark: Any) -> None:
         """Return to a bookmark; the hyperparameters keep their present values."""
         self.schedule_step, bases = bookmark
+        # Groups that were added since may be gone.
+        self._links = {place: links for place, links in self._links.items() if place < len(self.param_groups)}
         for place, links in self._links.items():
             for name, link in links.items():
                 link.base = bases.get(place, {}).get(name)
