@@ -600,3 +600,21 @@ def test_an_objective_of_an_earlier_step_and_a_progress_bar(capsys: pytest.Captu
         gradients.append(lr.grad)
     assert gradients[0] == gradients[1]
     assert "reverse sweep" in capsys.readouterr().err
+
+
+def test_parts_of_a_hyperparameter_that_moves_are_read_again() -> None:
+    """Neither a part with a graph nor one without makes the whole a result of the loop's."""
+    torch.manual_seed(0)
+    weights = torch.full((6,), 0.5, requires_grad=True)
+    model = nn.Linear(3, 1)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=0.1)
+    with metaopt.stream(optimizer) as run:
+        for _ in range(3):
+            optimizer.zero_grad()
+            out = model(torch.randn(6, 3))
+            (weights[:3].sum() * out.square().mean() + (weights[3:4].detach() * out).sum()).backward()
+            optimizer.step()
+            (grad,) = run.hypergradient(lambda: model(torch.ones(2, 3)).square().sum(), weights)
+            assert grad[3].abs() > 0
+            with torch.no_grad():
+                weights -= 0.01 * grad

@@ -51,8 +51,9 @@ def _detach(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwar
     if base is not None:
         binding.base, binding.base_value = base, base.value
         binding.via = View(stop, (BASE,), {}, 1, 0, True)
-    if not source.is_leaf and not tape.memory.is_owned(result):
-        tape.own_memory(result)  # a parameter may be made of it, out of sight
+    made = source._base if source._is_view() else source
+    if made is not None and not made.is_leaf and not tape.memory.is_owned(result):
+        tape.own_memory(result)  # a parameter may be made of it, out of sight; a part of a leaf is the leaf's
     return result
 
 

@@ -203,11 +203,13 @@ class Watcher(TorchFunctionMode):
             binding = tape.define(tensor, out, inner=inner if requires_grad else 0)
             if tape.keeps_values:
                 tape.keep_value(tensor, out)
-            if requires_grad:
+            is_view = tensor._is_view()
+            if not requires_grad:
+                if tensor.is_floating_point():
+                    tape.own_memory(tensor)
+            elif not is_view:
                 tape.memory.passes(tensor)
-            elif tensor.is_floating_point():
-                tape.own_memory(tensor)
-            if tensor._is_view():
+            if is_view:
                 self._mark_view(binding, tensor, sources, View(func, args, kwargs, len(results), place, not grad))
         tape.compact()
         if self._looked_for_compiler < _LOOKS:
