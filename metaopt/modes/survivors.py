@@ -34,7 +34,7 @@ def worth_keeping(
     survivors: Mapping[int, Tensor | None],
     opaque: Collection[int],
     room: int,
-    gradients: Collection[int] = (),
+    gradients: Collection[int],
 ) -> list[int]:
     """Those of an iteration's outputs whose tangents are to be had before the iteration is dropped.
 
