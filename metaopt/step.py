@@ -26,7 +26,7 @@ from metaopt.closures import closure_of, with_closure
 from metaopt.errors import CaptureError
 from metaopt.hyperparameters import owner_of
 from metaopt.rules import rule_of
-from metaopt.stepping import group_hooks, step_hooks
+from metaopt.stepping import clearing, method_hooks, step_hooks
 from metaopt.update import RuledUpdate, sparse
 from metaopt.watched import WatchedWeights, listed, weights_of
 from metaopt.wrapping import steps_on_stack, wrapped
@@ -123,7 +123,8 @@ class Loop:
                 stack.callback(_open.discard, optimizer)
             others = (self._bystanders.before, self._bystanders.after)
             stack.enter_context(step_hooks(self.optimizers, (self._pre_step, self._post_step), others))
-            stack.enter_context(group_hooks(self.optimizers, self._growing))
+            stack.enter_context(method_hooks(self.optimizers, "add_param_group", self._growing))
+            stack.enter_context(clearing(self.optimizers))
             stack.enter_context(see_functions(self.watcher))
             stack.enter_context(self.watcher)
             self._exit = stack.pop_all()
@@ -167,7 +168,7 @@ class Loop:
             self.watcher.paused = True
 
     @contextmanager
-    def _growing(self) -> Iterator[None]:
+    def _growing(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """While open, an optimizer gets weights that it trains from then on."""
         with self.paused(), torch._C.DisableTorchFunction():
             yield

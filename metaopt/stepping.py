@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["group_hooks", "step_hooks"]
+__all__ = ["clearing", "method_hooks", "step_hooks"]
 
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
+import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 # What runs before a step and what runs after it, as torch calls them.
 _Hooks = tuple[Callable[[Optimizer, Any, Any], Any], Callable[[Optimizer, Any, Any], None]]
+_Around = Callable[..., AbstractContextManager[Any]]
 
 
 @contextmanager
@@ -49,29 +51,39 @@ def step_hooks(optimizers: Sequence[Optimizer], own: _Hooks, others: _Hooks) -> 
 
 
 @contextmanager
-def group_hooks(optimizers: Sequence[Optimizer], around: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """While open, a context is entered around each call of these optimizers' ``add_param_group``.
+def method_hooks(optimizers: Iterable[Optimizer], name: str, around: _Around) -> Iterator[None]:
+    """While open, a context is entered around each call of a method of these optimizers that torch has no hook for.
 
     Args:
         optimizers: the optimizers that are watched.
-        around: makes the context.
+        name: of the method.
+        around: makes the context, of the call's arguments.
     """
     with ExitStack() as stack:
         for optimizer in optimizers:
-            # torch has no hook for this.
-            own = optimizer.__dict__.get("add_param_group")
-            setattr(optimizer, "add_param_group", _within(around, optimizer.add_param_group))  # noqa: B010
+            own = optimizer.__dict__.get(name)
+            setattr(optimizer, name, _within(around, getattr(optimizer, name)))
             if own is None:
-                stack.callback(optimizer.__dict__.pop, "add_param_group", None)
+                stack.callback(optimizer.__dict__.pop, name, None)
             else:
-                stack.callback(setattr, optimizer, "add_param_group", own)
+                stack.callback(setattr, optimizer, name, own)
         yield
 
 
-def _within(around: Callable[[], AbstractContextManager[None]], call: Callable[..., Any]) -> Callable[..., Any]:
+def clearing(optimizers: Iterable[Optimizer]) -> AbstractContextManager[None]:
+    """While open, torch's ``zero_grad`` lets gradients go without a watcher's look at each of them."""
+    torchs = [optimizer for optimizer in optimizers if type(optimizer).zero_grad is Optimizer.zero_grad]
+    return method_hooks(torchs, "zero_grad", _unseen)
+
+
+def _unseen(set_to_none: bool = True) -> AbstractContextManager[Any]:
+    return torch._C.DisableTorchFunction() if set_to_none else nullcontext()
+
+
+def _within(around: _Around, call: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(call)
     def within(*args: Any, **kwargs: Any) -> Any:
-        with around():
+        with around(*args, **kwargs):
             return call(*args, **kwargs)
 
     return within

@@ -104,8 +104,9 @@ class WatchedWeights:
     def check(self) -> None:
         """Raise `CaptureError` if the optimizer has other weights now, or the model has."""
         self.tape.memory.refuse_written()
-        self._refuse_other_weights()
-        self._refuse_replaced()
+        weights = self.weights()
+        self._refuse_other_weights(weights)
+        self._refuse_replaced(weights)
 
     def _refuse_shared_memory(self) -> None:
         # Each would be followed by itself.
@@ -119,23 +120,25 @@ class WatchedWeights:
                     "(`decoder.weight = encoder.weight`), and give that to the optimizer once."
                 )
 
-    def _refuse_other_weights(self) -> None:
-        if {id(weight) for weight in self.weights()} != set(self.tape.trained):
+    def _refuse_other_weights(self, weights: list[Tensor]) -> None:
+        if set(map(id, weights)) != self.tape.trained.keys():
             raise CaptureError(
                 "parameters were added to or removed from the optimizer's groups inside the context. Add some by "
                 "`optimizer.add_param_group`, and freeze (`requires_grad_(False)`) those that are to rest."
             )
 
-    def _refuse_replaced(self) -> None:
+    def _refuse_replaced(self, weights: list[Tensor]) -> None:
         # A parameter that was replaced in the model looks like a new hyperparameter, while the old one, which the
         # optimizer still holds, gets no gradient any more.
         known, self._known = self._known, len(self.tape.externals)
-        trained, self._received = self._received, {id(w) for w in self.weights() if w.grad is not None}
+        trained, self._received = self._received, {id(weight) for weight in weights if weight.grad is not None}
+        if trained <= self._received:
+            return
+        lost = [weight for weight in weights if id(weight) in trained - self._received]
         new = [external.tensor for external in list(self.tape.externals.values())[known:]]
         made = [b.ref() for b in self.tape.bindings() if b.leaf]
         # A copy that the loop trains itself takes nobody's place.
         new += [leaf for leaf in made if leaf is not None and not self.tape.is_moved(leaf)]
-        lost = [weight for weight in self.weights() if id(weight) in trained and weight.grad is None]
         shapes = {tensor.shape for tensor in new if isinstance(tensor, torch.nn.Parameter)}
         replaced = [weight for weight in lost if weight.shape in shapes]
         if replaced:

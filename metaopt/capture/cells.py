@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["LOST", "Cell", "Cells", "Copy", "Kept", "Lost", "version_of"]
+__all__ = ["LOST", "Cell", "Cells", "Copy", "Kept", "Lost", "version_of", "versions_of"]
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -34,6 +34,14 @@ def version_of(tensor: Tensor) -> int:
         return tensor._version
     except RuntimeError:
         return 0
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    """`version_of` of each."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [version_of(tensor) for tensor in tensors]
 
 
 class Cell:
@@ -123,13 +131,15 @@ class Cells:
 
     def keep(self, tensor: Tensor) -> Cell:
         """A cell for the tensor's present value."""
-        if tensor.layout is torch.strided and not tensor.untyped_storage().resizable():
+        if tensor.layout is not torch.strided:
+            return Cell(tensor)
+        storage = tensor.untyped_storage()
+        if not storage.resizable():
             return self._snapshot(tensor)
         cell = Cell(tensor)
-        if tensor.layout is torch.strided:
-            self._by_storage.setdefault(_storage(tensor), []).append(weakref.ref(cell))
-            if len(self._by_storage) > self._purge_at:
-                self._purge()
+        self._by_storage.setdefault(storage._cdata, []).append(weakref.ref(cell))
+        if len(self._by_storage) > self._purge_at:
+            self._purge()
         return cell
 
     def before_write(self, tensor: Tensor) -> None:

@@ -38,6 +38,7 @@ class Memory:
         self._exposed: dict[int, _Exposed] = {}
         # That of results with a graph, of which a parameter may be made out of sight.
         self._passing: dict[int, StorageWeakRef] = {}
+        self._purge_at = 64
 
     def own(self, tensor: Tensor, binding: Binding | None) -> None:
         """Other tensors in this one's memory, made out of sight, are views of it."""
@@ -128,8 +129,11 @@ class Memory:
 
     def purge(self) -> None:
         """Forget memory that is gone."""
-        self._owners = {key: known for key, known in self._owners.items() if not known[0].expired()}
-        self._passing = {key: known for key, known in self._passing.items() if not known.expired()}
+        # A look at each of them costs more than a few that are gone.
+        if len(self._owners) + len(self._passing) > self._purge_at:
+            self._owners = {key: known for key, known in self._owners.items() if not known[0].expired()}
+            self._passing = {key: known for key, known in self._passing.items() if not known.expired()}
+            self._purge_at = max(64, 2 * (len(self._owners) + len(self._passing)))
         self.parted = {key: known for key, known in self.parted.items() if not known[0].expired()}
         self._left = {key: known for key, known in self._left.items() if not known.expired()}
 

@@ -29,6 +29,8 @@ class Library:
 
     def __init__(self) -> None:
         self.programs: list[Program] = []
+        # The last iteration's: the next one's is the same, as a rule, and then need not be looked up.
+        self._last: tuple[Any, _Known] | None = None
         self._numbers: dict[Any, tuple[float, ...]] = {}
 
     def seal(
@@ -49,14 +51,9 @@ class Library:
             tuple(trace.constants),
             tuple(value for value, _ in outputs),
         )
-        known = _known.get(structure)
-        if known is None:
-            known = _known[structure] = _program(trace, [value for value, _ in outputs])
-            if len(_known) > _KNOWN_AT_MOST:
-                _known.popitem(last=False)
-        program, ins, exts, consts = known
-        if program not in self.programs:
-            self.programs.append(program)
+        if self._last is None or self._last[0] != structure:
+            self._last = structure, self._look_up(structure, trace)
+        program, ins, exts, consts = self._last[1]
         numbers = tuple(trace.numbers)
         return Segment(
             program,
@@ -69,6 +66,16 @@ class Library:
             {key: place for place, (_, key) in enumerate(outputs)},
             {value: cell for value, cell in computed.items() if program.keeps(value)},
         )
+
+    def _look_up(self, structure: Any, trace: Trace) -> _Known:
+        known = _known.get(structure)
+        if known is None:
+            known = _known[structure] = _program(trace, list(structure[-1]))
+            if len(_known) > _KNOWN_AT_MOST:
+                _known.popitem(last=False)
+        if known[0] not in self.programs:
+            self.programs.append(known[0])
+        return known
 
 
 def _program(trace: Trace, outputs: list[int]) -> _Known:

@@ -142,11 +142,11 @@ class Tape(Following):
         binding = self.find(tensor)
         if binding is None and tensor.requires_grad:
             binding = self.alias(tensor)  # a copy of weights that is a leaf of its own
-        if binding is None:
+        if binding is None or not binding.inner:
             return 0
         root = binding.root
         carried = not root.leaf and (root.epoch != self.epoch or not root.fresh)
-        return 2 if binding.inner and carried else binding.inner
+        return 2 if carried else binding.inner
 
     def _refresh(self, view: Binding, base: Binding) -> None:
         value = self.read_binding(base)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from metaopt.capture import calls, writes
 from metaopt.capture.bindings import BASE, View
-from metaopt.capture.cells import version_of
+from metaopt.capture.cells import versions_of
 from metaopt.capture.functions import apply_function
 from metaopt.capture.hooks import observed
 from metaopt.capture.notices import Notices, name_of
@@ -153,9 +153,9 @@ class Watcher(TorchFunctionMode):
         if targets:
             return writes.call(self, func, args, kwargs, targets)
         seed = generators(func, kwargs)
-        versions = [version_of(tensor) for tensor in tensors]
+        versions = versions_of(tensors)
         result = func(*args, **kwargs)
-        if versions != [version_of(tensor) for tensor in tensors]:
+        if versions != versions_of(tensors):
             raise CaptureError(
                 f"`{name_of(func)}` wrote one of its arguments in place, in a way that metaopt does not know and so "
                 "can't replay. Use the version of the operation that returns a new tensor."
@@ -189,7 +189,7 @@ class Watcher(TorchFunctionMode):
         known = {id(source) for source in sources}
         if all(id(tensor) in known for tensor in results):
             return
-        inner = max([tape.inner_of(tensor) for tensor in sources], default=0) if grad else 0
+        inner = max(map(tape.inner_of, sources), default=0) if grad else 0
         trace = tape.trace
         args_spec, kwargs_spec = trace.specs(args, kwargs, read)
         outs = tuple([None if id(tensor) in known else trace.new() for tensor in results])

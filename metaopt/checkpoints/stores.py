@@ -189,12 +189,9 @@ class Disk(Store):
 
 def _fits(tensor: Tensor) -> bool:
     """Whether the value is its bytes, one after the other, which are there to be copied."""
-    plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
-    return plain and tensor.numel() > 0 and not (tensor.is_conj() or tensor.is_neg() or _is_subclass(tensor))
-
-
-def _is_subclass(tensor: Tensor) -> bool:
-    return type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter
+    kind = type(tensor)
+    plain = (kind is Tensor or kind is torch.nn.Parameter) and tensor.is_cpu and tensor.layout is torch.strided
+    return plain and tensor.is_contiguous() and tensor.numel() > 0 and not (tensor.is_conj() or tensor.is_neg())
 
 
 def store_of(offload: Any) -> Store:

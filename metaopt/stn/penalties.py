@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from metaopt.errors import ResponseError
-from metaopt.stn.responses import Active
+from metaopt.stn.responses import Active, unrounded
 from metaopt.stn.tuned import Tuned
 
 
@@ -53,7 +53,7 @@ def l2(model: Tuned, coefficient: Tensor | float, names: Collection[str] | None 
         squares = [model.slots.parameter(name).square().sum() for name in chosen]
         return present * torch.stack(squares).sum()
     total: Tensor | None = None
-    with torch.autocast(at.z.device.type, enabled=False):
+    with unrounded(at.z):
         for active in model.responses.active(at.z, frozen=not at.response):
             if active.entry.name in chosen:
                 parameter = model.slots.parameter(active.entry.name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["Active", "Entry", "Responses"]
+__all__ = ["Active", "Entry", "Responses", "unrounded"]
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -178,7 +180,7 @@ class Responses(nn.Module):
             weight = self.weight.detach() if frozen else self.weight
         # A step under autocast must not round the perturbations. Made contiguous, which is cheap: the backward of a
         # product with a transposed view is several times slower.
-        with torch.autocast(weight.device.type, enabled=False):
+        with unrounded(weight):
             spread = z.to(weight.dtype) @ weight.t().contiguous()
         pieces = iter(spread.split([e.width for e in self.entries for _ in range(e.banks)], 1))
         mixers = iter(self.mixers)
@@ -210,6 +212,12 @@ class Responses(nn.Module):
     def rescale_(self, ratio: Tensor) -> None:
         """Multiply the columns of ``U``: the same response for coordinates that were divided by ``ratio``."""
         self.weight.mul_(ratio.to(self.weight))
+
+
+def unrounded(like: Tensor) -> AbstractContextManager[Any]:
+    """Compute without autocast, if there is any: to switch off what is off takes longer than a product of matrices."""
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _parameters(model: nn.Module) -> list[tuple[Parameter, tuple[str, ...], Structure]]:
