@@ -434,16 +434,19 @@ def _overlapping(a: Tensor, b: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("share", [_twice, _tied_by_data, _overlapping])
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [(_twice, "twice.*once"), (_tied_by_data, "share memory.*one Parameter"), (_overlapping, "share memory")],
+)
 @pytest.mark.parametrize(
     "make", [torch.optim.SGD, lambda *a, **k: metaopt.wrap(torch.optim.SGD(*a, **k))], ids=["rule", "wrap"]
 )
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
-def test_weights_that_share_memory(mode: Any, share: Callable[..., list[Tensor]], make: Any) -> None:
+def test_weights_that_share_memory(mode: Any, share: Callable[..., list[Tensor]], told: str, make: Any) -> None:
     """Each was updated by itself in the replay: a wrong derivative, where the check of the first step was off."""
     weights = share(nn.Parameter(torch.eye(3)), nn.Parameter(torch.ones(3, 3)))
     optimizer = make(weights, lr=0.1)
-    with pytest.raises(metaopt.CaptureError, match=r"share memory.*one Parameter"), mode(optimizer, verify="never"):
+    with pytest.raises(metaopt.CaptureError, match=told), mode(optimizer, verify="never"):
         pass
     assert_torch_is_as_it_was(optimizer)
 
@@ -1132,8 +1135,19 @@ def test_an_operation_of_torch_without_second_derivative_is_told(mode: Any) -> N
                 optimizer.step()
         run.backward(outer(model))
 
-    with pytest.raises(metaopt.SweepError, match=r"can't be differentiated a second time: .*ctc_loss"):
+    with pytest.raises(metaopt.SweepError, match=r"a second time: .*ctc_loss.*operations that have one"):
         train()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_what_torch_jit_compiled_is_told(mode: Any) -> None:
+    inner = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(inner.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    model = torch.jit.trace(inner, data()[X])
+    with pytest.raises(metaopt.CaptureError, match=r"compiled by `torch\.jit`.*as it was before"), mode(optimizer):
+        loss(model).backward()
+        optimizer.step()
 
 
 def test_a_wrong_second_derivative_of_torch_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
