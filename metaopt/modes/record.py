@@ -170,6 +170,10 @@ class Recording(Run):
 
         Returns:
             One tensor for each entry of ``wrt``, of its shape; zeros (and a warning) for one that took no part.
+
+        Raises:
+            SweepError: as for `backward`; or if ``wrt`` has a weight whose first steps were not kept, or not watched.
+            StaleError: as for `backward`.
         """
         wanted = self._wanted(wrt)
         with self._loop.paused():
@@ -189,6 +193,10 @@ class Recording(Run):
 
         Returns:
             For each entry of ``wrt`` a tensor of shape ``(len(outers), *entry.shape)``.
+
+        Raises:
+            SweepError: as for `hypergradient`; or if ``outers`` is no list of objectives.
+            StaleError: as for `backward`.
         """
         wanted = self._wanted(wrt)
         if callable(outers) or (isinstance(outers, Tensor) and not outers.dim()):
