@@ -77,7 +77,7 @@ def test_distances(rows: int, p: float) -> None:
 @pytest.mark.parametrize("shape", [(6,), (6, 2)], ids=str)
 def test_segment_reduce(shape: tuple[int, ...], reduce: str) -> None:
     x, lengths, offsets = torch.randn(shape), torch.tensor([2, 0, 4]), torch.tensor([0, 2, 2, 6])
-    choices: tuple[dict[str, Any], ...] = ({"lengths": lengths}, {"offsets": offsets})
+    choices: tuple[dict[str, Any], ...] = ({"lengths": lengths}, {"offsets": offsets}, {"offsets": offsets[1:] - 1})
     for segments in choices:
         expected = torch.segment_reduce(x, reduce, **segments)
         torch.testing.assert_close(replacements.segment_reduce(x, reduce, **segments), expected, equal_nan=True)

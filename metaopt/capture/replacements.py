@@ -178,9 +178,9 @@ def segment_reduce(
         return torch.segment_reduce(
             data, reduce, lengths=lengths, offsets=offsets, axis=axis, initial=initial, **options
         )
-    sizes = offsets.diff() if offsets is not None else lengths
-    assert sizes is not None
-    places = torch.arange(len(sizes), device=data.device).repeat_interleave(sizes)
+    bounds = offsets if offsets is not None else F.pad(torch.as_tensor(lengths).cumsum(0), (1, 0))
+    # What lies before the first bound or after the last one is in a segment of its own, which is left out.
+    places = torch.bucketize(torch.arange(len(data), device=data.device), bounds, right=True)
     start, how = {
         "sum": (0.0, "sum"),
         "mean": (0.0, "sum"),
@@ -188,10 +188,10 @@ def segment_reduce(
         "max": (float("-inf"), "amax"),
         "min": (float("inf"), "amin"),
     }[reduce]
-    result = data.new_full((len(sizes), *data.shape[1:]), start)
-    places = places.reshape(-1, *[1] * (data.dim() - 1))
-    result = result.scatter_reduce(0, places.expand_as(data), data, how)
-    return result / sizes.reshape(-1, *[1] * (data.dim() - 1)) if reduce == "mean" else result
+    beside = [-1] + [1] * (data.dim() - 1)
+    result = data.new_full((len(bounds) + 1, *data.shape[1:]), start)
+    result = result.scatter_reduce(0, places.reshape(beside).expand_as(data), data, how)[1:-1]
+    return result / bounds.diff().reshape(beside) if reduce == "mean" else result
 
 
 def unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:

@@ -59,7 +59,8 @@ def embedding(
         row = padding_idx % len(weight)
         words = torch.where((input == row).unsqueeze(-1), stop(phase, weight[row]), words)
     if scale_grad_by_freq:
-        share = input.flatten().bincount(minlength=len(weight))[input].unsqueeze(-1).to(words.dtype).reciprocal()
+        counts = input.new_zeros(len(weight)).index_add(0, input.flatten(), torch.ones_like(input.flatten()))
+        share = counts[input].unsqueeze(-1).to(words.dtype).reciprocal()
         held = stop(phase, words)
         words = held + share * (words - held)
     return words
