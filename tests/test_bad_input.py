@@ -1328,3 +1328,69 @@ def test_a_step_that_failed_and_was_caught_is_said(after: int, watched: bool) ->
     with metaopt.record(optimizer) as run:  # torch is as it was: calls are seen again
         step()
     assert run.programs
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+@pytest.mark.parametrize("make", [torch.optim.SGD, metaopt.optim.SGD], ids=["torch", "metaopt"])
+def test_what_was_computed_from_a_hyperparameter_that_has_moved_since(mode: Any, make: Any) -> None:
+    """The training went on with the old value, and the gradient was that at the old value, for ever."""
+    model, rate = mlp(5, 3), torch.tensor(-2.0, requires_grad=True)
+
+    def train(optimizer: torch.optim.Optimizer) -> None:
+        with mode(optimizer) as run:
+            for _ in range(2):
+                optimizer.zero_grad()
+                loss(model).backward()
+                optimizer.step()
+            run.backward(outer(model))
+
+    optimizer = make(model.parameters(), lr=rate.exp())
+    train(optimizer)
+    train(optimizer)  # nothing has moved
+    with torch.no_grad():
+        rate += 1
+    with pytest.raises(metaopt.StaleError, match=r"old value.*has moved since.*make the optimizer anew"):
+        train(optimizer)
+    assert_torch_is_as_it_was(optimizer)
+    with torch.no_grad():
+        rate -= 1
+    train(optimizer)  # as it was
+    train(make(model.parameters(), lr=rate.exp()))
+
+
+def test_a_plain_optimizer_with_a_hyperparameter_that_moves_in_the_middle_of_a_run() -> None:
+    """The training went on with the first rate."""
+    model, hyper = mlp(5, 3), metaopt.Hyperparameters(rate=metaopt.positive(0.1))
+    mover = torch.optim.SGD(hyper.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=hyper.rate)
+    with pytest.raises(metaopt.RuleError, match=r"has moved since.*metaopt\.optim"), metaopt.stream(optimizer) as run:
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+            run.backward(outer(model))
+            mover.step()
+    assert_torch_is_as_it_was(optimizer)
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.UnusedHyperparameterWarning")
+def test_what_is_computed_once_and_follows_or_is_computed_again() -> None:
+    model = mlp(5, 3)
+    hyper = metaopt.Hyperparameters(
+        rate=metaopt.positive(0.1), knots=metaopt.positive([0.1]), scale=metaopt.positive(1.0)
+    )
+    mover = torch.optim.SGD(hyper.parameters(), lr=1.0)
+    once = metaopt.schedule(hyper.knots, 2)
+    makes: list[Any] = [metaopt.optim.SGD, lambda *a, **k: metaopt.wrap(torch.optim.SGD(*a, **k))]
+    for make, rate in [(makes[0], hyper.rate), (makes[1], hyper.rate), (makes[0], once)]:
+        optimizer = make(model.parameters(), lr=rate)
+        for _ in range(2):
+            scale = hyper.scale
+            with metaopt.record(optimizer) as run:
+                for _ in range(2):
+                    optimizer.zero_grad()
+                    (scale * loss(model)).backward()
+                    optimizer.step()
+            run.backward(outer(model))
+            mover.step()
+            run.rewind()

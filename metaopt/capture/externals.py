@@ -8,7 +8,9 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from metaopt.capture.bindings import leaves_of
 from metaopt.capture.cells import Cell, version_of
 from metaopt.errors import CaptureError, StaleError
 
@@ -49,6 +51,30 @@ class External:
             )
 
 
+class _Value:
+    """What a leaf held when something that was computed from it was first used."""
+
+    def __init__(self, leaf: Tensor) -> None:
+        self.version = version_of(leaf)
+        self.copy = leaf.detach().clone() if leaf.numel() <= _COPIED_AT_MOST else None
+
+    def is_of(self, leaf: Tensor) -> bool:
+        """Whether the leaf holds it still, or again."""
+        return self.version == version_of(leaf) or (self.copy is not None and torch.equal(self.copy, leaf))
+
+
+# The last known value of each leaf, and those of the leaves behind each tensor that was computed before a context.
+_values: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_computed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _value_of(leaf: Tensor) -> _Value:
+    known: _Value | None = _values.get(leaf)
+    if known is None or known.version != version_of(leaf):
+        known = _values[leaf] = _Value(leaf)
+    return known
+
+
 class Externals(dict[int, External]):
     """The tensors that were taken for hyperparameters so far, by identity, and the leaves that are none.
 
@@ -72,8 +98,25 @@ class Externals(dict[int, External]):
 
     def meet(self, tensor: Tensor, cell: Cell) -> External:
         """A tensor is taken for a hyperparameter from here on, or has another value than before."""
+        if tensor.grad_fn is not None:
+            self._refuse_old(tensor)
         external = self[id(tensor)] = External(tensor, cell, moving=self.moving, led=self.is_led(tensor))
         return external
+
+    def _refuse_old(self, tensor: Tensor) -> None:
+        """Raise if a tensor that an earlier context used was computed from a hyperparameter that has moved since."""
+        leaves = leaves_of(tensor)
+        user, values = _computed.setdefault(tensor, (weakref.ref(self), [_value_of(leaf) for leaf in leaves]))
+        # In one context, what was computed some steps ago may be meant.
+        if user() is not self and not all(value.is_of(leaf) for value, leaf in zip(values, leaves, strict=True)):
+            raise StaleError(
+                f"a tensor of shape {tuple(tensor.shape)}, which was computed from a hyperparameter before the context "
+                "and was used in an earlier one, has its old value, and the hyperparameter has moved since: the "
+                "training would not follow it. Compute it again for each context. A setting of an optimizer is "
+                "followed by the classes of `metaopt.optim` and by `metaopt.wrap`, where it is one of "
+                "`metaopt.Hyperparameters` (`lr=hyper.lr`); where you compute it yourself, make the optimizer anew, or "
+                "write it into the group again."
+            )
 
     def give_up(self, leaf: Tensor) -> None:
         """A leaf turns out to be no hyperparameter."""
