@@ -1373,6 +1373,40 @@ def test_a_plain_optimizer_with_a_hyperparameter_that_moves_in_the_middle_of_a_r
     assert_torch_is_as_it_was(optimizer)
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_loss_with_what_was_computed_before_its_hyperparameter_moved(inside: bool) -> None:
+    model, hyper = mlp(5, 3), metaopt.Hyperparameters(scale=metaopt.positive(1.0))
+    mover = torch.optim.SGD(hyper.parameters(), lr=1.0)
+    optimizer, scale = torch.optim.SGD(model.parameters(), lr=0.1), hyper.scale
+    said: Any = (
+        contextlib.nullcontext()
+        if inside
+        else pytest.warns(metaopt.MetaoptWarning, match=r"has moved since.*in the loop")
+    )
+    with said, metaopt.stream(optimizer) as run:
+        for _ in range(6):
+            optimizer.zero_grad()
+            ((hyper.scale if inside else scale) * loss(model)).backward()
+            optimizer.step()
+            run.backward(outer(model))
+            mover.step()
+
+
+@pytest.mark.parametrize("make", [metaopt.optim.SGD, lambda *a, **k: metaopt.wrap(torch.optim.SGD(*a, **k))])
+def test_a_hyperparameter_may_move_by_less_than_its_value_shows(make: Any) -> None:
+    model, hyper = mlp(5, 3), metaopt.Hyperparameters(rate=metaopt.positive(1.0))
+    optimizer = make(model.parameters(), lr=hyper.rate)
+    for _ in range(2):
+        with metaopt.stream(optimizer) as run:
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss(model).backward()
+                optimizer.step()
+                with torch.no_grad():
+                    hyper.get_leaf("rate").add_(1e-20)
+        run.backward(outer(model))
+
+
 @pytest.mark.filterwarnings("ignore::metaopt.UnusedHyperparameterWarning")
 def test_what_is_computed_once_and_follows_or_is_computed_again() -> None:
     model = mlp(5, 3)

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from metaopt.capture.bindings import leaves_of
 from metaopt.capture.cells import Cell, version_of
-from metaopt.errors import CaptureError, StaleError
+from metaopt.errors import CaptureError, MetaoptWarning, StaleError, warn
 
 _COPIED_AT_MOST = 100_000
 
@@ -23,7 +23,7 @@ class External:
     One that changes is a new external from then on; what used the old value keeps the old one.
     """
 
-    __slots__ = ("cell", "copy", "epoch", "led", "moving", "tensor", "value", "version")
+    __slots__ = ("behind", "cell", "copy", "epoch", "led", "moving", "tensor", "value", "version")
 
     def __init__(self, tensor: Tensor, cell: Cell, *, moving: bool, led: bool = False) -> None:
         self.tensor = tensor
@@ -33,6 +33,7 @@ class External:
         self.epoch = -1
         self.moving = moving
         self.led = led
+        self.behind: list[tuple[Tensor, _Value]] = []
         # Writes through `.data` leave no trace in the version.
         self.copy = tensor.detach().clone() if tensor.numel() <= _COPIED_AT_MOST and not moving else None
 
@@ -75,6 +76,15 @@ def _value_of(leaf: Tensor) -> _Value:
     return known
 
 
+def _is_old(tensor: Tensor, behind: list[tuple[Tensor, _Value]]) -> bool:
+    """Whether what a tensor was computed from has moved since it was first used."""
+    if all(value.is_of(leaf) for leaf, value in behind):
+        return False
+    # A leaf may move by less than its value can show.
+    source = getattr(tensor, "_metaopt_source", None)
+    return source is None or not torch.equal(source().detach(), tensor.detach())
+
+
 class Externals(dict[int, External]):
     """The tensors that were taken for hyperparameters so far, by identity, and the leaves that are none.
 
@@ -94,21 +104,31 @@ class Externals(dict[int, External]):
     def present(self, tensor: Tensor) -> External | None:
         """What stands for a tensor, if its value is still the one that was seen."""
         external = self.get(id(tensor))
-        return external if external is not None and external.version == version_of(tensor) else None
+        if external is None or external.version != version_of(tensor):
+            return None
+        if external.behind and self.moving and _is_old(tensor, external.behind):
+            external.behind = []  # once
+            warn(
+                f"a tensor of shape {tuple(tensor.shape)} was computed from a hyperparameter before the context, or "
+                "some steps ago, and the hyperparameter has moved since: the training goes on with the old value. "
+                "Compute it in the loop, where it is used.",
+                MetaoptWarning,
+            )
+        return external
 
     def meet(self, tensor: Tensor, cell: Cell) -> External:
         """A tensor is taken for a hyperparameter from here on, or has another value than before."""
-        if tensor.grad_fn is not None:
-            self._refuse_old(tensor)
         external = self[id(tensor)] = External(tensor, cell, moving=self.moving, led=self.is_led(tensor))
+        if tensor.grad_fn is not None:
+            external.behind = self._behind_it(tensor)
         return external
 
-    def _refuse_old(self, tensor: Tensor) -> None:
-        """Raise if a tensor that an earlier context used was computed from a hyperparameter that has moved since."""
+    def _behind_it(self, tensor: Tensor) -> list[tuple[Tensor, _Value]]:
+        """The leaves that a tensor was computed from, with what they held; raise if an earlier context used it then."""
         leaves = leaves_of(tensor)
         user, values = _computed.setdefault(tensor, (weakref.ref(self), [_value_of(leaf) for leaf in leaves]))
-        # In one context, what was computed some steps ago may be meant.
-        if user() is not self and not all(value.is_of(leaf) for value, leaf in zip(values, leaves, strict=True)):
+        behind = list(zip(leaves, values, strict=True))
+        if user() is not self and _is_old(tensor, behind):
             raise StaleError(
                 f"a tensor of shape {tuple(tensor.shape)}, which was computed from a hyperparameter before the context "
                 "and was used in an earlier one, has its old value, and the hyperparameter has moved since: the "
@@ -117,6 +137,7 @@ class Externals(dict[int, External]):
                 "`metaopt.Hyperparameters` (`lr=hyper.lr`); where you compute it yourself, make the optimizer anew, or "
                 "write it into the group again."
             )
+        return behind
 
     def give_up(self, leaf: Tensor) -> None:
         """A leaf turns out to be no hyperparameter."""
