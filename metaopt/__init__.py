@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from metaopt import check, errors, optim, rules, stn
+from metaopt import check, errors, optim, plotting, rules, stn
 from metaopt.checkpoints import Memory
 from metaopt.errors import (
     CaptureError,
@@ -74,6 +74,7 @@ __all__ = [
     "l1_box",
     "nonnegative",
     "optim",
+    "plotting",
     "positive",
     "real",
     "record",
@@ -84,3 +85,7 @@ __all__ = [
     "stream",
     "wrap",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

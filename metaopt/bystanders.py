@@ -18,6 +18,7 @@ from torch.optim.optimizer import Optimizer
 from metaopt.capture.watcher import Watcher
 from metaopt.closures import closure_of, with_closure
 from metaopt.errors import CaptureError
+from metaopt.links import links_of
 
 
 class Bystanders:
@@ -123,7 +124,7 @@ class Bystanders:
 
 def _refuse_linked(optimizer: Optimizer) -> None:
     """A step that is recorded call by call takes linked settings for the numbers that they are to torch."""
-    names = sorted({name for links in getattr(optimizer, "_links", {}).values() for name in links})
+    names = sorted({name for links in links_of(optimizer) for name in links})
     if names:
         raise CaptureError(
             f"{type(optimizer).__name__} steps tensors that the loop made inside the context (a copy of the model, "

@@ -1,9 +1,10 @@
-"""The closure that a ``step`` may be given."""
+"""Functions that are handed on: the closure that a ``step`` may be given, and methods that hold nothing alive."""
 
 from __future__ import annotations
 
-__all__ = ["closure_of", "with_closure"]
+__all__ = ["closure_of", "weakly", "with_closure"]
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,3 +19,15 @@ def with_closure(closure: Callable[[], Any], args: Any, kwargs: Any) -> Any:
     if "closure" in kwargs:
         return args, {**kwargs, "closure": closure}
     return (args[0], closure, *args[2:]), kwargs
+
+
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method whose object may go: what was recorded is freed with the run, and not when Python looks for cycles."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        there = reference()
+        assert there is not None
+        return there(*args)
+
+    return call

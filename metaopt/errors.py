@@ -138,8 +138,8 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"{module} is needed for {purpose} and is not installed; "
-            f"run `pip install 'metaopt-torch[{extra}]'` (or `pip install {module}`)."
+            f"{module} is needed for {purpose} and is not installed; run `pip install {module}`, or install this "
+            f"package with the extra that brings it, `metaopt-torch[{extra}]`."
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Given", "Link", "assign", "follow", "mixed", "owner_of", "shift", "unlink"]
+__all__ = ["Given", "Link", "assign", "follow", "links_of", "mixed", "owner_of", "shift", "unlink"]
 
 import functools
 import gc
@@ -137,6 +137,11 @@ def follow(optimizer: torch.optim.Optimizer, origin: tuple[int, str], link: Link
             HeldConstantWarning,
         )
     return Followed(number, 0.0, origin, owner)
+
+
+def links_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Link]]:
+    """The links of each param group, by the rule's names for the settings; none where it is no drop-in."""
+    return list(getattr(optimizer, "_links", {}).values())
 
 
 def owner_of(optimizer: torch.optim.Optimizer) -> str | None:

@@ -7,7 +7,7 @@ __all__ = ["Loop"]
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from metaopt.capture.segment import Segment
 from metaopt.capture.tape import Tape
 from metaopt.capture.verify import Verifier
 from metaopt.capture.watcher import Watcher
-from metaopt.closures import closure_of, with_closure
+from metaopt.closures import closure_of, weakly, with_closure
 from metaopt.errors import CaptureError
 from metaopt.hyperparameters import owner_of
+from metaopt.links import links_of
 from metaopt.rules import rule_of
 from metaopt.stepping import clearing, method_hooks, step_hooks
 from metaopt.update import RuledUpdate, sparse
@@ -55,7 +56,7 @@ class Loop:
     ) -> None:
         self.optimizers = listed(optimizers)
         self.optimizer = self.optimizers[-1]
-        self.on_segment = _weakly(on_segment)
+        self.on_segment = weakly(on_segment)
         self.steps = 0
         self.tape = Tape(self.weights(), moving=moving)
         self.guard = WatchedWeights(self.optimizers, self.tape)
@@ -66,18 +67,18 @@ class Loop:
             for optimizer in self.optimizers
             if wrapped(optimizer) is None
         }
-        self.tape.protected = _weakly(self._is_hyperparameter)
+        self.tape.protected = weakly(self._is_hyperparameter)
         self.library = Library()
         self.watcher = Watcher(self.tape)
         self.verifier = Verifier(verify)
         self.watcher.check_functions = verify != "never"
         if wraps:
-            self.watcher.stepping = _weakly(self._is_stepping)
+            self.watcher.stepping = weakly(self._is_stepping)
             self.watcher.numbers_held = all(wrap.hold_numbers for wrap in wraps)
         self._in_closure = False
         self._exit: ExitStack | None = None
         self._thread = 0
-        self._bystanders = Bystanders(self.watcher, _weakly(self._is_inside), self.tape.protected)
+        self._bystanders = Bystanders(self.watcher, weakly(self._is_inside), self.tape.protected)
         # What the loop may have caught (`except RuntimeError: continue`), though a part of it is missing since.
         self._error: CaptureError | None = None
 
@@ -90,9 +91,8 @@ class Loop:
         return [state for optimizer in self.optimizers for state in optimizer.state.values()]
 
     def _is_hyperparameter(self, leaf: Tensor) -> bool:
-        links = [named for optimizer in self.optimizers for named in getattr(optimizer, "_links", {}).values()]
-        behind = [found for named in links for link in named.values() for found in leaves_of(link.fixed)]
-        return owner_of(leaf) is not None or any(leaf is found for found in behind)
+        links = [link for optimizer in self.optimizers for named in links_of(optimizer) for link in named.values()]
+        return owner_of(leaf) is not None or any(leaf is found for link in links for found in leaves_of(link.fixed))
 
     def give(self, leaves: Iterable[Tensor]) -> None:
         """These are given a hypergradient, and are therefore no weights of somebody else."""
@@ -117,7 +117,7 @@ class Loop:
         self._thread = threading.get_ident()
         self.tape.begin()
         with ExitStack() as stack:
-            stack.enter_context(_eager())
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             for optimizer in self.optimizers:
                 _open.add(optimizer)
                 stack.callback(_open.discard, optimizer)
@@ -289,24 +289,8 @@ class Loop:
             raise
 
 
-def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method whose object may go: what was recorded is freed with the run, and not when Python looks for cycles."""
-    reference = weakref.WeakMethod(method)
-
-    def call(*args: Any) -> Any:
-        there = reference()
-        assert there is not None
-        return there(*args)
-
-    return call
-
-
 def _failed_step() -> CaptureError:
     return CaptureError(
         "an `optimizer.step()` inside the context raised an exception, which the loop caught, and went on. What it did "
         "since was not seen. Let the exception end the context."
     )
-
-
-def _eager() -> AbstractContextManager[Any]:
-    return torch.compiler.set_stance("force_eager")

@@ -19,7 +19,7 @@ from metaopt.followed import Followed, plainly, slopes_of
 from metaopt.hyperparameters import name_of
 from metaopt.links import mixed, owner_of
 from metaopt.rules import Rule, Update
-from metaopt.wrapping import refuse_filled
+from metaopt.wrapping import refuse_filled, refuse_old
 
 
 class RuledUpdate:
@@ -184,6 +184,7 @@ class RuledUpdate:
                 spec: Any = self._scheduled(*links[name], plain[name])
             elif isinstance(number, Tensor) and tape.is_live(number):
                 refuse_filled(number)
+                refuse_old(number)
                 spec = tape.read_through(number)
             else:
                 spec = tape.trace.number(plain[name])

@@ -26,12 +26,18 @@ def listed(optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
                 f"a training is told by its optimizer, a torch.optim.Optimizer, and this is {optimizer!r:.60}. Give "
                 "the object that the loop calls `step()` of, or a list of these."
             )
-    weights = [{id(w) for group in optimizer.param_groups for w in group["params"]} for optimizer in found]
-    if not found or len(set.union(*weights)) != sum(map(len, weights)):
-        raise RuleError(
-            "the list of optimizers to watch is empty, or two of them train the same weight. Let each weight have one "
-            "optimizer."
-        )
+    if not found:
+        raise RuleError("the list of optimizers to watch is empty. Give those that the loop steps.")
+    owners: dict[int, Optimizer] = {}
+    for optimizer in found:
+        for weight in {id(w): w for w in weights_of([optimizer])}.values():
+            if id(weight) in owners:
+                raise RuleError(
+                    f"a weight of shape {tuple(weight.shape)} is trained by two of the watched optimizers, "
+                    f"{type(owners[id(weight)]).__name__} and {type(optimizer).__name__}. Let each weight have one "
+                    "optimizer, and name each optimizer once."
+                )
+            owners[id(weight)] = optimizer
     return found
 
 
@@ -113,6 +119,11 @@ class WatchedWeights:
         found = (place for weight in self.weights() if (place := _place(weight)) is not None)
         places = sorted(found, key=lambda place: place[:2])
         for (_, end, one), (start, _, other) in itertools.pairwise(places):
+            if start < end and one is other:
+                raise CaptureError(
+                    f"a weight of shape {tuple(one.shape)} is in the groups of the watched optimizers twice, so that "
+                    "it is stepped twice. Give each weight to one optimizer, in one group, once."
+                )
             if start < end:
                 raise CaptureError(
                     f"two weights of the optimizer, of shapes {tuple(one.shape)} and {tuple(other.shape)}, share "

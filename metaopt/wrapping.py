@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Wrapped", "refuse_filled", "steps_on_stack", "wrap", "wrapped"]
+__all__ = ["Wrapped", "refuse_filled", "refuse_old", "steps_on_stack", "wrap", "wrapped"]
 
 import sys
 import weakref
@@ -132,4 +132,15 @@ def refuse_filled(setting: Any) -> None:
             "a scheduler wrote its number into a setting that is a hyperparameter, which cuts it off from the "
             "hyperparameter. Use a class of `metaopt.optim`, where schedulers and hyperparameters go together; or "
             "schedule a plain number, or compute the schedule with the tensor in the loop."
+        )
+
+
+def refuse_old(setting: Tensor) -> None:
+    """Raise if a setting has the value that its hyperparameter had when the optimizer was made."""
+    source = getattr(setting, "_metaopt_source", None)
+    if source is not None and not torch.equal(source().detach(), setting.detach()):
+        raise RuleError(
+            f"a setting of an optimizer is {setting.detach().tolist()}, and the hyperparameter that it was made of has "
+            "moved since: a plain optimizer does not follow. Use the class of `metaopt.optim` of the same name, which "
+            "does, or `metaopt.wrap`; or write the present value into the group after each hyper-step."
         )

@@ -434,16 +434,19 @@ def _overlapping(a: Tensor, b: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("share", [_twice, _tied_by_data, _overlapping])
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [(_twice, "twice.*once"), (_tied_by_data, "share memory.*one Parameter"), (_overlapping, "share memory")],
+)
 @pytest.mark.parametrize(
     "make", [torch.optim.SGD, lambda *a, **k: metaopt.wrap(torch.optim.SGD(*a, **k))], ids=["rule", "wrap"]
 )
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
-def test_weights_that_share_memory(mode: Any, share: Callable[..., list[Tensor]], make: Any) -> None:
+def test_weights_that_share_memory(mode: Any, share: Callable[..., list[Tensor]], told: str, make: Any) -> None:
     """Each was updated by itself in the replay: a wrong derivative, where the check of the first step was off."""
     weights = share(nn.Parameter(torch.eye(3)), nn.Parameter(torch.ones(3, 3)))
     optimizer = make(weights, lr=0.1)
-    with pytest.raises(metaopt.CaptureError, match=r"share memory.*one Parameter"), mode(optimizer, verify="never"):
+    with pytest.raises(metaopt.CaptureError, match=told), mode(optimizer, verify="never"):
         pass
     assert_torch_is_as_it_was(optimizer)
 
@@ -1132,8 +1135,19 @@ def test_an_operation_of_torch_without_second_derivative_is_told(mode: Any) -> N
                 optimizer.step()
         run.backward(outer(model))
 
-    with pytest.raises(metaopt.SweepError, match=r"can't be differentiated a second time: .*ctc_loss"):
+    with pytest.raises(metaopt.SweepError, match=r"a second time: .*ctc_loss.*operations that have one"):
         train()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_what_torch_jit_compiled_is_told(mode: Any) -> None:
+    inner = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(inner.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    model = torch.jit.trace(inner, data()[X])
+    with pytest.raises(metaopt.CaptureError, match=r"compiled by `torch\.jit`.*as it was before"), mode(optimizer):
+        loss(model).backward()
+        optimizer.step()
 
 
 def test_a_wrong_second_derivative_of_torch_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1314,3 +1328,103 @@ def test_a_step_that_failed_and_was_caught_is_said(after: int, watched: bool) ->
     with metaopt.record(optimizer) as run:  # torch is as it was: calls are seen again
         step()
     assert run.programs
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+@pytest.mark.parametrize("make", [torch.optim.SGD, metaopt.optim.SGD], ids=["torch", "metaopt"])
+def test_what_was_computed_from_a_hyperparameter_that_has_moved_since(mode: Any, make: Any) -> None:
+    """The training went on with the old value, and the gradient was that at the old value, for ever."""
+    model, rate = mlp(5, 3), torch.tensor(-2.0, requires_grad=True)
+
+    def train(optimizer: torch.optim.Optimizer) -> None:
+        with mode(optimizer) as run:
+            for _ in range(2):
+                optimizer.zero_grad()
+                loss(model).backward()
+                optimizer.step()
+            run.backward(outer(model))
+
+    optimizer = make(model.parameters(), lr=rate.exp())
+    train(optimizer)
+    train(optimizer)  # nothing has moved
+    with torch.no_grad():
+        rate += 1
+    with pytest.raises(metaopt.StaleError, match=r"old value.*has moved since.*make the optimizer anew"):
+        train(optimizer)
+    assert_torch_is_as_it_was(optimizer)
+    with torch.no_grad():
+        rate -= 1
+    train(optimizer)  # as it was
+    train(make(model.parameters(), lr=rate.exp()))
+
+
+def test_a_plain_optimizer_with_a_hyperparameter_that_moves_in_the_middle_of_a_run() -> None:
+    """The training went on with the first rate."""
+    model, hyper = mlp(5, 3), metaopt.Hyperparameters(rate=metaopt.positive(0.1))
+    mover = torch.optim.SGD(hyper.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=hyper.rate)
+    with pytest.raises(metaopt.RuleError, match=r"has moved since.*metaopt\.optim"), metaopt.stream(optimizer) as run:
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+            run.backward(outer(model))
+            mover.step()
+    assert_torch_is_as_it_was(optimizer)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_loss_with_what_was_computed_before_its_hyperparameter_moved(inside: bool) -> None:
+    model, hyper = mlp(5, 3), metaopt.Hyperparameters(scale=metaopt.positive(1.0))
+    mover = torch.optim.SGD(hyper.parameters(), lr=1.0)
+    optimizer, scale = torch.optim.SGD(model.parameters(), lr=0.1), hyper.scale
+    said: Any = (
+        contextlib.nullcontext()
+        if inside
+        else pytest.warns(metaopt.MetaoptWarning, match=r"has moved since.*in the loop")
+    )
+    with said, metaopt.stream(optimizer) as run:
+        for _ in range(6):
+            optimizer.zero_grad()
+            ((hyper.scale if inside else scale) * loss(model)).backward()
+            optimizer.step()
+            run.backward(outer(model))
+            mover.step()
+
+
+@pytest.mark.parametrize("make", [metaopt.optim.SGD, lambda *a, **k: metaopt.wrap(torch.optim.SGD(*a, **k))])
+def test_a_hyperparameter_may_move_by_less_than_its_value_shows(make: Any) -> None:
+    model, hyper = mlp(5, 3), metaopt.Hyperparameters(rate=metaopt.positive(1.0))
+    optimizer = make(model.parameters(), lr=hyper.rate)
+    for _ in range(2):
+        with metaopt.stream(optimizer) as run:
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss(model).backward()
+                optimizer.step()
+                with torch.no_grad():
+                    hyper.get_leaf("rate").add_(1e-20)
+        run.backward(outer(model))
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.UnusedHyperparameterWarning")
+def test_what_is_computed_once_and_follows_or_is_computed_again() -> None:
+    model = mlp(5, 3)
+    hyper = metaopt.Hyperparameters(
+        rate=metaopt.positive(0.1), knots=metaopt.positive([0.1]), scale=metaopt.positive(1.0)
+    )
+    mover = torch.optim.SGD(hyper.parameters(), lr=1.0)
+    once = metaopt.schedule(hyper.knots, 2)
+    makes: list[Any] = [metaopt.optim.SGD, lambda *a, **k: metaopt.wrap(torch.optim.SGD(*a, **k))]
+    for make, rate in [(makes[0], hyper.rate), (makes[1], hyper.rate), (makes[0], once)]:
+        optimizer = make(model.parameters(), lr=rate)
+        for _ in range(2):
+            scale = hyper.scale
+            with metaopt.record(optimizer) as run:
+                for _ in range(2):
+                    optimizer.zero_grad()
+                    (scale * loss(model)).backward()
+                    optimizer.step()
+            run.backward(outer(model))
+            mover.step()
+            run.rewind()

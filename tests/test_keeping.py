@@ -308,11 +308,15 @@ def test_a_loop_without_a_step_is_told_whatever_is_kept(options: dict[str, Any])
         training.gradient()
 
 
-def test_checkpoints_without_their_library_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    training = Training(10, keep="checkpoints")
+def test_checkpoints_without_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was missed when the sweep began, after the whole training, and where it is of no use too."""
     monkeypatch.setitem(__import__("sys").modules, "checkpoint_schedules", None)
-    with pytest.raises(metaopt.MissingExtraError, match=r"metaopt-torch\[checkpoints\]"):
-        training.gradient()
+    torch.testing.assert_close(Training(10, keep="checkpoints").gradient(), Training(10).gradient())
+    size = Training(1).size
+    for options in ({"keep": "checkpoints", "budget": 100 * size}, {"budget": 4 * size}):
+        with pytest.raises(metaopt.MissingExtraError, match=r"metaopt-torch\[checkpoints\]"):
+            Training(20, **options)
+    torch.testing.assert_close(Training(3, keep="states", budget=20 * size).gradient(), Training(3).gradient())
 
 
 def test_what_was_recorded_is_freed_with_the_run() -> None:

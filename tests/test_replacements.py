@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import metaopt
-from metaopt.capture import replacements
+from metaopt.capture import replacements, surrogates
 from metaopt.capture.primitives import Phase
 
 
@@ -29,15 +30,15 @@ def test_cross_entropy(shape: tuple[int, ...], smoothing: float, weighted: bool,
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("padding", [0, 2, -1])
+@pytest.mark.parametrize("padding", [None, 0, 2, -1])
 @pytest.mark.parametrize("scale", [False, True])
-def test_embedding_with_padding(padding: int, scale: bool) -> None:
+def test_the_loops_gradient_of_an_embedding(padding: int | None, scale: bool) -> None:
     x, weight = torch.randint(0, 4, (3, 5)), torch.randn(4, 2, requires_grad=True)
     cotangent = torch.randn(3, 5, 2)
     expected = F.embedding(x, weight, padding, scale_grad_by_freq=scale)
     phase = Phase()
     with phase.loop():
-        found = replacements.padded_embedding(phase, x, weight, padding, scale)
+        found = surrogates.embedding(phase, x, weight, padding, scale)
         gradients = [torch.autograd.grad(y, weight, cotangent)[0] for y in (found, expected)]
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*gradients)
@@ -64,10 +65,87 @@ def test_embedding_bag(bags: str, mode: str, padding: int | None) -> None:
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("p", [1.0, 2.0, 3.0])
+@pytest.mark.parametrize("rows", [4, 30])
+def test_distances(rows: int, p: float) -> None:
+    x, other = torch.randn(2, rows, 3), torch.randn(5, 3)
+    torch.testing.assert_close(replacements.cdist(x, other, p), torch.cdist(x, other, p))
+    torch.testing.assert_close(replacements.pdist(other, p), torch.pdist(other, p))
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "prod", "max", "min"])
+@pytest.mark.parametrize("shape", [(6,), (6, 2)], ids=str)
+def test_segment_reduce(shape: tuple[int, ...], reduce: str) -> None:
+    x, lengths, offsets = torch.randn(shape), torch.tensor([2, 0, 4]), torch.tensor([0, 2, 2, 6])
+    choices: tuple[dict[str, Any], ...] = ({"lengths": lengths}, {"offsets": offsets}, {"offsets": offsets[1:] - 1})
+    for segments in choices:
+        expected = torch.segment_reduce(x, reduce, **segments)
+        torch.testing.assert_close(replacements.segment_reduce(x, reduce, **segments), expected, equal_nan=True)
+
+
+def _normalised(x: Tensor, words: Tensor) -> Tensor:
+    mean, var = torch.zeros(3), torch.ones(3)
+    y = torch.batch_norm(words @ x, None, None, mean, var, True, 0.1, 1e-5, False)
+    return (y * mean).sum() + (words @ x * var).sum()
+
+
+def _normalised_each(x: Tensor, words: Tensor) -> Tensor:
+    mean, var = torch.zeros(3), torch.ones(3)
+    y = torch.instance_norm((words @ x).reshape(2, 3, 3), None, None, mean, var, True, 0.1, 1e-5, False)
+    return (y * mean[:, None]).sum() + (words @ x * var).sum()
+
+
+_PLACES, _TWO_AND_FOUR = torch.tensor([0, 1, 2, 1, 5, 1]), torch.tensor([2, 4])
+# Torch's own calls that have no second derivative, or not that of what the loop does.
+_CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "words by frequency": lambda x, words: F.embedding(_PLACES, words, scale_grad_by_freq=True) @ x,
+    "words by frequency, padded": lambda x, words: F.embedding(_PLACES, words, 2, scale_grad_by_freq=True) @ x,
+    "raw words": lambda x, words: torch.embedding(words, _PLACES) @ x,
+    "raw padded words": lambda x, words: torch.embedding(words, _PLACES, 1) @ x,
+    "raw words by frequency": lambda x, words: torch.ops.aten.embedding(words, _PLACES, scale_grad_by_freq=True) @ x,
+    "distances": lambda x, words: torch.cdist(words, x),
+    "distances from itself": lambda x, words: torch.cdist(words, words),
+    "many distances": lambda x, words: torch.cdist(torch.cat([words @ x] * 5), words, 2.0),
+    "distances of pairs": lambda x, words: F.pdist(words @ x),
+    "largest of segments": lambda x, words: torch.segment_reduce(words, "max", lengths=_TWO_AND_FOUR) @ x,
+    "means of segments": lambda x, words: torch.segment_reduce(words, "mean", lengths=_TWO_AND_FOUR) @ x,
+    "raw batch norm": _normalised,
+    "raw instance norm": _normalised_each,
+}
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+@pytest.mark.parametrize("name", _CALLS)
+def test_a_loop_that_calls_torchs_own(name: str, mode: Callable[..., Any]) -> None:
+    call = _CALLS[name]
+
+    def train(rate: Any, kind: Any, context: Any) -> Tensor:
+        torch.manual_seed(0)
+        x, words = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(6, 3))
+        optimizer = kind([x, words], lr=rate, momentum=0.5)
+        with context(optimizer):
+            for _ in range(3):
+                optimizer.zero_grad()
+                call(x, words).tanh().square().mean().backward()
+                optimizer.step()
+        return x.sin().sum() + words.cos().sum()
+
+    rate, runs = torch.tensor(0.1, requires_grad=True), []
+
+    def watch(optimizer: Any) -> Any:
+        runs.append(mode(optimizer))
+        return runs[0]
+
+    outer = train(rate, metaopt.optim.SGD, watch)
+    (found,) = runs[0].hypergradient(outer, [rate])
+    ends = [train(0.1 + h, torch.optim.SGD, lambda _: nullcontext()).item() for h in (1e-5, -1e-5)]
+    assert found.item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
 def test_weight_norm(dim: int) -> None:
     v = torch.randn(4, 5, requires_grad=True)
-    g = torch.rand((4, 1) if dim == 0 else (1, 5), requires_grad=True)
+    g = torch.rand({0: (4, 1), 1: (1, 5), -1: ()}[dim], requires_grad=True)
     torch.testing.assert_close(replacements.weight_norm(v, g, dim), torch._weight_norm(v, g, dim))
     assert torch.autograd.gradgradcheck(lambda v, g: replacements.weight_norm(v, g, dim), (v, g))
 

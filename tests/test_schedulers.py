@@ -176,8 +176,8 @@ def test_a_rate_that_a_scheduler_overwrites_has_no_derivative_and_is_said_to(mak
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", metaopt.HeldConstantWarning)
         report = hypergradcheck(trainer(make, hyper), outer, hyper, raise_exception=False)
-    assert [cause.kind for cause in report.causes] == ["unused"]  # type: ignore[union-attr]
-    assert all(row.ok for row in report.rows)  # type: ignore[union-attr]
+    assert [cause.kind for cause in report.causes] == ["unused"]
+    assert all(row.ok for row in report.rows)
 
 
 def test_a_rate_set_by_hand() -> None:

@@ -301,9 +301,11 @@ def test_what_is_no_optimizer(mode: Any) -> None:
     for wrong in (model, None, [made, model]):
         with pytest.raises(metaopt.RuleError, match=r"torch\.optim\.Optimizer"):
             mode(wrong)
-    for several in ([], [made, torch.optim.Adam(model.parameters())]):
-        with pytest.raises(metaopt.RuleError, match="is empty, or two of them"):
-            mode(several)
+    with pytest.raises(metaopt.RuleError, match="is empty"):
+        mode([])
+    for other, names in ((torch.optim.Adam(model.parameters()), "SGD and Adam"), (made, "SGD and SGD")):
+        with pytest.raises(metaopt.RuleError, match=rf"shape \(3, 5\) is trained by two .*{names}.*one optimizer"):
+            mode([made, other])
 
 
 def test_two_contexts_at_once_are_refused() -> None:

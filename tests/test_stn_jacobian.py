@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import metaopt
-from metaopt.stn import Responses, diagnose, l2, train, transform
+from metaopt.stn import diagnose, l2, train, transform
+from metaopt.stn.responses import Responses
 from tests.small_network import SmallNetwork, minimise, relative
 from tests.stn_models import at
 from tests.stored_data import stored_task

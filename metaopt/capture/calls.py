@@ -19,7 +19,8 @@ from metaopt.capture.gradients import autograd_backward, autograd_grad, tensor_b
 from metaopt.capture.hooks import Observed
 from metaopt.capture.notices import name_of
 from metaopt.capture.primitives import flatten, leaf, stop
-from metaopt.capture.replacements import fake_quantize, hard_gumbel_softmax, padded_embedding, rejection_sampler
+from metaopt.capture.replacements import rejection_sampler
+from metaopt.capture.surrogates import embedding, fake_quantize, hard_gumbel_softmax
 from metaopt.capture.surroundings import generators
 from metaopt.capture.trace import Val
 from metaopt.capture.withheld import get_grad
@@ -230,10 +231,23 @@ def _refuse_post_hook(watcher: Watcher, func: Callable[..., Any], args: Args, kw
 
 
 _signature = functools.cache(inspect.signature)
+_RAW_EMBEDDING = (torch.embedding, torch.ops.aten.embedding, torch.ops.aten.embedding.default)
+
+
+def _arguments(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> dict[str, Any]:
+    """What an embedding is called with, by the names of ``torch.nn.functional``."""
+    if func not in _RAW_EMBEDDING:
+        return dict(_signature(func).bind(*args, **kwargs).arguments)
+    names = ("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    given["input"] = given.pop("indices")
+    if given.get("padding_idx", -1) < 0:
+        given["padding_idx"] = None  # the layer counts from the end, and this does not
+    return given
 
 
 def _embedding(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    given = _signature(func).bind(*args, **kwargs).arguments
+    given = _arguments(func, args, kwargs)
     weight = given.get("weight")
     if isinstance(weight, Tensor) and watcher.tape.is_live(weight):
         if given.get("max_norm") is not None:
@@ -246,10 +260,10 @@ def _embedding(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: K
                 "an embedding with `sparse=True` gives sparse gradients, which have no second derivative. Use "
                 "`sparse=False`."
             )
-        if func is F.embedding and given.get("padding_idx") is not None:
+        padding, by_frequency = given.get("padding_idx"), bool(given.get("scale_grad_by_freq"))
+        if func is not F.embedding_bag and (padding is not None or by_frequency):
             result = func(*args, **kwargs)
-            spec = (given["input"], weight, given["padding_idx"], bool(given.get("scale_grad_by_freq")))
-            watcher.record(padded_embedding, spec, {}, result, phased=True)
+            watcher.record(embedding, (given["input"], weight, padding, by_frequency), {}, result, phased=True)
             return result
     return watcher.call(func, args, kwargs)
 
@@ -276,10 +290,8 @@ SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]
     Tensor.__deepcopy__: _deepcopy,
     Tensor.register_hook: _hook,
-    F.batch_norm: statistics.batch_norm,
-    F.instance_norm: statistics.instance_norm,
-    F.embedding: _embedding,
-    F.embedding_bag: _embedding,
+    **dict.fromkeys(statistics.NORMS, statistics.norm),
+    **dict.fromkeys((F.embedding, F.embedding_bag, *_RAW_EMBEDDING), _embedding),
 }
 if hasattr(Tensor, "register_post_accumulate_grad_hook"):
     SPECIAL[Tensor.register_post_accumulate_grad_hook] = _refuse_post_hook

@@ -62,33 +62,9 @@ def check_function(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> bo
     code = getattr(backward, "__code__", None)
     if code is not None and code.co_filename.endswith("torch/autograd/function.py"):
         raise _opaque(cls, "it is marked `once_differentiable`")
-    floats = [place for place, a in enumerate(args) if isinstance(a, Tensor) and a.dtype.is_floating_point]
-    point = [args[place].detach() for place in floats]
-    cotangents: list[Tensor] = []
-
-    def filled(points: Sequence[Tensor]) -> list[Any]:
-        given = list(args)
-        for place, value in zip(floats, points, strict=True):
-            given[place] = value if value.requires_grad else value.detach().requires_grad_()
-        return given
-
-    def own(points: Sequence[Tensor]) -> list[Tensor]:
-        return _floating(cls.apply(*filled(points), **kwargs))  # type: ignore[attr-defined]
-
-    def true(points: Sequence[Tensor]) -> list[Tensor]:
-        return _floating(true_forward(cls, filled(points), kwargs))
-
-    def pullback(points: Sequence[Tensor]) -> list[Tensor]:
-        given = filled(points)
-        outputs = [o for o in _floating(cls.apply(*given, **kwargs)) if o.requires_grad]  # type: ignore[attr-defined]
-        if not cotangents:
-            cotangents.extend(torch.randn_like(o.detach()) for o in outputs)
-        grads = torch.autograd.grad(
-            outputs, [given[place] for place in floats], cotangents, create_graph=True, allow_unused=True
-        )
-        return [torch.zeros_like(p) if g is None else g for p, g in zip(points, grads, strict=True)]
-
-    problem = _disagreement(pullback, point)
+    function = _AtFloats(cls, args, kwargs)
+    point = function.point()
+    problem = _disagreement(function.pullback, point)
     if problem is not None:
         found, expected = problem
         raise _opaque(
@@ -96,15 +72,54 @@ def check_function(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> bo
             f"its derivative along a random direction is {expected:.6g} by finite differences and {found:.6g} by "
             "autograd",
         )
-    if _disagreement(own, point) is None:
+    if _disagreement(function.own, point) is None:
         return True
     try:
-        hopeless = _disagreement(true, point) is not None
+        hopeless = _disagreement(function.true, point) is not None
     except Exception as error:
         raise _no_forward(cls) from error
     if hopeless:
         raise _no_forward(cls)
     return False
+
+
+class _AtFloats:
+    """A custom function as one of those of its arguments that have a derivative."""
+
+    def __init__(self, cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        self.function: Any = cls
+        self.args = args
+        self.kwargs = kwargs
+        self.places = [place for place, a in enumerate(args) if isinstance(a, Tensor) and a.dtype.is_floating_point]
+        self._cotangents: list[Tensor] = []
+
+    def point(self) -> list[Tensor]:
+        """The arguments' values."""
+        return [self.args[place].detach() for place in self.places]
+
+    def own(self, points: Sequence[Tensor]) -> list[Tensor]:
+        """What it gives, with its own backward."""
+        return _floating(self.function.apply(*self._filled(points), **self.kwargs))
+
+    def true(self, points: Sequence[Tensor]) -> list[Tensor]:
+        """What it gives, with its forward's derivative."""
+        return _floating(true_forward(self.function, self._filled(points), self.kwargs))
+
+    def pullback(self, points: Sequence[Tensor]) -> list[Tensor]:
+        """What its backward makes of some cotangents, which stay the same."""
+        given = self._filled(points)
+        outputs = [o for o in _floating(self.function.apply(*given, **self.kwargs)) if o.requires_grad]
+        if not self._cotangents:
+            self._cotangents.extend(torch.randn_like(o.detach()) for o in outputs)
+        variables = [given[place] for place in self.places]
+        grads = torch.autograd.grad(outputs, variables, self._cotangents, create_graph=True, allow_unused=True)
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(points, grads, strict=True)]
+
+    def _filled(self, points: Sequence[Tensor]) -> list[Any]:
+        given = list(self.args)
+        for place, value in zip(self.places, points, strict=True):
+            given[place] = value if value.requires_grad else value.detach().requires_grad_()
+        return given
 
 
 def _floating(result: Any) -> list[Tensor]:

@@ -8,9 +8,11 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from metaopt.capture.bindings import leaves_of
 from metaopt.capture.cells import Cell, version_of
-from metaopt.errors import CaptureError, StaleError
+from metaopt.errors import CaptureError, MetaoptWarning, StaleError, warn
 
 _COPIED_AT_MOST = 100_000
 
@@ -21,7 +23,7 @@ class External:
     One that changes is a new external from then on; what used the old value keeps the old one.
     """
 
-    __slots__ = ("cell", "copy", "epoch", "led", "moving", "tensor", "value", "version")
+    __slots__ = ("behind", "cell", "copy", "epoch", "led", "moving", "tensor", "value", "version")
 
     def __init__(self, tensor: Tensor, cell: Cell, *, moving: bool, led: bool = False) -> None:
         self.tensor = tensor
@@ -31,6 +33,7 @@ class External:
         self.epoch = -1
         self.moving = moving
         self.led = led
+        self.behind: list[tuple[Tensor, _Value]] = []
         # Writes through `.data` leave no trace in the version.
         self.copy = tensor.detach().clone() if tensor.numel() <= _COPIED_AT_MOST and not moving else None
 
@@ -47,6 +50,39 @@ class External:
                 "used it, so their derivative at its old value can't be taken. Call `run.backward` before the "
                 "hyperparameter's optimizer steps; to change hyperparameters within a context, use `metaopt.stream`."
             )
+
+
+class _Value:
+    """What a leaf held when something that was computed from it was first used."""
+
+    def __init__(self, leaf: Tensor) -> None:
+        self.version = version_of(leaf)
+        self.copy = leaf.detach().clone() if leaf.numel() <= _COPIED_AT_MOST else None
+
+    def is_of(self, leaf: Tensor) -> bool:
+        """Whether the leaf holds it still, or again."""
+        return self.version == version_of(leaf) or (self.copy is not None and torch.equal(self.copy, leaf))
+
+
+# The last known value of each leaf, and those of the leaves behind each tensor that was computed before a context.
+_values: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_computed: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _value_of(leaf: Tensor) -> _Value:
+    known: _Value | None = _values.get(leaf)
+    if known is None or known.version != version_of(leaf):
+        known = _values[leaf] = _Value(leaf)
+    return known
+
+
+def _is_old(tensor: Tensor, behind: list[tuple[Tensor, _Value]]) -> bool:
+    """Whether what a tensor was computed from has moved since it was first used."""
+    if all(value.is_of(leaf) for leaf, value in behind):
+        return False
+    # A leaf may move by less than its value can show.
+    source = getattr(tensor, "_metaopt_source", None)
+    return source is None or not torch.equal(source().detach(), tensor.detach())
 
 
 class Externals(dict[int, External]):
@@ -68,12 +104,40 @@ class Externals(dict[int, External]):
     def present(self, tensor: Tensor) -> External | None:
         """What stands for a tensor, if its value is still the one that was seen."""
         external = self.get(id(tensor))
-        return external if external is not None and external.version == version_of(tensor) else None
+        if external is None or external.version != version_of(tensor):
+            return None
+        if external.behind and self.moving and _is_old(tensor, external.behind):
+            external.behind = []  # once
+            warn(
+                f"a tensor of shape {tuple(tensor.shape)} was computed from a hyperparameter before the context, or "
+                "some steps ago, and the hyperparameter has moved since: the training goes on with the old value. "
+                "Compute it in the loop, where it is used.",
+                MetaoptWarning,
+            )
+        return external
 
     def meet(self, tensor: Tensor, cell: Cell) -> External:
         """A tensor is taken for a hyperparameter from here on, or has another value than before."""
         external = self[id(tensor)] = External(tensor, cell, moving=self.moving, led=self.is_led(tensor))
+        if tensor.grad_fn is not None:
+            external.behind = self._behind_it(tensor)
         return external
+
+    def _behind_it(self, tensor: Tensor) -> list[tuple[Tensor, _Value]]:
+        """The leaves that a tensor was computed from, with what they held; raise if an earlier context used it then."""
+        leaves = leaves_of(tensor)
+        user, values = _computed.setdefault(tensor, (weakref.ref(self), [_value_of(leaf) for leaf in leaves]))
+        behind = list(zip(leaves, values, strict=True))
+        if user() is not self and _is_old(tensor, behind):
+            raise StaleError(
+                f"a tensor of shape {tuple(tensor.shape)}, which was computed from a hyperparameter before the context "
+                "and was used in an earlier one, has its old value, and the hyperparameter has moved since: the "
+                "training would not follow it. Compute it again for each context. A setting of an optimizer is "
+                "followed by the classes of `metaopt.optim` and by `metaopt.wrap`, where it is one of "
+                "`metaopt.Hyperparameters` (`lr=hyper.lr`); where you compute it yourself, make the optimizer anew, or "
+                "write it into the group again."
+            )
+        return behind
 
     def give_up(self, leaf: Tensor) -> None:
         """A leaf turns out to be no hyperparameter."""

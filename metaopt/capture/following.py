@@ -161,7 +161,8 @@ class Following:
         if any(id(found) in self.trained for found in leaves_of(tensor)):
             raise CaptureError(
                 f"a tensor of shape {tuple(tensor.shape)} depends on the trained weights, but metaopt did not see "
-                "how: it was computed before the context, or by an operation that hides from torch's function modes. "
-                "Compute it inside the context with torch operations, or detach it (`x.detach()`) to hold it "
-                "constant."
+                "how: it was computed before the context, or by code that hides from torch's function modes (a "
+                "function or model compiled by `torch.jit`, an extension). Compute it inside the context, with torch "
+                "operations called from Python: the function as it was before `torch.jit.script` or `torch.jit.trace`, "
+                "say. Or detach it (`x.detach()`) to hold it constant."
             )

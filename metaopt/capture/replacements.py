@@ -16,11 +16,8 @@ standard deviation is 0, though the sample moves with them.
 
 ``torch.binomial`` has no derivative, and says so; what it draws is a count, which has derivative 0.
 
-``torch.fake_quantize_per_tensor_affine`` and its kin: their backward takes rounding for the identity on purpose.
-
-``F.embedding_bag`` has no second derivative, and says so.
-
-``F.embedding`` with a ``padding_idx``: its backward leaves that row out on purpose, though the forward reads it.
+``F.embedding_bag``, ``torch.cdist``, ``torch.pdist`` and ``torch.segment_reduce`` have no second derivative, and say
+so.
 """
 
 from __future__ import annotations
@@ -28,15 +25,17 @@ from __future__ import annotations
 __all__ = [
     "REPLACEMENTS",
     "binomial",
+    "cdist",
     "cross_entropy",
+    "distances",
     "embedding_bag",
-    "fake_quantize",
     "foreach_copy_",
-    "hard_gumbel_softmax",
+    "length",
     "nll_loss",
     "normal",
-    "padded_embedding",
+    "pdist",
     "rejection_sampler",
+    "segment_reduce",
     "unscale_",
     "weight_norm",
 ]
@@ -48,13 +47,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaopt.capture.primitives import Phase, choose, stop
 from metaopt.errors import CaptureError
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """``g · v / ‖v‖``, with the norm over every axis but ``dim``."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    """``g · v / ‖v‖``, with the norm over every axis but ``dim``, or with -1 over all."""
+    axes = [axis for axis in range(v.dim()) if dim == -1 or axis != dim % v.dim()]
+    return v * (g / v.square().sum(axes, keepdim=True).sqrt())
 
 
 def nll_loss(
@@ -96,41 +95,6 @@ def cross_entropy(
     return nll_loss(F.log_softmax(input, 1), target, weight, size_average, ignore_index, reduce, reduction)
 
 
-def hard_gumbel_softmax(phase: Phase, logits: Tensor, tau: float = 1, dim: int = -1) -> Tensor:
-    """``F.gumbel_softmax(hard=True)``, whose ``detach`` stops the loop's gradient and not the sweep's."""
-    noise = -torch.empty_like(logits, memory_format=torch.legacy_contiguous_format).exponential_().log()
-    soft = ((logits + noise) / tau).softmax(dim)
-    index = soft.max(dim, keepdim=True)[1]
-    hard = torch.zeros_like(logits, memory_format=torch.legacy_contiguous_format).scatter_(dim, index, 1.0)
-    return hard - stop(phase, soft) + soft
-
-
-def fake_quantize(
-    phase: Phase, func: Callable[..., Tensor], x: Tensor, scale: Tensor | float, zero_point: Any, *rest: int
-) -> Tensor:
-    """A fake quantisation, which passes the loop's gradient straight through: the sweep sees steps, and their scale."""
-    # In the loop the scale is none that requires grad, which torch refuses.
-    own = func(x, scale.detach() if isinstance(scale, Tensor) else scale, zero_point, *rest)
-    # A scale for each channel lies along an axis, which comes before the bounds.
-    step = scale.reshape(-1, *[1] * (x.dim() - 1 - rest[0])) if isinstance(scale, Tensor) and len(rest) > 2 else scale
-    with torch.no_grad():
-        level = (own / step).round()
-    return choose(phase, own, level * step)
-
-
-def padded_embedding(
-    phase: Phase,
-    input: Tensor,  # noqa: A002 (torch's name for it)
-    weight: Tensor,
-    padding_idx: int,
-    scale_grad_by_freq: bool = False,
-) -> Tensor:
-    """``F.embedding``, whose ``padding_idx`` keeps the loop's gradient from that row, and not the sweep's."""
-    row = padding_idx % len(weight)
-    words = F.embedding(input, weight, scale_grad_by_freq=scale_grad_by_freq)
-    return torch.where((input == row).unsqueeze(-1), stop(phase, weight[row]), words)
-
-
 def embedding_bag(
     input: Tensor,  # noqa: A002 (torch's name for it)
     weight: Tensor,
@@ -167,6 +131,67 @@ def embedding_bag(
     if mode == "sum":
         return total
     return total / zeros[:, :1].index_add(0, bags, kept.to(rows.dtype).unsqueeze(1)).clamp(min=1.0)
+
+
+def length(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
+    """The Euclidean norm, all derivatives of which are 0 at zero."""
+    square = (x * x).sum() if dim is None else (x * x).sum(dim, keepdim=keepdim)
+    apart = square > 0
+    return torch.where(apart, torch.where(apart, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
+
+
+def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary") -> Tensor:
+    """The distances of all rows of one matrix from all of another."""
+    many = compute_mode.endswith("if_necessary") and max(x1.shape[-2], x2.shape[-2]) > 25
+    if p == 2 and (many or compute_mode == "use_mm_for_euclid_dist"):
+        return torch.cdist(x1, x2, p, compute_mode)  # by matrix products, which have every derivative
+    return distances(x1, x2, p)
+
+
+def distances(x1: Tensor, x2: Tensor, p: float = 2.0) -> Tensor:
+    """`cdist`, of every difference."""
+    return _norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p)
+
+
+def pdist(input: Tensor, p: float = 2.0) -> Tensor:  # noqa: A002 (torch's name for it)
+    """The distances of all pairs of rows."""
+    first, second = torch.triu_indices(len(input), len(input), 1, device=input.device)
+    return _norm(input[first] - input[second], p)
+
+
+def _norm(difference: Tensor, p: float) -> Tensor:
+    return length(difference, -1) if p == 2 else torch.linalg.vector_norm(difference, p, dim=-1)
+
+
+def segment_reduce(
+    data: Tensor,
+    reduce: str,
+    *,
+    lengths: Tensor | None = None,
+    offsets: Tensor | None = None,
+    axis: int = 0,
+    initial: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """``torch.segment_reduce`` along the first axis, by ``scatter_reduce``."""
+    if axis != 0 or initial is not None or (lengths is None and offsets is None) or options.get("indices") is not None:
+        return torch.segment_reduce(
+            data, reduce, lengths=lengths, offsets=offsets, axis=axis, initial=initial, **options
+        )
+    bounds = offsets if offsets is not None else F.pad(torch.as_tensor(lengths).cumsum(0), (1, 0))
+    # What lies before the first bound or after the last one is in a segment of its own, which is left out.
+    places = torch.bucketize(torch.arange(len(data), device=data.device), bounds, right=True)
+    start, how = {
+        "sum": (0.0, "sum"),
+        "mean": (0.0, "sum"),
+        "prod": (1.0, "prod"),
+        "max": (float("-inf"), "amax"),
+        "min": (float("inf"), "amin"),
+    }[reduce]
+    beside = [-1] + [1] * (data.dim() - 1)
+    result = data.new_full((len(bounds) + 1, *data.shape[1:]), start)
+    result = result.scatter_reduce(0, places.reshape(beside).expand_as(data), data, how)[1:-1]
+    return result / bounds.diff().reshape(beside) if reduce == "mean" else result
 
 
 def unscale_(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
@@ -212,6 +237,9 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
     torch.normal: normal,
     torch.binomial: binomial,
+    torch.cdist: cdist,
+    torch.pdist: pdist,
+    torch.segment_reduce: segment_reduce,
     F.cross_entropy: cross_entropy,
     F.embedding_bag: embedding_bag,
     F.nll_loss: nll_loss,

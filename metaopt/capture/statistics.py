@@ -6,18 +6,38 @@ and moves the running ones by a formula of their own.
 
 from __future__ import annotations
 
-__all__ = ["batch_norm", "instance_norm", "normalize", "running_mean", "running_var"]
+__all__ = ["NORMS", "norm", "normalize", "running_mean", "running_var"]
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
     from metaopt.capture.watcher import Watcher
 
-_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-_INSTANCE_NORM = ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps")
+_BATCH, _INSTANCE = ("training", "momentum", "eps"), ("use_input_stats", "momentum", "eps")
+_LAYER = ("input", "running_mean", "running_var", "weight", "bias")
+_RAW = ("input", "weight", "bias", "running_mean", "running_var")
+# Each such function, and the one behind it, which takes the same in another order: what it does, and its arguments.
+NORMS: dict[Callable[..., Any], tuple[Callable[..., Any], tuple[str, ...]]] = {
+    F.batch_norm: (F.batch_norm, (*_LAYER, *_BATCH)),
+    F.instance_norm: (F.instance_norm, (*_LAYER, *_INSTANCE)),
+    torch.batch_norm: (F.batch_norm, (*_RAW, *_BATCH)),
+    torch.instance_norm: (F.instance_norm, (*_RAW, *_INSTANCE)),
+}
+_DEFAULTS = {
+    "running_mean": None,
+    "running_var": None,
+    "weight": None,
+    "bias": None,
+    "training": False,
+    "use_input_stats": True,
+    "momentum": 0.1,
+    "eps": 1e-5,
+}
 
 
 def running_mean(old: Tensor, x: Tensor, momentum: float, per_instance: bool) -> Tensor:
@@ -47,37 +67,16 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias:
     return y.to(x.dtype)
 
 
-def batch_norm(watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``F.batch_norm``: its running statistics are written in training and read in evaluation."""
-    given: dict[str, Any] = {"training": False, "momentum": 0.1, "eps": 1e-5, "weight": None, "bias": None}
-    given |= dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
-    return _norm(watcher, func, args, kwargs, given, given["training"], per_instance=False)
-
-
-def instance_norm(watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``F.instance_norm``, likewise."""
-    given: dict[str, Any] = {"running_mean": None, "running_var": None, "use_input_stats": True}
-    given |= {"weight": None, "bias": None, "momentum": 0.1, "eps": 1e-5}
-    given |= dict(zip(_INSTANCE_NORM, args, strict=False)) | kwargs
-    return _norm(watcher, func, args, kwargs, given, given["use_input_stats"], per_instance=True)
-
-
-def _norm(
-    watcher: Watcher,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    given: dict[str, Any],
-    training: bool,
-    *,
-    per_instance: bool,
-) -> Any:
+def norm(watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A batch or instance norm: its running statistics are written in training and read in evaluation."""
     tape = watcher.tape
-    mean, var = given.get("running_mean"), given.get("running_var")
-    x = given["input"]
+    function, names = NORMS[func]
+    given: dict[str, Any] = _DEFAULTS | dict(zip(names, args, strict=False)) | kwargs
+    flag, per_instance = names[5], function is F.instance_norm
+    x, mean, var = given["input"], given["running_mean"], given["running_var"]
     if mean is None or var is None:
         return watcher.call(func, args, kwargs)
-    if not training:
+    if not given[flag]:
         if tape.find(mean) is None and tape.find(var) is None:
             return watcher.call(func, args, kwargs)
         result = func(*args, **kwargs)
@@ -91,10 +90,8 @@ def _norm(
     if not live:
         return func(*args, **kwargs)
     result = func(*args, **kwargs)
-    without = {"running_mean": None, "running_var": None}
-    flag = "use_input_stats" if per_instance else "training"
-    rest = {"weight": given["weight"], "bias": given["bias"], flag: True, "momentum": given["momentum"]}
-    watcher.record(func, (x,), {**without, **rest, "eps": given["eps"]}, result)
+    rest = {name: given[name] for name in ("weight", "bias", "momentum", "eps")}
+    watcher.record(function, (x,), {"running_mean": None, "running_var": None, flag: True, **rest}, result)
     momentum = tape.trace.number(float(given["momentum"]))
     for buffer, value, formula in ((mean, values[0], running_mean), (var, values[1], running_var)):
         if tape.is_live(x) or tape.find(buffer) is not None:

@@ -7,3 +7,7 @@ __all__ = ["Report", "RuleReport", "hypergradcheck", "rulecheck"]
 from metaopt.check.hypergradient import hypergradcheck
 from metaopt.check.report import Report
 from metaopt.check.rule import RuleReport, rulecheck
+
+
+def __dir__() -> list[str]:
+    return __all__

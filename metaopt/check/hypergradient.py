@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["hypergradcheck"]
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -22,6 +22,40 @@ Hyper = Tensor | Iterable[Tensor] | Mapping[str, Tensor] | torch.nn.Module
 
 _FORWARD_AT_MOST = 1000
 _SEARCHED_FOR = 3
+
+
+@overload
+def hypergradcheck(
+    train: Train,
+    outer: Outer,
+    hyper: Hyper,
+    *,
+    optimizer: Watchable | None = ...,
+    entries: int = ...,
+    step: float = ...,
+    rtol: float = ...,
+    atol: float = ...,
+    forward: bool | None = ...,
+    verify: str = ...,
+    raise_exception: Literal[True] = ...,
+) -> Literal[True]: ...
+
+
+@overload
+def hypergradcheck(
+    train: Train,
+    outer: Outer,
+    hyper: Hyper,
+    *,
+    optimizer: Watchable | None = ...,
+    entries: int = ...,
+    step: float = ...,
+    rtol: float = ...,
+    atol: float = ...,
+    forward: bool | None = ...,
+    verify: str = ...,
+    raise_exception: Literal[False],
+) -> Report: ...
 
 
 def hypergradcheck(

@@ -6,7 +6,7 @@ __all__ = ["RuleReport", "rulecheck"]
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -37,6 +37,18 @@ class RuleReport:
         return "\n".join([*lines, *(f"- {text}" for text in self.wrong)])
 
     __repr__ = __str__
+
+
+@overload
+def rulecheck(
+    optimizer: Make, /, *, steps: int = ..., rtol: float = ..., raise_exception: Literal[True] = ..., **settings: Any
+) -> Literal[True]: ...
+
+
+@overload
+def rulecheck(
+    optimizer: Make, /, *, steps: int = ..., rtol: float = ..., raise_exception: Literal[False], **settings: Any
+) -> RuleReport: ...
 
 
 def rulecheck(

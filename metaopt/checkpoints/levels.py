@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
-__all__ = ["LEVELS", "Keeping"]
+__all__ = ["LEVELS", "Keeping", "intervals", "schedules_of"]
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from metaopt.checkpoints.memory import Memory
-from metaopt.errors import MetaoptWarning, warn
+from metaopt.errors import MetaoptWarning, require, warn
 
 if TYPE_CHECKING:
     from metaopt.capture.segment import Segment
@@ -51,6 +52,8 @@ class Keeping:
         self._sources: dict[int, dict[int, int]] = {}
         if level == "checkpoints":
             store.scatter()
+            if budget is not None:
+                schedules_of()
 
     def add(self, segment: Segment) -> None:
         """Take an iteration."""
@@ -117,6 +120,7 @@ class Keeping:
             self._values = 0
             self.level = "states"
         if self._states > (self.budget or 0):
+            schedules_of()
             self.level = "checkpoints"
             self.store.scatter()
             segments, self.segments = self.segments, []
@@ -152,6 +156,11 @@ class Keeping:
         before = segment.state_bytes()
         segment.drop_state(lost)
         self._states -= before - segment.state_bytes()
+
+
+def schedules_of() -> ModuleType:
+    """The package of schedules, by which states are computed again where there is no room for all of them."""
+    return require("checkpoint_schedules", "checkpoints", "a recording whose budget has no room for every state")
 
 
 def intervals(marks: Sequence[int], count: int) -> list[tuple[int, int]]:

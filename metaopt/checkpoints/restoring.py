@@ -1,6 +1,6 @@
 """Going back through iterations whose states were not kept.
 
-Between two checkpoints the states are computed again, all of them if there is room, or by the binomial schedule of
+Between two checkpoints the states are computed again, all at once if there is room, or by the binomial schedule of
 Griewank & Walther 2000 (Revolve), which needs the fewest steps for the room there is.
 """
 
@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from metaopt.checkpoints.levels import Keeping, intervals
-from metaopt.errors import require
+from metaopt.checkpoints.levels import Keeping, intervals, schedules_of
 
 if TYPE_CHECKING:
     from metaopt.capture.segment import Segment
@@ -37,13 +36,18 @@ def walk(keeping: Keeping) -> Iterator[tuple[int, Segment]]:
 
 
 def _stretch(segments: list[Segment], start: int, room: int) -> Iterator[tuple[int, Segment]]:
-    if len(segments) == 1:
-        yield start, segments[0]
-        return
-    schedules = require("checkpoint_schedules", "checkpoints", "a recording that keeps checkpoints")
     later = _read_later(segments)
-    saved: dict[int, State] = {}
     state: State = {}
+    if room >= len(segments):
+        states = [state]
+        for place in range(len(segments) - 1):
+            states.append(_advance(segments[place], states[place], later[place]))
+        while states:
+            state = states.pop()
+            yield start + len(states), segments[len(states)].at(state)
+        return
+    schedules = schedules_of()
+    saved: dict[int, State] = {}
     for action in schedules.Revolve(len(segments), room):
         if isinstance(action, schedules.Forward):
             if action.write_ics:

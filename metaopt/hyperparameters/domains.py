@@ -121,7 +121,7 @@ class L1Box(Direct):
             raise DomainError(
                 f"{self} is defined for values whose sum is at most {self.radius:g}, got a sum of {total:g}; "
                 f"start from radius / n = {self.radius / value.numel():g} each, project the value first with "
-                "`project_l1_box`, or raise the radius."
+                "`metaopt.hyperparameters.project_l1_box`, or raise the radius."
             )
         return value
 

@@ -178,7 +178,7 @@ def l1_box(value: Value, radius: float, low: float = 0.0, high: float | None = 1
     ``low ≤ x_i ≤ high`` and ``Σ_i x_i ≤ R``.
 
     The set of the example weights of data hyper-cleaning (Franceschi et al. 2017, Sec. 5.1): the bound on the
-    sum, the L1 norm, drives weights to 0. See `project_l1_box`.
+    sum, the L1 norm, drives weights to 0. The projection is done by `Hyperparameters.project_`, after each hyper-step.
 
     Args:
         value: an array of any shape in the set; ``radius / n`` each is the usual start.

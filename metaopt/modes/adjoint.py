@@ -207,8 +207,10 @@ def retold(error: RuntimeError, step: float) -> Exception:
     hints = ("not implemented", "once_differentiable", "double backward", "does not require grad")
     if any(hint in text for hint in hints):
         return SweepError(
-            f"step {int(step)} can't be differentiated a second time: {text.splitlines()[0]} An operation of the loop "
-            "has no second derivative in torch. Write it with operations that have one, or detach what it computes."
+            f"step {int(step)} can't be differentiated a second time: {text.splitlines()[0].rstrip('.')}. An operation "
+            "of the loop has no second derivative in torch; its backward is named above. Compute the same from "
+            "operations that have one (sums, products, `gather`, `index_add`, `logsumexp`, …), or, if the training may "
+            "do without that operation's gradient, detach what it computes."
         )
     return error
 

@@ -99,6 +99,9 @@ class Implicit(Run):
             outer: the outer objective, as for `backward`.
             wrt: hyperparameters. A stationary point does not depend on where the training began.
 
+        Returns:
+            One tensor for each entry of ``wrt``, of its shape.
+
         Raises:
             SweepError: if the series does not converge, or ``wrt`` has a trained weight.
         """

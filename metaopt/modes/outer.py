@@ -36,7 +36,10 @@ def adjoint_of(outer: Objective, loop: Loop, watched: Callable[[Callable[[], Ten
         _check_weights(loop)
         outer = outer() if watched is None else watched(outer)
     if not isinstance(outer, Tensor):
-        raise SweepError(f"the outer objective must be a tensor (or a function that returns one), not {type(outer)}.")
+        raise SweepError(
+            f"the outer objective must be a tensor (or a function that returns one), not {type(outer).__name__}: a "
+            "number knows nothing of the weights. Leave `.item()` and `float(...)` out."
+        )
     if outer.numel() != 1 or not outer.dtype.is_floating_point:
         raise SweepError(
             f"the outer objective must be a floating-point scalar, not {outer.dtype} of shape "

@@ -57,9 +57,10 @@ def record(
         keep: what is kept of each step. ``"states"``: its state ``s_{t-1}``. ``"graphs"``: also what it computed on the
             way (activations, gradients), which the sweep then need not compute again; implies
             ``compile="aot_eager"`` at least. ``"checkpoints"``: the states of about √T steps, from which the others are
-            computed again (needs checkpoint_schedules). None: states, or what the budget allows.
+            computed again. None: states, or what the budget allows.
         budget: bytes for what is kept, or a text such as ``"2GiB"``. Graphs if they fit, else states, else as many
-            checkpoints as do; the number of steps need not be known. With ``keep``, where to begin.
+            checkpoints as do (which needs checkpoint_schedules); the number of steps need not be known. With ``keep``,
+            where to begin.
         offload: where states lie: ``"cpu"`` for the host's memory, ``"disk"`` or a folder for files there. None: where
             the weights are.
         compile: compile the steps' derivative. True is ``"inductor"``, torch's compiler, which needs a C++ compiler or
@@ -73,6 +74,8 @@ def record(
     Raises:
         RuleError: if there is no rule for the optimizer, or it is none.
         ValueError: if an argument is of the wrong kind, or two contradict each other.
+        MissingExtraError: if checkpoints are to fit a budget and checkpoint_schedules is not installed; inside, when
+            the budget comes to that.
         OSError: if the folder of ``offload`` can't be written to; inside, if it is full.
         CaptureError: on entering, if the optimizer is watched already; inside, if the loop does what can't be replayed.
 
@@ -167,6 +170,10 @@ class Recording(Run):
 
         Returns:
             One tensor for each entry of ``wrt``, of its shape; zeros (and a warning) for one that took no part.
+
+        Raises:
+            SweepError: as for `backward`; or if ``wrt`` has a weight whose first steps were not kept, or not watched.
+            StaleError: as for `backward`.
         """
         wanted = self._wanted(wrt)
         with self._loop.paused():
@@ -186,6 +193,10 @@ class Recording(Run):
 
         Returns:
             For each entry of ``wrt`` a tensor of shape ``(len(outers), *entry.shape)``.
+
+        Raises:
+            SweepError: as for `hypergradient`; or if ``outers`` is no list of objectives.
+            StaleError: as for `backward`.
         """
         wanted = self._wanted(wrt)
         if callable(outers) or (isinstance(outers, Tensor) and not outers.dim()):

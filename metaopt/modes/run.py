@@ -107,7 +107,7 @@ class Run(ABC):
         )
 
     def __repr__(self) -> str:
-        state = "open" if self._open else "freed" if self._freed else "closed"
+        state = "open" if self._open else "freed" if self._freed else "not entered" if self._start is None else "closed"
         names = " and ".join(type(optimizer).__name__ for optimizer in self._loop.optimizers)
         count = len(self.programs)
         return (

@@ -200,6 +200,9 @@ class Streaming(Run):
 
         Returns:
             One tensor for each entry of ``wrt``, of its shape.
+
+        Raises:
+            SweepError: as for `backward`; or if ``wrt`` has a trained weight.
         """
         wanted = tensors_of(wrt)
         if any(self._loop.tape.find(tensor) is not None for tensor in wanted):

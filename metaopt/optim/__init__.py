@@ -40,3 +40,7 @@ if hasattr(torch.optim, "Muon"):
     from metaopt.optim.other import Muon
 
     __all__ += ["Muon"]
+
+
+def __dir__() -> list[str]:
+    return __all__

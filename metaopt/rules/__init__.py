@@ -101,3 +101,7 @@ if hasattr(torch.optim, "Muon"):  # since torch 2.9
     from metaopt.rules.muon import Muon
 
     register(Muon)
+
+
+def __dir__() -> list[str]:
+    return __all__

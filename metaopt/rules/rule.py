@@ -82,6 +82,9 @@ class Rule:
     surrogate: bool = False
     elementwise: bool = False
 
+    def __repr__(self) -> str:
+        return f"Rule({self.optimizer.__name__}: {', '.join(self.settings)})"
+
     def number(self, group: Mapping[str, Any], name: str) -> Any:
         """The group's present number for a setting."""
         where = self.settings[name]

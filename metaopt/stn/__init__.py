@@ -7,7 +7,6 @@ from __future__ import annotations
 
 __all__ = [
     "Diagnosis",
-    "Responses",
     "Structure",
     "Tuned",
     "Tuner",
@@ -29,10 +28,13 @@ from metaopt.stn import augment
 from metaopt.stn.diagnosis import Diagnosis, diagnose
 from metaopt.stn.penalties import activation_penalty, l2, temporal_activation_penalty
 from metaopt.stn.perturbations import Values
-from metaopt.stn.responses import Responses
 from metaopt.stn.session import train
 from metaopt.stn.structures import Structure, along, dense, structures
 from metaopt.stn.training import Tuner
 from metaopt.stn.transform import transform
 from metaopt.stn.tuned import Tuned
 from metaopt.stn.variational import VariationalDropout
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -93,8 +93,6 @@ def untouched(p: Pass, func: Any, args: Sequence[Any], why: str) -> Any:
 
 # -- recurrent layers --------------------------------------------------------------------------------------------------
 
-Step = Callable[[Tensor, tuple[Tensor, ...], Tensor | None, Tensor | None], tuple[Tensor, ...]]
-
 
 def _lstm(gates: Tensor, state: tuple[Tensor, ...], hidden: Tensor) -> tuple[Tensor, Tensor]:
     i, f, g, o = (gates + hidden).chunk(4, -1)

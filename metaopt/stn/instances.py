@@ -11,7 +11,7 @@ from __future__ import annotations
 __all__ = ["Instances", "apply"]
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,16 +92,7 @@ def apply(p: Pass, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     given, (places, values, axes) = list(leaves), _stacked(p, leaves, held, first, call)
     for i in call.sizes:
         given[i] = leaves[i] // len(first.values)
-
-    def one(*tensors: Tensor) -> Any:
-        for i, tensor in zip(places, tensors, strict=True):
-            given[i] = tensor
-        arguments, options = pytree.tree_unflatten(given, spec)
-        result = SPELT_OUT[func](*arguments, **options) if func in SPELT_OUT else NotImplemented
-        return func(*arguments, **options) if result is NotImplemented else result
-
-    one.__name__ = name
-    mapped = _mapped(p, func, one, values, axes, first, name)
+    mapped = _mapped(p, func, _for_one(func, name, given, places, spec), values, axes, first, name)
     if not torch.is_grad_enabled():
         # Forward mode ignores `no_grad`.
         mapped = pytree.tree_map_only(Tensor, torch.detach, mapped)
@@ -115,6 +106,21 @@ def apply(p: Pass, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     layouts = iter(call.outputs)
     results = [_joined(p, y, next(layouts, None), first, name) if isinstance(y, Tensor) else y for y in results]
     return pytree.tree_unflatten(results, kind)
+
+
+def _for_one(func: Any, name: str, given: list[Any], places: Sequence[int], spec: Any) -> Callable[..., Any]:
+    """The function of one example's tensors alone; the other arguments stay."""
+
+    def one(*tensors: Tensor) -> Any:
+        leaves = list(given)
+        for i, tensor in zip(places, tensors, strict=True):
+            leaves[i] = tensor
+        arguments, options = pytree.tree_unflatten(leaves, spec)
+        result = SPELT_OUT[func](*arguments, **options) if func in SPELT_OUT else NotImplemented
+        return func(*arguments, **options) if result is NotImplemented else result
+
+    one.__name__ = name
+    return one
 
 
 def _known(

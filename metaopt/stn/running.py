@@ -103,6 +103,28 @@ class Running(nn.Module):
             at.uses |= p.hyper_used
             at.functional_dropout |= p.functional_dropout
 
+    def _stand_ins(
+        self, z: Tensor, kind: type[Pass], *, response: bool, at: Perturbation | None, weight: Tensor | None
+    ) -> tuple[dict[str, Tensor], dict[int, Active], list[tuple[Tensor, Tensor]]]:
+        """What stands for the parameters in a pass, by name; which of it rules know; which has a tangent, and what."""
+        replaced: dict[str, Tensor] = {}
+        marks: dict[int, Active] = {}
+        held: list[tuple[Tensor, Tensor]] = []
+        for active in self.responses.active(z, frozen=not response, weight=weight):
+            name = active.entry.name
+            parameter = self.slots.parameter(name)
+            alias = parameter.detach() if at is None else at.alias(parameter)
+            if name in self.fallback:
+                change = active.change()
+                if kind.linearised:
+                    held.append((alias, change))
+                else:
+                    alias = alias + change
+            else:
+                marks[id(alias)] = active
+            replaced[name] = alias
+        return replaced, marks, held
+
     def _run(
         self,
         z: Tensor,
@@ -127,22 +149,7 @@ class Running(nn.Module):
             at: where to note what was used; without it w0 is a constant.
             weight: another ``U``.
         """
-        replaced: dict[str, Tensor] = {}
-        marks: dict[int, Active] = {}
-        held: list[tuple[Tensor, Tensor]] = []
-        for active in self.responses.active(z, frozen=not response, weight=weight):
-            name = active.entry.name
-            parameter = self.slots.parameter(name)
-            alias = parameter.detach() if at is None else at.alias(parameter)
-            if name in self.fallback:
-                change = active.change()
-                if kind.linearised:
-                    held.append((alias, change))
-                else:
-                    alias = alias + change
-            else:
-                marks[id(alias)] = active
-            replaced[name] = alias
+        replaced, marks, held = self._stand_ins(z, kind, response=response, at=at, weight=weight)
         # A rate that has one draw for a minibatch, or for a group, is one number, wherever the examples are.
         grouped = bool(self.fallback) and (at is None or at.groups is not None)
         shared = set(self.bound.values()) if grouped else self.coordinates.per_batch

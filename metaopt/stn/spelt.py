@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaopt.capture.replacements import distances, length, weight_norm
+
 SPELT_OUT: dict[Any, Callable[..., Any]] = {}
 
 
@@ -92,13 +94,6 @@ def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:  # noqa: A002
     return NotImplemented if inplace else F.relu6(input + 3) / 6
 
 
-def _length(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
-    """The Euclidean norm. Its derivative at zero is zero, as in torch's backward; in torch's forward mode it is NaN."""
-    square = (x * x).sum() if dim is None else (x * x).sum(dim, keepdim=keepdim)
-    apart = square > 0
-    return torch.where(apart, torch.where(apart, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
-
-
 def _real(*values: Any) -> bool:
     return all(isinstance(v, Tensor) and v.is_floating_point() for v in values)
 
@@ -109,7 +104,7 @@ def _vector_norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False
         return NotImplemented
     if ord == 1:
         return x.abs().sum() if dim is None else x.abs().sum(dim, keepdim=keepdim)
-    return _length(x, dim, keepdim)
+    return length(x, dim, keepdim)
 
 
 @spell_out(torch.linalg.norm)
@@ -131,26 +126,20 @@ def _norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False,
 def _normalize(input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Tensor:  # noqa: A002
     if p != 2 or out is not None or not _real(input):
         return NotImplemented
-    return input / _length(input, dim, True).clamp_min(eps)
+    return input / length(input, dim, True).clamp_min(eps)
 
 
 @spell_out(F.cosine_similarity)
 def _cosine(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
     if not _real(x1, x2):
         return NotImplemented
-    one, two = (x / _length(x, dim, True).clamp_min(eps) for x in (x1, x2))
+    one, two = (x / length(x, dim, True).clamp_min(eps) for x in (x1, x2))
     return (one * two).sum(dim)
 
 
 @spell_out(torch.cdist)
-def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, *_: Any, **__: Any) -> Tensor:
-    difference = x1.unsqueeze(-2) - x2.unsqueeze(-3)
-    if p != 2:
-        return torch.linalg.vector_norm(difference, p, dim=-1)
-    return _length(difference, -1)
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    return distances(x1, x2, p)
 
 
-@spell_out(torch._weight_norm)
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    axes = [d for d in range(v.ndim) if dim == -1 or d != dim % v.ndim]
-    return v * (g / v.square().sum(axes, keepdim=True).sqrt())
+spell_out(torch._weight_norm)(weight_norm)

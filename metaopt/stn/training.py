@@ -30,7 +30,7 @@ from metaopt.stn.checks import (
 from metaopt.stn.descent import Descent
 from metaopt.stn.generators import random_state, set_random_state
 from metaopt.stn.layouts import NeedsGroups
-from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy, inverse_softplus
+from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy
 from metaopt.stn.substitution import attributes, set_attributes
 from metaopt.stn.tuned import Tuned
 
@@ -90,6 +90,9 @@ class Tuner:
         self._accepts_values = takes_values(train_loss, valid_loss)
         self._validated = False
         self._watched: set[int] = set()
+
+    def __repr__(self) -> str:
+        return f"Tuner({self.tuned.method!r}: {self.steps} training steps, {self.skipped} steps left out)"
 
     @property
     def skipped(self) -> int:
@@ -211,7 +214,7 @@ class Tuner:
             return loss.item()
         keep_inside(tuned.hyper, self._at_bounds)
         if self.scale_optimizer is not None:
-            self._clamp_scales()
+            tuned.keep_scale(*self.scale_bounds)
         tuned.hyper.record()
         return loss.item()
 
@@ -266,16 +269,6 @@ class Tuner:
         with torch.no_grad():
             z = self.tuned.scale * self._normal(examples, groups)
             return z, self.tuned.coordinates.leaf() + z, groups
-
-    @torch.no_grad()
-    def _clamp_scales(self) -> None:
-        tuned = self.tuned
-        tuned.rho.copy_(inverse_softplus(tuned.scale.clamp(*self.scale_bounds)))
-        if tuned.standardize:
-            # The same response, fed with perturbations in the new unit.
-            ratio = tuned.scale / tuned.reference
-            tuned.responses.rescale_(ratio)
-            tuned.reference.mul_(ratio)
 
     # -- checkpoints
 

@@ -96,6 +96,16 @@ class Tuned(Compared):
         """The perturbation scales ``σ = softplus(ρ)``, shape ``(H,)``."""
         return nn.functional.softplus(self.rho)
 
+    @torch.no_grad()
+    def keep_scale(self, low: float, high: float) -> None:
+        """Put σ back between two bounds; the response stays what it is."""
+        self.rho.copy_(inverse_softplus(self.scale.clamp(low, high)))
+        if self.standardize:
+            # The same response, fed with perturbations in the new unit.
+            ratio = self.scale / self.reference
+            self.responses.rescale_(ratio)
+            self.reference.mul_(ratio)
+
     # -- calls
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
