@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from metaopt.capture import calls, writes
-from metaopt.capture.bindings import BASE, View
+from metaopt.capture.bindings import BASE, Binding, View
 from metaopt.capture.cells import versions_of
 from metaopt.capture.functions import apply_function
 from metaopt.capture.hooks import observed
@@ -199,21 +199,24 @@ class Watcher(TorchFunctionMode):
         for place, (tensor, out) in enumerate(zip(results, outs, strict=True)):
             if out is None:
                 continue
-            requires_grad = tensor.requires_grad
-            binding = tape.define(tensor, out, inner=inner if requires_grad else 0)
-            if tape.keeps_values:
-                tape.keep_value(tensor, out)
-            is_view = tensor._is_view()
-            if not requires_grad:
-                if tensor.is_floating_point():
-                    tape.own_memory(tensor)
-            elif not is_view:
-                tape.memory.passes(tensor)
-            if is_view:
+            binding = self._follow_result(tensor, out, inner)
+            if tensor._is_view():
                 self._mark_view(binding, tensor, sources, View(func, args, kwargs, len(results), place, not grad))
         tape.compact()
         if self._looked_for_compiler < _LOOKS:
             self._looked_for_compiler = _LOOKS if self.notices.compiled() else self._looked_for_compiler + 1
+
+    def _follow_result(self, tensor: Tensor, value: int, inner: int) -> Binding:
+        tape, requires_grad = self.tape, tensor.requires_grad
+        binding = tape.define(tensor, value, inner=inner if requires_grad else 0)
+        if tape.keeps_values:
+            tape.keep_value(tensor, value)
+        if not requires_grad:
+            if tensor.is_floating_point():
+                tape.own_memory(tensor)
+        elif not tensor._is_view():
+            tape.memory.passes(tensor)
+        return binding
 
     def called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """What the replay calls in place of a function."""
@@ -229,7 +232,7 @@ class Watcher(TorchFunctionMode):
                 return last_written(func, *args) or func
         return REPLACEMENTS.get(func, func)
 
-    def _mark_view(self, binding: Any, tensor: Tensor, sources: list[Tensor], view: View) -> None:
+    def _mark_view(self, binding: Binding, tensor: Tensor, sources: list[Tensor], view: View) -> None:
         storage = tensor.untyped_storage()._cdata
         for source in sources:
             base = self.tape.find(source)
