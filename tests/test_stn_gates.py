@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import metaopt
 from metaopt.stn import l2, train, transform
+from tests.benchmarks import digits
 from tests.stn_models import at
 from tests.stored_data import stored_task
 
@@ -226,3 +228,16 @@ def test_a8_a_flipped_sign_runs_away() -> None:
 
     found, best = follow(flip)
     assert found - best > 1.0
+
+
+@pytest.mark.slow
+def test_a12_tuned_dropout_beats_the_first_rates_and_keeps_up_with_random_search() -> None:
+    def mean(method: str) -> float:
+        return statistics.mean(digits.run_of(method, seed).best for seed in range(5))
+
+    torch.set_default_dtype(torch.float32)
+    fixed, random = mean("fixed"), mean("random")
+    for method in ("stn", "centered", "delta"):
+        found = mean(method)
+        assert found <= 0.85 * fixed
+        assert found <= 1.15 * random
