@@ -69,7 +69,7 @@ class Loop:
         self.tape.protected = _weakly(self._is_hyperparameter)
         self.library = Library()
         self.watcher = Watcher(self.tape)
-        self.verifier = Verifier(verify)
+        self.verifier = Verifier(verify, self.optimizers)
         self.watcher.check_functions = verify != "never"
         if wraps:
             self.watcher.stepping = _weakly(self._is_stepping)
