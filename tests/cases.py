@@ -1093,6 +1093,64 @@ def backward_that_is_no_derivative(hyper: Hyper, context: Context) -> Trained:
     return looping(hyper, context, loss)
 
 
+class Once(torch.autograd.Function):
+    """A backward that says of itself that it has no derivative, of a forward that has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        if ctx.needs_input_grad[1]:
+            raise RuntimeError("no derivative by y")
+        ctx.save_for_backward(x, y)
+        return x.exp() * y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        x, y = ctx.saved_tensors
+        return grad * x.exp() * y, None
+
+
+class Product(torch.autograd.Function):
+    """A backward of saved intermediates, which autograd takes for constants."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.slopes = y.detach().clone(), x.detach().clone()
+        return x * y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        by_x, by_y = ctx.slopes
+        return grad * by_x, grad * by_y
+
+
+class Solve(torch.autograd.Function):
+    """The solution of a symmetric system, of which the forward reads one triangle."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, right: Tensor) -> Tensor:
+        found = torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
+        ctx.save_for_backward(matrix, found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        matrix, found = ctx.saved_tensors
+        by_right = torch.linalg.solve(matrix, grad)
+        return -by_right @ found.mT, by_right
+
+
+@case(lr=0.3, weights=weights(12))
+def backward_that_has_no_derivative(hyper: Hyper, context: Context) -> Trained:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        hidden = torch.tanh(model[0](x))  # type: ignore[index, operator]
+        matrix = hidden.mT @ hidden + torch.eye(hidden.shape[1])
+        solved = Solve.apply(matrix, Product.apply(hidden, hidden).mT).mT
+        return model[2](Once.apply(solved, x[:, :1])).tanh().mean()  # type: ignore[index, operator]
+
+    return looping(hyper, context, loss)
+
+
 @case(lr=0.3, weights=weights(12))
 def hard_gumbel_softmax(hyper: Hyper, context: Context) -> Trained:
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -1088,7 +1088,7 @@ class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(x)
-        return x**2
+        return x.detach() ** 2  # autograd does not see through it
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -1102,7 +1102,7 @@ class Intermediate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def, override]
         ctx.slope = 2 * x.detach()
-        return x**2
+        return x.detach() ** 2  # autograd does not see through it
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
@@ -1116,6 +1116,36 @@ def test_a_function_without_second_derivative_is_named(function: type[torch.auto
     with pytest.raises(metaopt.CaptureError, match=f"backward of {function.__name__} "), metaopt.record(optimizer):
         function.apply(loss(model)).backward()
         optimizer.step()
+
+
+class Adjoint(torch.autograd.Function):
+    """The weights that its backward differentiates by are those of a module, and not its arguments."""
+
+    @staticmethod
+    def forward(ctx, layer, x, *weights):  # type: ignore[no-untyped-def, override]
+        ctx.layer = layer
+        ctx.save_for_backward(x, *weights)
+        with torch.no_grad():
+            return layer(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        with torch.enable_grad():
+            saved = ctx.saved_tensors
+            x = saved[0].detach().requires_grad_()
+            grads = torch.autograd.grad(ctx.layer(x), (x, *saved[1:]), grad, allow_unused=True, create_graph=True)
+        return None, *grads
+
+
+def test_a_function_that_reaches_weights_through_a_module_is_named() -> None:
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    x, y, _, _ = data()
+    with (
+        pytest.raises(metaopt.CaptureError, match=r"Adjoint .* otherwise than by its arguments"),
+        metaopt.record(optimizer),
+    ):
+        F.cross_entropy(Adjoint.apply(model, x, *model.parameters()), y).backward()
 
 
 @pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])

@@ -206,8 +206,8 @@ def _report(wrong: list[tuple[Tensor, float]], tape: Tape, step: int, count: int
         cause = (
             "already the loss differs, so the forward pass depends on something that the replay does not have: an "
             "input that was modified in place after it was used (a buffer that numpy shares, say), hidden state "
-            "outside of tensors, a Python number taken out of a tensor, or random numbers from a generator of your "
-            "own"
+            "outside of tensors (what a `with` block sets for it), a Python number taken out of a tensor, "
+            "or random numbers from a generator of your own"
         )
     elif wrong_grads:
         cause = (
