@@ -87,7 +87,8 @@ class Loop:
 
     def states(self) -> list[dict[str, Any]]:
         """What the optimizers hold of each weight."""
-        return [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        found = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        return [state for state in found if isinstance(state, dict)]  # some keep numbers of their own there
 
     def _is_hyperparameter(self, leaf: Tensor) -> bool:
         links = [named for optimizer in self.optimizers for named in getattr(optimizer, "_links", {}).values()]

@@ -1370,3 +1370,44 @@ def samples_of_distributions(hyper: Hyper, context: Context) -> Trained:
         return (-policy.log_prob(action) * reward + 0.1 * noise * mean).mean()
 
     return looping(hyper, context, loss)
+
+
+@case(lr=0.3, weights=weights(12))
+def written_without_a_graph(hyper: Hyper, context: Context) -> Trained:
+    """What autograd refuses to write: views that were made together, and a tensor that is its own argument."""
+
+    def after(t: int, model: nn.Module) -> None:
+        first, last = model[0].weight, model[2].weight  # type: ignore[index, union-attr]
+        with torch.no_grad():
+            for row in first[:2]:
+                row.mul_(0.9).add_(0.1 * row.square().mean())
+            left, right = last.chunk(2, dim=1)
+            left.mul_(right.abs().mean() + 0.5)
+            torch._foreach_mul_(last.split([1, 2]), 0.95)
+            own = torch.tanh(last)
+            own.mul_(own)
+            squares = [own, own + 0.1]
+            torch._foreach_mul_(squares, squares)
+            torch._foreach_maximum_(squares, 0.01)
+            torch._foreach_minimum_(squares, [0.5, 0.4])
+            ratio, _ = torch._foreach_addcdiv([last, first], [own, 0.1 * first], [own + 1.0, first + 2.0], value=-0.2)
+            last.copy_(ratio)
+
+    return looping(hyper, context, lambda model, x, y: torch.zeros(()), after)
+
+
+@case(lr=0.3, weights=weights(12))
+def names_that_outlive_a_tensor(hyper: Hyper, context: Context) -> Trained:
+    """The tensor that was detached is gone when what shares its memory is written."""
+    kept: list[Tensor] = []
+
+    def after(t: int, model: nn.Module) -> None:
+        weight = model[2].weight  # type: ignore[index, union-attr]
+        if t == 0:
+            made = weight.detach() * 0.5
+            kept.extend([made.detach(), made.data, made.detach()])
+        else:
+            kept[1].mul_(0.8).add_(0.2 * weight.detach())
+            weight.data.sub_(0.3 * kept[0] + 0.1 * kept[2].square())
+
+    return looping(hyper, context, lambda model, x, y: torch.zeros(()), after)

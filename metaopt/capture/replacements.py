@@ -6,7 +6,9 @@ the forward saved as constants, so its second derivative lacks a term (torch 2.1
 ``torch._amp_foreach_non_finite_check_and_unscale_`` (in ``GradScaler``) has no derivative, and autograd takes it for
 the identity.
 
-``torch._foreach_copy_`` has no derivative either, and says so.
+``torch._foreach_copy_`` has no derivative either, and says so; nor have ``torch._foreach_maximum_`` and its opposite.
+
+``torch._foreach_addcdiv``: its derivative takes one tensor's numbers for another's (torch 2.13: "index out of range").
 
 ``F.cross_entropy`` and ``F.nll_loss`` with more than two dimensions: the kernel behind them refuses gradients that
 are not contiguous, which the transposed pass of forward mode has (torch 2.13: "grad_input must be contiguous").
@@ -49,6 +51,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaopt.capture.primitives import Phase, choose, stop
+from metaopt.capture.steps import FOREACH
 from metaopt.errors import CaptureError
 
 
@@ -217,4 +220,5 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.nll_loss: nll_loss,
     torch._amp_foreach_non_finite_check_and_unscale_: unscale_,
     torch._foreach_copy_: foreach_copy_,
+    **{func: FOREACH[func] for func in (torch._foreach_addcdiv, torch._foreach_maximum_, torch._foreach_minimum_)},
 }
