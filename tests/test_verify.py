@@ -143,3 +143,16 @@ def test_what_is_rounding_alone_is_no_other_value(mode: Any, kernels: Any, monke
             optimizer.step()
     (found,) = run.hypergradient(loss(), [lr])
     assert found.isfinite()
+
+
+def test_what_can_not_be_asked_in_double_precision_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """torch's graphs print an error of theirs, which here is nobody's: nothing is concluded from it."""
+    model = torch.nn.Linear(3, 2, dtype=torch.float32)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    with metaopt.record(optimizer):
+        hidden = model(torch.ones(4, 3, dtype=torch.float32))
+        rows = hidden.cumsum(0, dtype=torch.float32)
+        rows[torch.tensor([0, 2])] = hidden[:2].clone()
+        rows.square().sum().backward()
+        optimizer.step()
+    assert capsys.readouterr() == ("", "")

@@ -21,7 +21,7 @@ from torch.autograd import Function
 from metaopt.capture.cells import version_of
 from metaopt.capture.hooks import observe_module_hooks
 from metaopt.capture.primitives import Plain, Surrogate, flatten
-from metaopt.capture.replacements import rejection_sampler
+from metaopt.capture.replacements import FUNCTIONS, rejection_sampler
 from metaopt.capture.stand_ins import stand_in
 from metaopt.capture.surroundings import generators
 from metaopt.errors import CaptureError
@@ -88,7 +88,13 @@ def apply_function(
             "`torch.utils.checkpoint` with `use_reentrant=True` runs a second backward pass inside the first one, "
             "which can't be differentiated. Pass `use_reentrant=False`."
         )
-    if watcher.check_functions and cls not in _checked and any(tape.inner_of(tensor) for tensor in sources):
+    replacement = FUNCTIONS.get((cls.__module__, cls.__qualname__))
+    if (
+        replacement is None
+        and watcher.check_functions
+        and cls not in _checked
+        and any(tape.inner_of(tensor) for tensor in sources)
+    ):
         _checked[cls] = stand_in(cls, args, kwargs)
     if cls is torch.distributions.dirichlet._Dirichlet:
         raise rejection_sampler()
@@ -101,6 +107,6 @@ def apply_function(
         raise CaptureError(
             f"`{cls.__name__}` (a torch.autograd.Function) writes its arguments in place; let it return new tensors."
         )
-    called = _checked.get(cls) or cls.apply  # type: ignore[attr-defined]
+    called = replacement or _checked.get(cls) or cls.apply  # type: ignore[attr-defined]
     watcher.record(called, args, kwargs, result, seed, phased=isinstance(called, Surrogate))
     return result

@@ -22,13 +22,18 @@ standard deviation is 0, though the sample moves with them.
 
 ``F.embedding_bag`` has no second derivative, and says so.
 
+The assignment of torchdiffeq's adaptive solvers, an ``autograd.Function`` that writes its argument out of sight of the
+version counters, and whose backward leaves in the gradient of what is overwritten.
+
 ``F.embedding`` with a ``padding_idx``: its backward leaves that row out on purpose, though the forward reads it.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "FUNCTIONS",
     "REPLACEMENTS",
+    "assigned",
     "binomial",
     "cross_entropy",
     "embedding_bag",
@@ -201,6 +206,13 @@ def foreach_copy_(targets: list[Tensor], sources: list[Tensor], non_blocking: bo
         target.copy_(source, non_blocking=non_blocking)
 
 
+def assigned(scratch: Tensor, value: Tensor, index: Any) -> Tensor:
+    """``scratch`` after ``scratch[index] = value``, in memory of its own."""
+    result = scratch.clone()
+    result[index] = value
+    return result
+
+
 def rejection_sampler() -> CaptureError:
     """The error for a sample of which torch has another derivative, and nothing takes its place."""
     return CaptureError(
@@ -210,6 +222,11 @@ def rejection_sampler() -> CaptureError:
         "(normal, Kumaraswamy, …), or with constant parameters."
     )
 
+
+# What the replay calls in place of other packages' ``autograd.Function``s, by module and name.
+FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torchdiffeq._impl.rk_common", "_UncheckedAssign"): assigned,
+}
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
