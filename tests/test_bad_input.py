@@ -1344,3 +1344,34 @@ def test_a_step_that_failed_and_was_caught_is_said(after: int, watched: bool) ->
     with metaopt.record(optimizer) as run:  # torch is as it was: calls are seen again
         step()
     assert run.programs
+
+
+class Rescaling(nn.Linear):
+    """Its weights are halved once where it is evaluated, as those of RWKV are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            with torch.no_grad():
+                self.weight.mul_(0.5)
+        return super().forward(x)
+
+
+def test_an_objective_that_changes_weights_is_passed_as_a_function() -> None:
+    gradients: list[Tensor] = []
+    for halved in (False, True):
+        torch.manual_seed(0)
+        model = (Rescaling if halved else nn.Linear)(5, 3)
+        lr = torch.tensor(0.1, requires_grad=True)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+        x, y, x_val, _ = data()
+        with metaopt.record(optimizer) as run:
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        model.eval()
+        if not halved:
+            gradients += run.hypergradient((0.5 * (model(x_val) - model.bias) + model.bias).square().mean(), [lr])
+            continue
+        gradients += run.hypergradient(lambda model=model, x=x_val: model(x).square().mean(), [lr], retain=True)
+        with pytest.raises(metaopt.StaleError, match="pass it as a function"):
+            run.hypergradient(model(x_val).square().mean(), [lr])
+    torch.testing.assert_close(*gradients)
