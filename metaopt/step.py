@@ -70,7 +70,7 @@ class Loop:
         self.tape.protected = weakly(self._is_hyperparameter)
         self.library = Library()
         self.watcher = Watcher(self.tape)
-        self.verifier = Verifier(verify)
+        self.verifier = Verifier(verify, self.optimizers)
         self.watcher.check_functions = verify != "never"
         if wraps:
             self.watcher.stepping = weakly(self._is_stepping)
@@ -88,7 +88,8 @@ class Loop:
 
     def states(self) -> list[dict[str, Any]]:
         """What the optimizers hold of each weight."""
-        return [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        found = [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        return [state for state in found if isinstance(state, dict)]  # some keep numbers of their own there
 
     def _is_hyperparameter(self, leaf: Tensor) -> bool:
         links = [link for optimizer in self.optimizers for named in links_of(optimizer) for link in named.values()]

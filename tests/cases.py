@@ -1093,6 +1093,64 @@ def backward_that_is_no_derivative(hyper: Hyper, context: Context) -> Trained:
     return looping(hyper, context, loss)
 
 
+class Once(torch.autograd.Function):
+    """A backward that says of itself that it has no derivative, of a forward that has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        if ctx.needs_input_grad[1]:
+            raise RuntimeError("no derivative by y")
+        ctx.save_for_backward(x, y)
+        return x.exp() * y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        x, y = ctx.saved_tensors
+        return grad * x.exp() * y, None
+
+
+class Product(torch.autograd.Function):
+    """A backward of saved intermediates, which autograd takes for constants."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.slopes = y.detach().clone(), x.detach().clone()
+        return x * y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        by_x, by_y = ctx.slopes
+        return grad * by_x, grad * by_y
+
+
+class Solve(torch.autograd.Function):
+    """The solution of a symmetric system, of which the forward reads one triangle."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, right: Tensor) -> Tensor:
+        found = torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
+        ctx.save_for_backward(matrix, found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        matrix, found = ctx.saved_tensors
+        by_right = torch.linalg.solve(matrix, grad)
+        return -by_right @ found.mT, by_right
+
+
+@case(lr=0.3, weights=weights(12))
+def backward_that_has_no_derivative(hyper: Hyper, context: Context) -> Trained:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        hidden = torch.tanh(model[0](x))  # type: ignore[index, operator]
+        matrix = hidden.mT @ hidden + torch.eye(hidden.shape[1])
+        solved = Solve.apply(matrix, Product.apply(hidden, hidden).mT).mT
+        return model[2](Once.apply(solved, x[:, :1])).tanh().mean()  # type: ignore[index, operator]
+
+    return looping(hyper, context, loss)
+
+
 @case(lr=0.3, weights=weights(12))
 def hard_gumbel_softmax(hyper: Hyper, context: Context) -> Trained:
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -1312,3 +1370,44 @@ def samples_of_distributions(hyper: Hyper, context: Context) -> Trained:
         return (-policy.log_prob(action) * reward + 0.1 * noise * mean).mean()
 
     return looping(hyper, context, loss)
+
+
+@case(lr=0.3, weights=weights(12))
+def written_without_a_graph(hyper: Hyper, context: Context) -> Trained:
+    """What autograd refuses to write: views that were made together, and a tensor that is its own argument."""
+
+    def after(t: int, model: nn.Module) -> None:
+        first, last = model[0].weight, model[2].weight  # type: ignore[index, union-attr]
+        with torch.no_grad():
+            for row in first[:2]:
+                row.mul_(0.9).add_(0.1 * row.square().mean())
+            left, right = last.chunk(2, dim=1)
+            left.mul_(right.abs().mean() + 0.5)
+            torch._foreach_mul_(last.split([1, 2]), 0.95)
+            own = torch.tanh(last)
+            own.mul_(own)
+            squares = [own, own + 0.1]
+            torch._foreach_mul_(squares, squares)
+            torch._foreach_maximum_(squares, 0.01)
+            torch._foreach_minimum_(squares, [0.5, 0.4])
+            ratio, _ = torch._foreach_addcdiv([last, first], [own, 0.1 * first], [own + 1.0, first + 2.0], value=-0.2)
+            last.copy_(ratio)
+
+    return looping(hyper, context, lambda model, x, y: torch.zeros(()), after)
+
+
+@case(lr=0.3, weights=weights(12))
+def names_that_outlive_a_tensor(hyper: Hyper, context: Context) -> Trained:
+    """The tensor that was detached is gone when what shares its memory is written."""
+    kept: list[Tensor] = []
+
+    def after(t: int, model: nn.Module) -> None:
+        weight = model[2].weight  # type: ignore[index, union-attr]
+        if t == 0:
+            made = weight.detach() * 0.5
+            kept.extend([made.detach(), made.data, made.detach()])
+        else:
+            kept[1].mul_(0.8).add_(0.2 * weight.detach())
+            weight.data.sub_(0.3 * kept[0] + 0.1 * kept[2].square())
+
+    return looping(hyper, context, lambda model, x, y: torch.zeros(()), after)

@@ -1091,7 +1091,7 @@ class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def, override]
         ctx.save_for_backward(x)
-        return x**2
+        return x.detach() ** 2  # autograd does not see through it
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -1105,7 +1105,7 @@ class Intermediate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def, override]
         ctx.slope = 2 * x.detach()
-        return x**2
+        return x.detach() ** 2  # autograd does not see through it
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
@@ -1119,6 +1119,36 @@ def test_a_function_without_second_derivative_is_named(function: type[torch.auto
     with pytest.raises(metaopt.CaptureError, match=f"backward of {function.__name__} "), metaopt.record(optimizer):
         function.apply(loss(model)).backward()
         optimizer.step()
+
+
+class Adjoint(torch.autograd.Function):
+    """The weights that its backward differentiates by are those of a module, and not its arguments."""
+
+    @staticmethod
+    def forward(ctx, layer, x, *weights):  # type: ignore[no-untyped-def, override]
+        ctx.layer = layer
+        ctx.save_for_backward(x, *weights)
+        with torch.no_grad():
+            return layer(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
+        with torch.enable_grad():
+            saved = ctx.saved_tensors
+            x = saved[0].detach().requires_grad_()
+            grads = torch.autograd.grad(ctx.layer(x), (x, *saved[1:]), grad, allow_unused=True, create_graph=True)
+        return None, *grads
+
+
+def test_a_function_that_reaches_weights_through_a_module_is_named() -> None:
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    x, y, _, _ = data()
+    with (
+        pytest.raises(metaopt.CaptureError, match=r"Adjoint .* otherwise than by its arguments"),
+        metaopt.record(optimizer),
+    ):
+        F.cross_entropy(Adjoint.apply(model, x, *model.parameters()), y).backward()
 
 
 @pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
@@ -1428,3 +1458,34 @@ def test_what_is_computed_once_and_follows_or_is_computed_again() -> None:
             run.backward(outer(model))
             mover.step()
             run.rewind()
+
+
+class Rescaling(nn.Linear):
+    """Its weights are halved once where it is evaluated, as those of RWKV are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            with torch.no_grad():
+                self.weight.mul_(0.5)
+        return super().forward(x)
+
+
+def test_an_objective_that_changes_weights_is_passed_as_a_function() -> None:
+    gradients: list[Tensor] = []
+    for halved in (False, True):
+        torch.manual_seed(0)
+        model = (Rescaling if halved else nn.Linear)(5, 3)
+        lr = torch.tensor(0.1, requires_grad=True)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+        x, y, x_val, _ = data()
+        with metaopt.record(optimizer) as run:
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        model.eval()
+        if not halved:
+            gradients += run.hypergradient((0.5 * (model(x_val) - model.bias) + model.bias).square().mean(), [lr])
+            continue
+        gradients += run.hypergradient(lambda model=model, x=x_val: model(x).square().mean(), [lr], retain=True)
+        with pytest.raises(metaopt.StaleError, match="pass it as a function"):
+            run.hypergradient(model(x_val).square().mean(), [lr])
+    torch.testing.assert_close(*gradients)

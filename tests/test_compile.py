@@ -24,6 +24,7 @@ from tests.test_cases import watched
 # Loops whose steps can't be written as aten calls, and why; all others are compiled.
 EAGER = {
     "samples_of_distributions": "draws random numbers",  # a binomial's, which depend on its parameters
+    "backward_that_has_no_derivative": "is an autograd.Function",
     "backward_that_is_no_derivative": "is an autograd.Function",
     "custom_function": "is an autograd.Function",
     "gradient_hooks": "gradient hooks run Python code",

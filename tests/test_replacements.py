@@ -194,3 +194,47 @@ def test_the_scale_of_a_fake_quantisation_follows_the_weights(axis: int | None) 
         return weight + ((weight / step).detach().round() * step - weight).detach()
 
     assert hypergradient(torchs).item() == pytest.approx(hypergradient(written_out).item(), rel=1e-4)
+
+
+class _UncheckedAssign(torch.autograd.Function):
+    """As torchdiffeq's adaptive solvers have it: a write past the version counter."""
+
+    @staticmethod
+    def forward(ctx: Any, scratch: Tensor, value: Tensor, index: Any) -> Tensor:
+        ctx.index = index
+        scratch.data[index] = value
+        return scratch
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, grad[ctx.index], None
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_the_assignment_of_adaptive_solvers(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {(_UncheckedAssign.__module__, "_UncheckedAssign"): replacements.assigned}
+    assert list(replacements.FUNCTIONS) == [("torchdiffeq._impl.rk_common", "_UncheckedAssign")]
+    monkeypatch.setattr("metaopt.capture.functions.FUNCTIONS", named)
+    x = torch.randn(4, 2)
+
+    def solved(assign: Callable[..., Tensor], weight: Tensor) -> Tensor:
+        slopes = torch.empty(4, 2, 3)
+        for stage in range(3):
+            slopes = assign(slopes, torch.tanh(x @ weight + slopes[..., :stage].sum(-1)), (..., stage))
+        return slopes.sum(-1).square().mean()
+
+    def trained(lr: Tensor, assign: Callable[..., Tensor], given: Any) -> tuple[Tensor, Any]:
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(2, 2))
+        optimizer = metaopt.optim.SGD([weight], lr=lr)
+        with given(optimizer) as run:
+            for _ in range(3):
+                optimizer.zero_grad()
+                solved(assign, weight).backward()
+                optimizer.step()
+        return solved(replacements.assigned, weight), run
+
+    lr = torch.tensor(0.3, requires_grad=True)
+    (expected,) = (run := trained(lr, replacements.assigned, metaopt.record))[1].hypergradient(run[0], [lr])
+    (found,) = (run := trained(lr, _UncheckedAssign.apply, mode))[1].hypergradient(run[0], [lr])
+    torch.testing.assert_close(found, expected)

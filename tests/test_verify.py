@@ -108,3 +108,51 @@ def test_a_single_step_of_a_known_structure_is_looked_at(mode: Any, clamped: boo
     counted[1] = 0.5
     with pytest.raises(metaopt.CaptureError, match="replaying step 1"):
         train(1)
+
+
+def _with_another_last_digit(segment: Segment, values: Any, keys: Sequence[int], given: Any) -> list[torch.Tensor]:
+    return values(segment.nudged(3), keys, **given)
+
+
+def _not_quite_zero(segment: Segment, values: Any, keys: Sequence[int], given: Any) -> list[torch.Tensor]:
+    return [value + 1e-18 for value in values(segment, keys, **given)]
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+@pytest.mark.parametrize("kernels", [_with_another_last_digit, _not_quite_zero])
+def test_what_is_rounding_alone_is_no_other_value(mode: Any, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of what a batch norm gave, and the moments of gradients that are zero."""
+    monkeypatch.setattr("metaopt.capture.program._known", OrderedDict())
+    values = Segment.values
+    monkeypatch.setattr(Segment, "values", lambda self, keys, **given: kernels(self, values, keys, given))
+    torch.manual_seed(0)
+    query, norm, twice = torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), norm, twice)
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+
+    def loss() -> torch.Tensor:
+        attention = (query(x)[:, :, None]).softmax(-1)[..., 0]
+        return torch.nn.functional.cross_entropy(attention * model(x), y)
+
+    lr = torch.tensor(0.1, requires_grad=True)
+    optimizer = metaopt.optim.Adam([*model.parameters(), *query.parameters()], lr=lr, eps=1e-3)
+    with mode(optimizer) as run:
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+    (found,) = run.hypergradient(loss(), [lr])
+    assert found.isfinite()
+
+
+def test_what_can_not_be_asked_in_double_precision_is_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """torch's graphs print an error of theirs, which here is nobody's: nothing is concluded from it."""
+    model = torch.nn.Linear(3, 2, dtype=torch.float32)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    with metaopt.record(optimizer):
+        hidden = model(torch.ones(4, 3, dtype=torch.float32))
+        rows = hidden.cumsum(0, dtype=torch.float32)
+        rows[torch.tensor([0, 2])] = hidden[:2].clone()
+        rows.square().sum().backward()
+        optimizer.step()
+    assert capsys.readouterr() == ("", "")

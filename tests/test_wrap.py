@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -521,3 +521,35 @@ def test_a_step_that_raises_leaves_the_context_usable() -> None:
         optimizer.step()
     run.backward(w**2)
     assert lr.grad is not None
+
+
+class Counting(torch.optim.Optimizer):
+    """Beside what it knows of its weights, it keeps a count of its own in its state."""
+
+    def __init__(self, params: Any, lr: Any = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+        self.count = cast(Any, self.state)
+        self.count["count"] = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            value = None if closure is None else closure()
+        self.count["count"] += 1
+        for weight in self.param_groups[0]["params"]:
+            average = self.state[weight].setdefault("average", torch.zeros_like(weight.data.flatten()).detach())
+            average.mul_(0.5).add_(weight.grad.flatten())
+            weight.sub_(self.param_groups[0]["lr"] / self.count["count"] * average.view_as(weight))
+        return value
+
+
+def test_an_optimizer_that_keeps_numbers_in_its_state() -> None:
+    hyper = {"weights": weights(), "lr": leaf(0.1)}
+    assert hypergradcheck(trainer(Counting, hyper), outer, hyper)
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.wrap(Counting(model.parameters()))
+    with metaopt.record(optimizer) as run:
+        outer(model).backward()
+        optimizer.step()
+    run.rewind()
+    assert optimizer.count["count"] == 0

@@ -12,6 +12,7 @@
 ``notices``      what the loop's author is told
 ``calls``        the calls that need more than "call it again"
 ``functions``    of these, custom ``torch.autograd.Function``s
+``stand_ins``    what the replay calls for these, where it is not the function itself
 ``withheld``     of these, looking for a gradient that hyperparameters don't get
 ``gradients``    of these, the loop's own `backward` and `grad`
 ``writes``       calls that write their arguments in place

@@ -10,6 +10,7 @@ __all__ = [
     "View",
     "leaves_of",
     "nodes_of",
+    "one_of_many",
     "tensor_geometry",
 ]
 
@@ -31,6 +32,9 @@ def tensor_geometry(tensor: Tensor) -> Geometry:
     return tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, dense
 
 
+BASE = object()
+
+
 class View(NamedTuple):
     """How a view is made of its base: a call in which `BASE` stands for the base, and which of its results it is."""
 
@@ -42,7 +46,26 @@ class View(NamedTuple):
     stopped: bool
 
 
-BASE = object()
+def one_of_many(base: Tensor, part: Tensor) -> View | None:
+    """How one of several views (of ``unbind``, ``split``, ``chunk``) is made by itself; None if it is no slice.
+
+    Autograd refuses to write to views that were made together.
+    """
+
+    def same(made: Tensor) -> bool:
+        return (made.shape, made.stride(), made.storage_offset()) == (part.shape, part.stride(), part.storage_offset())
+
+    behind = part.storage_offset() - base.storage_offset()
+    with torch._C.DisableTorchFunction():
+        for axis, (size, stride) in enumerate(zip(base.shape, base.stride(), strict=True)):
+            first = behind // stride if stride else 0
+            if part.dim() == base.dim() - 1 and 0 <= first < size and same(base.select(axis, first)):
+                return View(torch.select, (BASE, axis, first), {}, 1, 0, False)
+            if part.dim() != base.dim() or not 0 <= first <= size - part.shape[axis]:
+                continue
+            if same(base.narrow(axis, first, part.shape[axis])):
+                return View(torch.narrow, (BASE, axis, first, part.shape[axis]), {}, 1, 0, False)
+    return None
 
 
 class Unseen(NamedTuple):

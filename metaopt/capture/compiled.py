@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metaopt.capture.aten import Graph, trace
 from metaopt.capture.draws import Draw, Drawing, UntraceableError, draw_all
-from metaopt.capture.primitives import Phase, Surrogate, hooked
+from metaopt.capture.primitives import Phase, Plain, Surrogate, hooked
 from metaopt.capture.segment import Segment
 from metaopt.capture.trace import Val
 from metaopt.errors import FallbackWarning, warn
@@ -50,7 +50,9 @@ def refusal(program: Program) -> str | None:
         name = getattr(func, "__name__", type(func).__name__)
         if func is hooked:
             return "the loop's gradient hooks run Python code"
-        if isinstance(func, Surrogate) or (name == "apply" and isinstance(getattr(func, "__self__", None), type)):
+        if isinstance(func, Plain | Surrogate) or (
+            name == "apply" and isinstance(getattr(func, "__self__", None), type)
+        ):
             return f"`{name}` is an autograd.Function, whose Python code may do anything"
         packed = name in _RECURRENT and type(instruction.args[_RECURRENT[name]]) is Val
         if packed or _READS.search(name):

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from metaopt.capture.bindings import Binding, Geometry, Unseen, leaves_of
+from metaopt.capture.bindings import Binding, Geometry, Unseen, leaves_of, tensor_geometry
 from metaopt.capture.cells import version_of
 from metaopt.capture.externals import Externals
 from metaopt.capture.memory import Memory, part_of
+from metaopt.capture.primitives import stop
 from metaopt.errors import CaptureError
 
 
@@ -114,6 +115,22 @@ class Following:
         self.own_memory(tensor)
         return binding
 
+    def outlive(self, view: Binding, epoch: int) -> None:
+        """A view whose base went with an earlier iteration: one of those in its memory is the base from here on."""
+        root = view.root
+        if root is view or root.ref() is not None or root.epoch == epoch:
+            return
+        family = [binding for binding in self.bindings() if binding.base is not None and binding.root is root]
+        heir = next((binding for binding in family if _is_all(binding)), view)
+        tensor = heir.ref()
+        assert tensor is not None
+        heir.base = heir.via = None
+        heir.buffer = heir.buffer or root.buffer
+        for other in family:
+            base, own = other.base, other.ref()
+            if base is not None and base.ref() is None and own is not None:
+                other.base, other.base_value, other.via = heir, -1, part_of(own, tensor_geometry(tensor))
+
     # -- which they are -----------------------------------------------------------------------------------------------
 
     def find(self, tensor: Tensor) -> Binding | None:
@@ -166,3 +183,13 @@ class Following:
                 "operations called from Python: the function as it was before `torch.jit.script` or `torch.jit.trace`, "
                 "say. Or detach it (`x.detach()`) to hold it constant."
             )
+
+
+def _is_all(view: Binding) -> bool:
+    """Whether a view is nothing but another name of its base, as ``detach`` makes it."""
+    binding: Binding | None = view
+    while binding is not None and binding.base is not None:
+        if binding.via is None or binding.via.func is not stop:
+            return False
+        binding = binding.base
+    return True

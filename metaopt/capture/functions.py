@@ -19,10 +19,10 @@ import torch
 from torch.autograd import Function
 
 from metaopt.capture.cells import version_of
-from metaopt.capture.derivatives import check_function
 from metaopt.capture.hooks import observe_module_hooks
-from metaopt.capture.primitives import Surrogate, flatten
-from metaopt.capture.replacements import rejection_sampler
+from metaopt.capture.primitives import Plain, Surrogate, flatten
+from metaopt.capture.replacements import FUNCTIONS, rejection_sampler
+from metaopt.capture.stand_ins import stand_in
 from metaopt.capture.surroundings import generators
 from metaopt.errors import CaptureError
 
@@ -38,8 +38,8 @@ class _Sees(Protocol):
         ...
 
 
-# What the replay calls in place of those whose backward is, on purpose, not the derivative of their forward.
-_checked: weakref.WeakKeyDictionary[type, Surrogate | None] = weakref.WeakKeyDictionary()
+# What the replay calls in place of those that were seen.
+_checked: weakref.WeakKeyDictionary[type, Plain | Surrogate | None] = weakref.WeakKeyDictionary()
 _watchers = threading.local()
 _lock = threading.Lock()
 _users = 0
@@ -88,8 +88,14 @@ def apply_function(
             "`torch.utils.checkpoint` with `use_reentrant=True` runs a second backward pass inside the first one, "
             "which can't be differentiated. Pass `use_reentrant=False`."
         )
-    if watcher.check_functions and cls not in _checked and any(tape.inner_of(tensor) for tensor in sources):
-        _checked[cls] = None if check_function(cls, args, kwargs) else Surrogate(cls)
+    replacement = FUNCTIONS.get((cls.__module__, cls.__qualname__))
+    if (
+        replacement is None
+        and watcher.check_functions
+        and cls not in _checked
+        and any(tape.inner_of(tensor) for tensor in sources)
+    ):
+        _checked[cls] = stand_in(cls, args, kwargs)
     if cls is torch.distributions.dirichlet._Dirichlet:
         raise rejection_sampler()
     if cls is torch.nn.modules._functions.BackwardHookFunction:
@@ -101,9 +107,6 @@ def apply_function(
         raise CaptureError(
             f"`{cls.__name__}` (a torch.autograd.Function) writes its arguments in place; let it return new tensors."
         )
-    surrogate = _checked.get(cls)
-    if surrogate is None:
-        watcher.record(cls.apply, args, kwargs, result, seed)  # type: ignore[attr-defined]
-    else:
-        watcher.record(surrogate, args, kwargs, result, seed, phased=True)
+    called = replacement or _checked.get(cls) or cls.apply  # type: ignore[attr-defined]
+    watcher.record(called, args, kwargs, result, seed, phased=isinstance(called, Surrogate))
     return result

@@ -42,7 +42,8 @@ class Function:
         segment: Segment,
         given: Sequence[Tensor] = (),
     ) -> list[Tensor]:
-        return self.module(
+        # Not by `__call__`, which prints an error of which somebody may take care.
+        return self.module.forward(
             phase, segment.numbers, segment.objects, segment.seeds, *inputs, *externals, *constants, *given
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "Phase",
+    "Plain",
     "Surrogate",
     "assign",
     "flatten",
@@ -113,6 +114,17 @@ class Surrogate:
         )
 
 
+class Plain:
+    """A custom function whose backward can't be differentiated, and is what autograd makes of its forward."""
+
+    def __init__(self, function: type) -> None:
+        self.function: Any = function
+        self.__name__ = function.__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return true_forward(self.function, args, kwargs)
+
+
 class _Context:
     """What a custom function's forward may write to, and nobody reads."""
 
@@ -124,7 +136,7 @@ class _Context:
 
     def set_materialize_grads(self, value: bool) -> None: ...
 
-    needs_input_grad = (True,) * 64
+    needs_input_grad = (False,) * 64
 
 
 def true_forward(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from torch import fx
 from metaopt.capture.cells import Cell
 from metaopt.capture.externals import External
 from metaopt.capture.lowering import Function, lower
-from metaopt.capture.primitives import Surrogate, hooked, inner_gradient
+from metaopt.capture.primitives import Plain, Surrogate, hooked, inner_gradient
 from metaopt.capture.segment import Segment
 from metaopt.capture.split import Split, split
 from metaopt.capture.trace import Instruction, Trace, needed, numbers_in
@@ -97,7 +97,7 @@ def _program(trace: Trace, outputs: list[int]) -> _Known:
 
 def _is_users(instruction: Instruction) -> bool:
     func = instruction.func
-    owner = func.function if isinstance(func, Surrogate) else getattr(func, "__self__", None)
+    owner = func.function if isinstance(func, Plain | Surrogate) else getattr(func, "__self__", None)
     function = (
         isinstance(owner, type)
         and issubclass(owner, torch.autograd.Function)

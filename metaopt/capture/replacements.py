@@ -6,7 +6,9 @@ the forward saved as constants, so its second derivative lacks a term (torch 2.1
 ``torch._amp_foreach_non_finite_check_and_unscale_`` (in ``GradScaler``) has no derivative, and autograd takes it for
 the identity.
 
-``torch._foreach_copy_`` has no derivative either, and says so.
+``torch._foreach_copy_`` has no derivative either, and says so; nor have ``torch._foreach_maximum_`` and its opposite.
+
+``torch._foreach_addcdiv``: its derivative takes one tensor's numbers for another's (torch 2.13: "index out of range").
 
 ``F.cross_entropy`` and ``F.nll_loss`` with more than two dimensions: the kernel behind them refuses gradients that
 are not contiguous, which the transposed pass of forward mode has (torch 2.13: "grad_input must be contiguous").
@@ -18,12 +20,17 @@ standard deviation is 0, though the sample moves with them.
 
 ``F.embedding_bag``, ``torch.cdist``, ``torch.pdist`` and ``torch.segment_reduce`` have no second derivative, and say
 so.
+
+The assignment of torchdiffeq's adaptive solvers, an ``autograd.Function`` that writes its argument out of sight of the
+version counters, and whose backward leaves in the gradient of what is overwritten.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "FUNCTIONS",
     "REPLACEMENTS",
+    "assigned",
     "binomial",
     "cdist",
     "cross_entropy",
@@ -47,6 +54,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaopt.capture.steps import FOREACH
 from metaopt.errors import CaptureError
 
 
@@ -223,6 +231,13 @@ def foreach_copy_(targets: list[Tensor], sources: list[Tensor], non_blocking: bo
         target.copy_(source, non_blocking=non_blocking)
 
 
+def assigned(scratch: Tensor, value: Tensor, index: Any) -> Tensor:
+    """``scratch`` after ``scratch[index] = value``, in memory of its own."""
+    result = scratch.clone()
+    result[index] = value
+    return result
+
+
 def rejection_sampler() -> CaptureError:
     """The error for a sample of which torch has another derivative, and nothing takes its place."""
     return CaptureError(
@@ -232,6 +247,11 @@ def rejection_sampler() -> CaptureError:
         "(normal, Kumaraswamy, …), or with constant parameters."
     )
 
+
+# What the replay calls in place of other packages' ``autograd.Function``s, by module and name.
+FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torchdiffeq._impl.rk_common", "_UncheckedAssign"): assigned,
+}
 
 REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
@@ -245,4 +265,5 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.nll_loss: nll_loss,
     torch._amp_foreach_non_finite_check_and_unscale_: unscale_,
     torch._foreach_copy_: foreach_copy_,
+    **{func: FOREACH[func] for func in (torch._foreach_addcdiv, torch._foreach_maximum_, torch._foreach_minimum_)},
 }

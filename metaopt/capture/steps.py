@@ -6,7 +6,7 @@ Two things that training loops rarely do and optimizers always: roots of what ma
 
 from __future__ import annotations
 
-__all__ = ["in_step"]
+__all__ = ["FOREACH", "in_step"]
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -106,6 +106,16 @@ def addcdiv_(x: Tensor, a: Tensor, b: Tensor, *, value: Number = 1) -> Tensor:
     return x.addcdiv_(_scaled(a, value), b)
 
 
+def maximum_(x: Tensor, other: Number) -> Tensor:
+    """The larger of two, in place."""
+    return x.clamp_(min=other)
+
+
+def minimum_(x: Tensor, other: Number) -> Tensor:
+    """The smaller of two, in place."""
+    return x.clamp_(max=other)
+
+
 def _scaled(x: Any, factor: Number) -> Any:
     return x if not isinstance(factor, Tensor) and factor == 1 else x * factor
 
@@ -168,8 +178,10 @@ _PAIRS: dict[str, Pair] = {
     "addcmul": _foreach(addcmul, addcmul_, "value", 2),
     "addcdiv": _foreach(addcdiv, addcdiv_, "value", 2),
     "lerp": _foreach(torch.lerp, Tensor.lerp_, "weight", 1),
+    "maximum": _foreach(torch.maximum, maximum_, None, 1),
+    "minimum": _foreach(torch.minimum, minimum_, None, 1),
 }
-_FOREACH = {
+FOREACH = {
     getattr(torch, f"_foreach_{name}{suffix}"): _named(f"foreach_{name}{suffix}", func)
     for name, pair in _PAIRS.items()
     for suffix, func in zip(("", "_"), pair, strict=True)
@@ -182,10 +194,10 @@ def in_step(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     if root is not None:
         return root
     factors = [kwargs.get(name) for name in ("alpha", "value", "scalars", "weight", "other")]
-    if func in _FOREACH:
+    if func in FOREACH:
         # One tensor for all of a list: the derivative of torch's own function fails, or takes it for a number.
         return (
-            _FOREACH[func]
+            FOREACH[func]
             if any(isinstance(entry, Tensor) for entry in _flat([*args[3:], *factors, *_alone(args)]))
             else None
         )

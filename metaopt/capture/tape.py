@@ -125,9 +125,7 @@ class Tape(Following):
         """The number of a followed tensor's present value; a view is made anew where its base was written."""
         tensor = binding.ref() if tensor is None else tensor
         if binding.base is not None:
-            root = binding.root
-            if root.ref() is None and root.epoch != self.epoch:
-                binding.base = binding.via = None  # the memory has no other name any more
+            self.outlive(binding, self.epoch)
         if binding.base is not None:
             self._refresh(binding, binding.base)
             return binding.value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Verifier", "check_replay"]
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,15 +20,23 @@ from metaopt.errors import CaptureError, SweepError
 # Relative to the norm of what is compared. The replay may use other kernels than the loop did (math attention for flash
 # attention), so agreement is to some digits and not bitwise; what goes wrong goes wrong by much more.
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 5e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+# What rounding makes of a single number may be nothing by chance.
+_NUDGES = 3
 
 
 class Verifier:
-    """Compares replays with the loop: the first of each structure, all of them, or none."""
+    """Compares replays with the loop: the first of each structure, all of them, or none.
 
-    def __init__(self, which: str) -> None:
+    Args:
+        which: ``"first"``, ``"all"`` or ``"never"``.
+        optimizers: those that are watched.
+    """
+
+    def __init__(self, which: str, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         if which not in ("first", "all", "never"):
             raise ValueError(f'verify must be "first", "all" or "never", not {which!r}.')
         self.which = which
+        self._optimizers = optimizers
         self._seen: set[Program] = set()
         self._waiting: tuple[Segment, int] | None = None
 
@@ -77,12 +85,33 @@ class Verifier:
                 f"step {step} can't be replayed: {str(error).splitlines()[0]} A hyperparameter arrives where torch "
                 "takes Python numbers only, which have no derivative. Multiply with the tensor instead."
             ) from error
-        pairs = [(value, actual[key]) for key, value in zip(keys, outputs, strict=True)]
+        pairs = {key: (value, actual[key]) for key, value in zip(keys, outputs, strict=True)}
         loose = 5e-2 if segment.program.uses_autocast else 0.0
-        if _wrong(pairs, tape, loose, {}):
-            wrong = _wrong(pairs, tape, loose, _floors(tape, [tensor for _, tensor in pairs]))
-            if wrong:
-                raise CaptureError(_report(wrong, tape, step, len(keys)))
+        wrong = _wrong(pairs, loose, {})
+        if wrong:
+            wrong = _wrong(pairs, loose, self._floors([tensor for _, tensor in pairs.values()]))
+        again = dict(zip(wrong, segment.values(list(wrong)), strict=True)) if wrong else {}
+        for seed in range(_NUDGES if wrong else 0):
+            others = dict(zip(wrong, segment.nudged(seed).values(list(wrong)), strict=True))
+            wrong = {key: by for key, by in wrong.items() if not _is_rounding(*pairs[key], again[key], others[key])}
+        if wrong:
+            raise CaptureError(_report([(actual[key], by) for key, by in wrong.items()], tape, step, len(keys)))
+
+    def _floors(self, tensors: list[Tensor]) -> dict[int, float]:
+        # A gradient that is zero but for rounding (a bias before a normalisation) is nothing but noise, and so are its
+        # moments: what counts is its size among the gradients of the step, and theirs among their like.
+        kinds: dict[int, str] = {}
+        for optimizer in self._optimizers:
+            for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+                kinds |= {id(weight): "weight", id(weight.grad): "gradient"}
+                kinds |= {id(x): f"state {name}" for name, x in optimizer.state.get(weight, {}).items()}
+        norms: dict[str, float] = {}
+        for tensor in tensors:
+            kind = kinds.get(id(tensor))
+            if kind is not None:
+                norm = float(tensor.detach().double().norm())
+                norms[kind] = max(norms.get(kind, 0.0), 1e-3 * norm if norm < float("inf") else 0.0)
+        return {id(tensor): norms[kinds[id(tensor)]] for tensor in tensors if id(tensor) in kinds}
 
 
 def check_replay(segment: Segment, found: Mapping[int, Tensor], known: Mapping[int, Tensor], *, exact: bool) -> None:
@@ -112,34 +141,32 @@ def check_replay(segment: Segment, found: Mapping[int, Tensor], known: Mapping[i
             )
 
 
-def _wrong(
-    pairs: list[tuple[Tensor, Tensor]], tape: Tape, loose: float, floors: dict[str, float]
-) -> list[tuple[Tensor, float]]:
-    """The tensors of the loop that the replay does not give, and by how much."""
-    found = []
-    for replayed, actual in pairs:
-        difference = _difference(replayed, actual, floors.get(_kind(tape, actual), 0.0))
+def _wrong(pairs: Mapping[int, tuple[Tensor, Tensor]], loose: float, floors: Mapping[int, float]) -> dict[int, float]:
+    """The tensors of the loop that the replay does not give, by key, and by how much."""
+    found = {}
+    for key, (replayed, actual) in pairs.items():
+        difference = _difference(replayed, actual, floors.get(id(actual), 0.0))
         if difference > max(loose, _TOLERANCE.get(replayed.dtype, 5e-2)):
-            found.append((actual, difference))
+            found[key] = difference
     return found
 
 
-def _kind(tape: Tape, tensor: Tensor) -> str:
-    if id(tensor) in tape.trained:
-        return "weight"
-    return "gradient" if any(tensor is weight.grad for weight in tape.trained.values()) else "other"
+def _is_rounding(replayed: Tensor, actual: Tensor, again: Tensor, other: Tensor) -> bool:
+    """Whether the replay differs by no more than what the last digit of the state makes of it.
 
+    A mean that is zero but for rounding, which a batch norm keeps, has no size to be compared with.
 
-def _floors(tape: Tape, tensors: list[Tensor]) -> dict[str, float]:
-    # A gradient that is zero but for rounding (a bias before a normalisation) is nothing but noise: what counts is its
-    # size among the gradients of the step.
-    norms: dict[str, float] = {}
-    for tensor in tensors:
-        kind = _kind(tape, tensor)
-        if kind != "other":
-            norm = float(tensor.detach().double().norm())
-            norms[kind] = max(norms.get(kind, 0.0), 1e-3 * norm if norm < float("inf") else 0.0)
-    return norms
+    Args:
+        replayed: what the replay gave.
+        actual: what the loop left behind.
+        again: what another replay gave; if it is another value, the user's own code depends on more than its arguments.
+        other: what a replay from a state with another last digit gave.
+    """
+    if replayed.shape != actual.shape or not torch.equal(replayed, again):
+        return False
+    by = float((other - replayed).norm())
+    # What is not finite on either side tells nothing.
+    return by < float("inf") and float((replayed - actual.detach()).norm()) <= 30 * by
 
 
 def _difference(replayed: Tensor, actual: Tensor, floor: float = 0.0) -> float:
@@ -179,8 +206,8 @@ def _report(wrong: list[tuple[Tensor, float]], tape: Tape, step: int, count: int
         cause = (
             "already the loss differs, so the forward pass depends on something that the replay does not have: an "
             "input that was modified in place after it was used (a buffer that numpy shares, say), hidden state "
-            "outside of tensors, a Python number taken out of a tensor, or random numbers from a generator of your "
-            "own"
+            "outside of tensors (what a `with` block sets for it), a Python number taken out of a tensor, "
+            "or random numbers from a generator of your own"
         )
     elif wrong_grads:
         cause = (

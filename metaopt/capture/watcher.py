@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from metaopt.capture import calls, writes
-from metaopt.capture.bindings import BASE, Binding, View
+from metaopt.capture.bindings import BASE, Binding, View, one_of_many
 from metaopt.capture.cells import versions_of
 from metaopt.capture.functions import apply_function
 from metaopt.capture.hooks import observed
@@ -240,7 +240,9 @@ class Watcher(TorchFunctionMode):
                 args = tuple(BASE if argument is source else argument for argument in view.args)
                 if not any(argument is BASE for argument in args):
                     continue
-                binding.base, binding.base_value, binding.via = base, base.value, view._replace(args=args)
+                alone = one_of_many(source, tensor) if view.outs > 1 else None
+                binding.base, binding.base_value = base, base.value
+                binding.via = view._replace(args=args) if alone is None else alone._replace(stopped=view.stopped)
                 return
 
     def _constant_call(

@@ -180,8 +180,15 @@ def _general(
     result: list[Any] = []
 
     def specs(read: Callable[[Tensor], Val]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        return tape.trace.specs(args, kwargs, read)
+        before = tape.read_stopped if stopped else tape.read
+        target, _ = tape.trace.specs(args[:1], {}, read)
+        rest, named = tape.trace.specs(
+            args[1:], kwargs, lambda tensor: before(tensor) if id(tensor) in first else read(tensor)
+        )
+        return (*target, *rest), named
 
+    # Where a target is an argument too (`x.mul_(x)`), autograd needs what it was before.
+    first = {id(tensor) for tensor in flatten(args[:1])}
     sources = flatten(args) + flatten(kwargs.values())
     memory = {_memory(target) for target in written}
     others = [tensor for tensor in sources if _memory(tensor) not in memory]
@@ -234,6 +241,7 @@ def _write_through(
     for target in written:
         binding = tape.find(target)
         assert binding is not None
+        tape.outlive(binding, tape.epoch)
         root = binding.root
         if root not in clones:
             clones[root] = _clone(tape, root, stopped)

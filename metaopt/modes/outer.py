@@ -158,7 +158,8 @@ def _check_weights(loop: Loop) -> None:
         raise StaleError(
             f"a weight of shape {tuple(weight.shape)} was changed after the context ended, so the outer objective "
             "does not look at the weights that the recorded training led to. Evaluate it, and call `backward`, "
-            "before training goes on or `rewind` is called."
+            "before training goes on or `rewind` is called. If it is the objective that changes them (a model may "
+            "rescale them to be evaluated), pass it as a function: `run.backward(lambda: loss(model(x), y))`."
         )
 
 

@@ -53,8 +53,9 @@ class Run(ABC):
                 "this run was used already. Open a new context, `with metaopt.record(optimizer) as run:`; training "
                 "goes on from where it is, or from the start after `run.rewind()`."
             )
+        start = Start(self._loop.optimizers)  # before anything is watched, in case it fails
         self._loop.open()
-        self._start = Start(self._loop.optimizers)
+        self._start = start
         self._loop.tape.before_first_write = self._start.remember
         self._open = True
         return self

@@ -93,13 +93,15 @@ def _copied(setting: Any) -> Any:
     return setting if isinstance(setting, Tensor) else copy.copy(setting)
 
 
-def _shallow(state: dict[str, Any]) -> dict[str, Any]:
+def _shallow(state: Any) -> Any:
     # Small tensors (step counters) are copied, since the optimizer writes them out of sight; large ones are kept by
-    # reference, and copied when the tape announces a write.
-    return {
-        k: v.clone() if isinstance(v, Tensor) and v.numel() == 1 else copy.copy(v) if not isinstance(v, Tensor) else v
-        for k, v in state.items()
-    }
+    # reference, and copied when the tape announces a write. Some optimizers keep numbers beside what they know of
+    # weights.
+    if isinstance(state, dict):
+        return {key: _shallow(value) for key, value in state.items()}
+    if isinstance(state, Tensor):
+        return state.clone() if state.numel() == 1 else state
+    return copy.copy(state)
 
 
 def random_states() -> dict[str, Any]:
