@@ -334,6 +334,57 @@ def test_checkpointing_is_refused(reentrant: bool, method: str) -> None:
         tuner.train_step(torch.randn(6, 4))
 
 
+class Adjoint(torch.autograd.Function):
+    """A function of a module whose backward calls that again, as adjoint solvers of differential equations do."""
+
+    @staticmethod
+    def forward(ctx: Any, module: nn.Module, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x, *parameters)
+        return torch.tanh(module(x))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = torch.tanh(ctx.module(x))
+        return None, *torch.autograd.grad(y, (x, *parameters), gradients[0], allow_unused=True, create_graph=True)
+
+
+class Solved(nn.Module):
+    """A layer within such a function, whose parameters are passed on where they require a gradient."""
+
+    def __init__(self, frozen: bool = False) -> None:
+        super().__init__()
+        self.first, self.layer, self.drop = nn.Linear(4, 4), nn.Linear(4, 4), nn.Dropout(0.2)
+        self.layer.requires_grad_(not frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        adjoint: Any = Adjoint
+        y: Tensor = adjoint.apply(self.layer, self.first(x), *(p for p in self.layer.parameters() if p.requires_grad))
+        return self.drop(y)
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning")
+@pytest.mark.parametrize("engine", ["auto", "manual", "forward", "double"])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_weights_that_are_used_again_while_gradients_are_taken_are_refused(method: str, engine: str) -> None:
+    tuned = problem(Solved, method, engine=engine)
+    with train(tuned, train_loss, valid_loss) as tuner, pytest.raises(ResponseError) as error:
+        tuner.train_step(torch.randn(6, 4))
+    assert (method == "delta" and engine in ("manual", "forward")) or "Call that part itself" in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning")
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_constant_weights_may_be_used_again(method: str) -> None:
+    tuned = problem(lambda: Solved(frozen=True), method)
+    with train(tuned, train_loss, valid_loss) as tuner:
+        tuner.train_step(torch.randn(6, 4))
+        tuner.valid_step(torch.randn(6, 4))
+
+
 def test_hooks_around_the_whole_step_are_not() -> None:
     with train(problem(Siamese), train_loss, valid_loss) as tuner, torch.autograd.graph.save_on_cpu():
         tuner.train_step(torch.randn(6, 4))

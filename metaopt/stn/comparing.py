@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metaopt.errors import FallbackWarning, ResponseError, warn
 from metaopt.stn.engines import ENGINES
 from metaopt.stn.generators import same_randomness
+from metaopt.stn.guards import unrepeated
 from metaopt.stn.outputs import close
 from metaopt.stn.passes import Pass, Unsupported
 from metaopt.stn.preparation import Prepared
@@ -42,7 +43,7 @@ class Compared(Prepared):
         with same_randomness(self.device):
             weight = torch.randn_like(self.responses.weight).requires_grad_()
 
-        found, passes = [], []
+        found, passes, unable = [], [], []
 
         def run(point: Tensor, kind: type[Pass]) -> tuple[Any, Pass]:
             output, p = self._run(point, kind, values, args, kwargs, response=False, weight=weight)
@@ -53,8 +54,10 @@ class Compared(Prepared):
             with self._unmoved():
                 try:
                     output = ENGINES[engine](run, z.detach())
-                    found.append((output, _gradient(output, weight)))
+                    with unrepeated(self.slots.responding):
+                        found.append((output, _gradient(output, weight)))
                 except Unsupported as reason:
+                    unable.append(engine)
                     if engine == engines[0]:
                         self._fall_back(engines, reason)
             if len(found) == 2:
@@ -66,7 +69,7 @@ class Compared(Prepared):
         why = "does the model write on its intermediate values, or use a custom autograd.Function?"
         if len(engines) == 1:
             raise ResponseError(f'{differ}; {why} Use `engine="auto"`, which takes another engine then.')
-        engines.pop(0)
+        engines[:] = [engine for engine in engines[1:] if engine not in unable]
         warn(f"{differ}, which are used from now on; {why}", FallbackWarning)
 
 

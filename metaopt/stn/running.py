@@ -150,6 +150,7 @@ class Running(nn.Module):
         found = self._layouts.get(self.model.training, Found({}, {}))
         orders = Orders(found.reads, len(z)) if found.reads and not kind.recording else None
         p = kind(marks, found.layouts, rates, found.calls, orders)
+        p.modules = self.slots.responding
         if isinstance(p, Tracer):
             p.originals = {id(self.slots.parameter(name)): name for name in replaced}
         if at is not None:

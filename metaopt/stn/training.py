@@ -81,7 +81,7 @@ class Tuner:
         self.scale_optimizer = None if scale_optimizer is None else made(scale_optimizer, [tuned.rho], "scales")
         self.train_steps, self.valid_steps, self.warmup = train_steps, valid_steps, warmup
         self.entropy_weight, self.scale_bounds = entropy_weight, scale_bounds
-        self.descent = Descent(clip)
+        self.descent = Descent(clip, tuned.slots.responding)
         self.antithetic, self.linearize_valid = antithetic, linearize_valid
         self.generator = torch.Generator("cpu").manual_seed(torch.initial_seed() if seed is None else seed)
         self.steps = 0
