@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import metaopt
 from metaopt.errors import FallbackWarning, ResponseError
 from metaopt.stn import Tuned, l2, train, transform
+from metaopt.stn.linearised import LinearisedPass
 from tests.stn_models import at, hyperparameters, output
 
 ENGINES = ("manual", "forward", "double")
@@ -475,7 +476,31 @@ def test_a_bound_dropout_behind_a_random_one_finds_its_examples_or_says_what_to_
         tuner.train_step(batch)
 
 
-def test_an_engine_that_was_asked_for_is_compared_too() -> None:
+def test_an_engine_that_was_asked_for_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LinearisedPass.tangent_rules, torch.tanh, lambda p, func, x: func(x))
+    tuned = problem(lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh()), engine="manual")
+    with pytest.raises(ResponseError, match=r"differ from torch's own.*engine=\"auto\""):
+        output(tuned, torch.randn(4, 3), at(tuned, torch.randn(4, 2), linearised=True))
+
+
+def test_a_value_that_is_written_beneath_a_view_of_it_is_right() -> None:
+    class Seen(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = x.new_zeros(len(x), 2)
+            part = hidden[:, 0]
+            hidden.add_(super().forward(x))
+            return part.unsqueeze(1) * hidden
+
+    x, z, found = torch.randn(4, 3), torch.randn(4, 2), []
+    with pytest.raises(ResponseError, match="tensor that has views"):
+        output(problem(lambda: Seen(3, 2), engine="manual"), x, at(problem(lambda: Seen(3, 2)), z, linearised=True))
+    for engine in ("forward", "double"):
+        tuned = problem(lambda: Seen(3, 2), engine=engine)
+        found.append(output(tuned, x, at(tuned, z, linearised=True)))
+    torch.testing.assert_close(*found)
+
+
+def test_a_gradient_within_the_model_is_right() -> None:
     class Forces(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -488,7 +513,7 @@ def test_an_engine_that_was_asked_for_is_compared_too() -> None:
                 return torch.autograd.grad(energy, x, create_graph=True)[0]
 
     x, z, found = torch.randn(4, 3), torch.randn(4, 2), []
-    with pytest.raises(ResponseError, match=r"differ from torch's own.*engine=\"auto\""):
+    with pytest.raises(ResponseError, match=r"a gradient within the model.*engine=\"auto\""):
         output(problem(Forces, engine="manual"), x, at(problem(Forces), z, linearised=True))
     for engine in ("forward", "double"):
         tuned = problem(Forces, engine=engine)

@@ -60,14 +60,7 @@ def _linear(p: LinearisedPass, func: Any, x: Tensor, *args: Any, **kwargs: Any) 
     return y
 
 
-def _view(p: LinearisedPass, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    y = _linear(p, func, x, *args, **kwargs)
-    p.share(x)
-    return y
-
-
-_register(*LINEAR)(_linear)
-_register(*VIEWS)(_view)
+_register(*VIEWS, *LINEAR)(_linear)
 
 
 @_register(F.pad)
@@ -75,14 +68,12 @@ def _pad(p: LinearisedPass, func: Any, x: Tensor, pad: Any, mode: str = "constan
     dx = p.tangent(x)
     assert dx is not None
     y = func(x, pad, mode, value)
-    p.share(x)
     # A constant that is padded has no tangent.
     return carry(p, y, func(dx, pad, mode, None if value is None else 0.0))
 
 
 @_register(_T.detach, torch.detach)
 def _detach(p: LinearisedPass, func: Any, x: Tensor) -> Tensor:
-    p.share(x)
     return func(x)
 
 
