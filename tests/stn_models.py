@@ -301,6 +301,53 @@ class Spectral(nn.Module):
         return torch.cat([y, (y * pole).sum(-1, keepdim=True).real], -1)
 
 
+class Windows(nn.Module):
+    """Attention within windows and over all, by the same layers; its dropout has no module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.drop, self.none = nn.Linear(4, 12), nn.Dropout(0.3), nn.Parameter(torch.randn(0, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mixed(x.unflatten(1, (2, 2)).flatten(0, 1)).unflatten(0, (-1, 2)).flatten(1, 2)
+        return self.mixed(torch.cat([self.none.expand(len(x), 0, -1), y], 1))
+
+    def mixed(self, x: Tensor) -> Tensor:
+        q, k, v = self.inner(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        rate = self.drop.p if self.training else 0.0
+        return self.drop(F.scaled_dot_product_attention(q, k, v, dropout_p=rate).transpose(1, 2).flatten(2))
+
+
+class InPlace(nn.Module):
+    """Values that are written in place, of which no other part of the model has a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, z = self.one(x), x.new_zeros(len(x), 4)
+        z[:, ::2] = 2 * y[:, ::2]
+        z[x[:, 0] > 0.3, 1] = 0.5
+        y -= F.hardswish(self.one(2 * x), inplace=True)
+        y = torch.logaddexp(y, z)
+        y.clamp_(-0.3).sub_(z).masked_fill_(z > 2, 0.0)
+        return self.two(y).pow_(2).mul_(z) + torch.zeros_like(y).copy_(y[:, :1])
+
+
+class Standardised(nn.Module):
+    """A kernel that is standardised by the function of batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gain = nn.Conv2d(2, 3, 2), nn.Parameter(torch.randn(3, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, gain = self.conv.weight.reshape(1, 3, -1), (0.5 * self.gain).view(-1)
+        weight = F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0).reshape_as(self.conv.weight)
+        return F.conv2d(x, weight, self.conv.bias)
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, an input, and how they are used.
@@ -409,6 +456,9 @@ CASES |= {
     "functions": Case(Functions, (B, 3), exact=False),
     "gaps": Case(Gaps, (B, 3), exact=False),
     "spectral": Case(Spectral, (B, 4)),
+    "windows": Case(Windows, (B, 4, 4), exact=False),
+    "in place": Case(InPlace, (B, 3)),
+    "standardised": Case(Standardised, (B, 2, 3, 3), exact=False),
 }
 
 
