@@ -273,6 +273,21 @@ class Functions(nn.Module):
         return torch.cat([a, b, c.flatten(1), d, e], 1)
 
 
+class Segments(nn.Module):
+    """A loss of each pixel within the model, of scores that have the channels last; softmax in a type of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.layer(x).permute(0, 3, 1, 2).softmax(1, dtype=x.dtype)
+        loss = F.cross_entropy(scores, x.argmax(-1), reduction="none")
+        kept, each = torch.where(x[..., 0] > 0, x.argmin(-1), 3), torch.tensor([1.0, 2.0, 0.5, 3.0]).to(x)
+        loss = loss + F.nll_loss(F.log_softmax(scores, 1, dtype=x.dtype), kept, each, ignore_index=3, reduction="none")
+        return loss / (1 + F.cross_entropy(scores[:, :, :, :1], kept[:, :, :1] * 0, each, reduction="none"))
+
+
 class Gaps(nn.Module):
     """Functions whose derivatives torch has in part."""
 
@@ -456,6 +471,7 @@ CASES |= {
     "functions": Case(Functions, (B, 3), exact=False),
     "gaps": Case(Gaps, (B, 3), exact=False),
     "spectral": Case(Spectral, (B, 4)),
+    "segments": Case(Segments, (B, 2, 2, 3), exact=False),
     "windows": Case(Windows, (B, 4, 4), exact=False),
     "in place": Case(InPlace, (B, 3)),
     "standardised": Case(Standardised, (B, 2, 3, 3), exact=False),
