@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,14 +112,18 @@ class Pairs(nn.Module):
 class Dropped(nn.Module):
     """Whole layers that are left out at random in training, each with a scale of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, draw: Callable[[], Any] = lambda: torch.rand(())) -> None:
         super().__init__()
+        self.draw, self.left = draw, [""]
         self.layers, self.drop = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), nn.Dropout(0.2)
         self.scales = nn.ParameterList(nn.Parameter(torch.randn(4)) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
+        self.left.append("")
         for layer, scale in zip(self.layers, self.scales, strict=True):
-            if not self.training or torch.rand(()) > 0.3:
+            kept = not self.training or self.draw() > 0.3
+            self.left[-1] += str(int(kept))
+            if kept:
                 x = x + torch.tanh(layer(x)) * scale
         y: Tensor = self.drop(x)
         return y
@@ -190,14 +196,24 @@ def test_hypergradients_are_those_of_changed_weights_and_runs_resume(name: str, 
         assert [tuner.train_step(batch), tuner.valid_step(batch)] == found
 
 
-def test_layers_that_are_left_out_at_random_respond_per_example() -> None:
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()), random.random, numpy.random.rand], ids=["torch", "py", "np"])
+def test_layers_that_are_left_out_at_random_respond_per_example(draw: Callable[[], Any]) -> None:
     torch.manual_seed(0)
-    tuned, batch = problem(Dropped), torch.randn(6, 4)
+    random.seed(0)
+    numpy.random.seed(0)
+    tuned, batch = problem(lambda: Dropped(draw)), torch.randn(6, 4)
+    left: Any = tuned.model.left
     with train(tuned, train_loss, valid_loss) as tuner:
         for _ in range(4):
             tuner.train_step(batch)
+            assert left[-1] == left[-2]  # in both steps
+            before = copy.deepcopy(tuner.state_dict())
+        found = [tuner.train_step(batch) for _ in range(3)]
         tuner.valid_step(batch)
+        tuner.load_state_dict(before)
+        assert [tuner.train_step(batch) for _ in range(3)] == found
     assert not tuned.fallback
+    assert len(set(left)) > 3
 
 
 # -- examples that see each other

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from metaopt.errors import ResponseError
 from metaopt.stn.batches import count, join, select, split
 from metaopt.stn.calls import confirmed, follow
-from metaopt.stn.generators import random_state, same_randomness
+from metaopt.stn.generators import other_state, random_state, same_randomness
 from metaopt.stn.layouts import Layout, NeedsGroups, Site, infer, reordered
 from metaopt.stn.orders import noted
 from metaopt.stn.outputs import close, moved, rows, shapes
@@ -62,14 +62,20 @@ class Prepared(Running):
         except BaseException:
             self._layouts.pop(training, None)
             raise
+        if training and self.draws is None:
+            self.draws = False
 
     @contextmanager
     def _unmoved(self) -> Iterator[None]:
         """Leave random generators and modules as they are."""
-        kept = attributes(self.slots.modules)
+        kept, drawn = attributes(self.slots.modules), other_state()
         try:
             with same_randomness(self.device):
-                yield
+                try:
+                    yield
+                finally:
+                    if other_state() != drawn:
+                        self.draws = True
         finally:
             set_attributes(kept)
 

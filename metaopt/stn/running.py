@@ -58,6 +58,8 @@ class Running(nn.Module):
     bound: dict[str, str]
     fallback: dict[str, str]
     _layouts: dict[bool, Found]
+    # Whether it draws from other generators than torch's, such as Python's; None until that was seen.
+    draws: bool | None
 
     @property
     def device(self) -> torch.device:

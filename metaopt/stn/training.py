@@ -242,7 +242,7 @@ class Tuner:
 
     def _state(self) -> tuple[Any, Any]:
         """Where a pass of the model starts from, beside its weights: random generators, and what its modules keep."""
-        return random_state(self.tuned.device), attributes(self.tuned.slots.modules)
+        return random_state(self.tuned.device, self.tuned.draws is not False), attributes(self.tuned.slots.modules)
 
     def _set_state(self, state: tuple[Any, Any]) -> None:
         set_random_state(self.tuned.device, state[0])
@@ -287,7 +287,7 @@ class Tuner:
             "mixes": self.tuned.mixes,
             "optimizers": [None if o is None else o.state_dict() for o in self._optimizers()],
             "generator": self.generator.get_state(),
-            "random": random_state(self.tuned.device),
+            "random": random_state(self.tuned.device, self.tuned.draws is not False),
             "steps": self.steps,
             "skipped": self.skipped,
         }
