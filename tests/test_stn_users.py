@@ -6,6 +6,7 @@ import copy
 import pickle
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy
@@ -415,6 +416,39 @@ def test_a_model_that_writes_on_its_input_is_refused() -> None:
     tuned = problem(lambda: Normalised(4, 1))
     with train(tuned, train_loss, valid_loss) as tuner, pytest.raises(ResponseError, match="writes on its input"):
         tuner.train_step(torch.randn(6, 4))
+
+
+class Rescaled(nn.Linear):
+    """Weights that are halved for evaluation, as in a published recurrent model; and one that keeps their norm."""
+
+    def __init__(self, bounded: bool) -> None:
+        super().__init__(4, 2)
+        self.bounded, self.halved = bounded, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self.bounded:
+                self.weight.div_(self.weight.norm().clamp_min(1))
+            elif self.halved == self.training:
+                self.weight.mul_(2.0 if self.training else 0.5)
+                self.halved = not self.training
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning", "ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_a_model_that_writes_on_its_weights_is_refused_unless_they_stay(method: str) -> None:
+    for bounded in (True, False):
+        tuned = problem(partial(Rescaled, bounded), method)
+        before = copy.deepcopy(tuned.model.state_dict())
+        with train(tuned, train_loss, valid_loss, optimizer=still) as tuner:
+            if bounded:
+                tuner.train_step(torch.randn(6, 4))
+                tuner.valid_step(torch.randn(6, 4))
+                continue
+            with pytest.raises(ResponseError, match="writes on its parameter 'weight' each time"):
+                tuner.train_step(torch.randn(6, 4))
+        assert all(torch.equal(value, before[name]) for name, value in tuned.model.state_dict().items())
 
 
 def test_a_parameter_that_is_frozen_too_late_is_said() -> None:
