@@ -78,6 +78,7 @@ class Pass(TorchFunctionMode):
         self.orders = orders
         self.used: set[str] = set()
         self.hyper_used: set[str] = set()
+        self.called: set[str] = set()
         self.functional_dropout = False
         self.noise = Noise()
         self.moves_statistics = False

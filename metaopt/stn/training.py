@@ -172,7 +172,7 @@ class Tuner:
         at.response, at.linearised = True, self.tuned.method == "delta"
         loss = self._loss(self.train_loss, batch, at)
         if self.steps == 1:
-            check_first(loss, at, self.weights)
+            check_first(loss, at, self.weights, self.tuned.bound)
         self.descent.step(_TRAINING, loss, (self.response, self.response_optimizer))
         return loss.item()
 
@@ -181,7 +181,7 @@ class Tuner:
         at = Perturbation(point, self.tuned.coordinates.values(point), groups, weights=True, response=True)
         loss = self._loss(self.train_loss, batch, at)
         if self.steps == 1:
-            check_first(loss, at, self.weights)
+            check_first(loss, at, self.weights, self.tuned.bound)
         self.optimizer.zero_grad()
         moves = (self.response, self.response_optimizer), (self.weights, self.optimizer)
         self.descent.step(_TRAINING, loss, *moves)
