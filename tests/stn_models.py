@@ -212,13 +212,15 @@ class Language(nn.Module):
         super().__init__()
         self.words, self.positions = nn.Embedding(7, 4), nn.Embedding(6, 4)
         self.inner, self.distance = nn.Linear(4, 12), nn.Parameter(torch.randn(11, 2))
+        self.drop = nn.Dropout(0.2)
 
     def forward(self, x: Tensor) -> Tensor:
         time = torch.arange(x.shape[1], device=x.device)
         hidden = self.words(x) + self.positions(time)
         q, k, v = self.inner(hidden).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
         bias = self.distance[(time - time[:, None]) + 5].permute(2, 0, 1)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        rate = self.drop.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=rate).transpose(1, 2).flatten(2)
         return F.linear(hidden + mixed, self.words.weight)
 
 

@@ -159,7 +159,7 @@ def _mask(mask: Tensor | None, padding: Tensor | None, like: Tensor, batch: int,
     return total
 
 
-@register(F.scaled_dot_product_attention)
+@register(F.scaled_dot_product_attention, composed=True)
 def scaled_dot_product_attention(
     p: Pass,
     func: Any,
@@ -173,7 +173,10 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Attention called by the model itself; with tangents it is written out, since the fast kernels have none."""
-    p.refuse_marked(func, (query, key, value), {})
+    if any(p.depends(x) for x in (query, key, value, attn_mask)):
+        # On parameters: what follows joins them to the examples, and a mask is drawn for all of these.
+        with p:
+            return _written_out(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     # A mask that a fast kernel draws can't be drawn again in another pass. Where it has a rate for each example, its
     # examples are looked for, too.
     moving = any(p.tangent(x) is not None or unpack_dual(x).tangent is not None for x in (query, key, value))

@@ -56,9 +56,11 @@ class Pass(TorchFunctionMode):
 
     Attributes:
         rules: by function: what it does with weights that respond, or with rates. Filled by `metaopt.stn.rules`.
+        composed: functions whose rule also takes what was computed from parameters.
     """
 
     rules: ClassVar[dict[Any, Rule]] = {}
+    composed: ClassVar[set[Any]] = set()
     linearised: ClassVar[bool] = False
     recording: ClassVar[bool] = False
 
@@ -112,7 +114,7 @@ class Pass(TorchFunctionMode):
             return self.plain(func, args, kwargs) if rule is None else rule(self, func, *args, **kwargs)
         # What was computed from parameters; they themselves may have a rule here.
         derived = self.held and any(key not in self.marks for key in _among(self.held, args, kwargs))
-        if derived and not reads_no_values(func):
+        if derived and not reads_no_values(func) and func not in self.composed:
             return self.each(func, args, kwargs)
         asked, self._asked = self._asked, set()
         try:
@@ -209,6 +211,10 @@ class Pass(TorchFunctionMode):
                 )
 
     # -- instances
+
+    def depends(self, tensor: Any) -> bool:
+        """Whether a tensor is a responding parameter, or was computed from some alone."""
+        return id(tensor) in self.held or id(tensor) in self.marks
 
     def instances(self, tensor: Any) -> Instances | None:
         """What a tensor is for each example, if it depends on a responding parameter, and on no example."""
