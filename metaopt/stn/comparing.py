@@ -23,11 +23,14 @@ from metaopt.stn.trees import leaves
 class Compared(Prepared):
     """The part of `Tuned` that compares its engines before it relies on one."""
 
+    engine: str
+
     def _fall_back(self, engines: list[str], reason: Exception) -> None:
         if len(engines) == 1:
             raise ResponseError(
                 f"{_culprit(self.model, reason)} can't be linearised by the engine {engines[0]!r}: {reason}. Use "
-                '`method="centered"`, which needs no second derivative, or `engine="auto"`.'
+                '`method="centered"`, which needs no second derivative'
+                + ("; the other engines were tried before." if self.engine == "auto" else ', or `engine="auto"`.')
             ) from reason
         names = {"manual": "hand-written tangents", "forward": "forward-mode AD", "double": "two backward passes"}
         warn(

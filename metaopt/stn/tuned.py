@@ -83,6 +83,7 @@ class Tuned(Compared):
         # Whether the model's output for some examples depends on others: then they are not split into groups.
         self.mixes = False
         self.draws = None
+        self.engine = engine
         self._engines = {mode: list(ENGINES) if engine == "auto" else [engine] for mode in (True, False)}
         self._layouts: dict[bool, Found] = {}
         self._compared: set[bool] = set()
