@@ -212,13 +212,15 @@ class Language(nn.Module):
         super().__init__()
         self.words, self.positions = nn.Embedding(7, 4), nn.Embedding(6, 4)
         self.inner, self.distance = nn.Linear(4, 12), nn.Parameter(torch.randn(11, 2))
+        self.drop = nn.Dropout(0.2)
 
     def forward(self, x: Tensor) -> Tensor:
         time = torch.arange(x.shape[1], device=x.device)
         hidden = self.words(x) + self.positions(time)
         q, k, v = self.inner(hidden).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
         bias = self.distance[(time - time[:, None]) + 5].permute(2, 0, 1)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        rate = self.drop.p if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=rate).transpose(1, 2).flatten(2)
         return F.linear(hidden + mixed, self.words.weight)
 
 
@@ -273,6 +275,21 @@ class Functions(nn.Module):
         return torch.cat([a, b, c.flatten(1), d, e], 1)
 
 
+class Segments(nn.Module):
+    """A loss of each pixel within the model, of scores that have the channels last; softmax in a type of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.layer(x).permute(0, 3, 1, 2).softmax(1, dtype=x.dtype)
+        loss = F.cross_entropy(scores, x.argmax(-1), reduction="none")
+        kept, each = torch.where(x[..., 0] > 0, x.argmin(-1), 3), torch.tensor([1.0, 2.0, 0.5, 3.0]).to(x)
+        loss = loss + F.nll_loss(F.log_softmax(scores, 1, dtype=x.dtype), kept, each, ignore_index=3, reduction="none")
+        return loss / (1 + F.cross_entropy(scores[:, :, :, :1], kept[:, :, :1] * 0, each, reduction="none"))
+
+
 class Gaps(nn.Module):
     """Functions whose derivatives torch has in part."""
 
@@ -299,6 +316,53 @@ class Spectral(nn.Module):
         y = torch.fft.irfft(torch.fft.rfft(x, n=8) * torch.fft.rfft(self.kernel, n=8), n=8)[..., : x.shape[-1]]
         pole = torch.exp(torch.complex(-self.decay.abs(), self.turn) * torch.arange(x.shape[-1], device=x.device))
         return torch.cat([y, (y * pole).sum(-1, keepdim=True).real], -1)
+
+
+class Windows(nn.Module):
+    """Attention within windows and over all, by the same layers; its dropout has no module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.drop, self.none = nn.Linear(4, 12), nn.Dropout(0.3), nn.Parameter(torch.randn(0, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mixed(x.unflatten(1, (2, 2)).flatten(0, 1)).unflatten(0, (-1, 2)).flatten(1, 2)
+        return self.mixed(torch.cat([self.none.expand(len(x), 0, -1), y], 1))
+
+    def mixed(self, x: Tensor) -> Tensor:
+        q, k, v = self.inner(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        rate = self.drop.p if self.training else 0.0
+        return self.drop(F.scaled_dot_product_attention(q, k, v, dropout_p=rate).transpose(1, 2).flatten(2))
+
+
+class InPlace(nn.Module):
+    """Values that are written in place, of which no other part of the model has a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, z = self.one(x), x.new_zeros(len(x), 4)
+        z[:, ::2] = 2 * y[:, ::2]
+        z[x[:, 0] > 0.3, 1] = 0.5
+        y -= F.hardswish(self.one(2 * x), inplace=True)
+        y = torch.logaddexp(y, z)
+        y.clamp_(-0.3).sub_(z).masked_fill_(z > 2, 0.0)
+        return self.two(y).pow_(2).mul_(z) + torch.zeros_like(y).copy_(y[:, :1])
+
+
+class Standardised(nn.Module):
+    """A kernel that is standardised by the function of batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gain = nn.Conv2d(2, 3, 2), nn.Parameter(torch.randn(3, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat, gain = self.conv.weight.reshape(1, 3, -1), (0.5 * self.gain).view(-1)
+        weight = F.batch_norm(flat, None, None, weight=gain, training=True, momentum=0.0).reshape_as(self.conv.weight)
+        return F.conv2d(x, weight, self.conv.bias)
 
 
 @dataclass(frozen=True)
@@ -409,6 +473,10 @@ CASES |= {
     "functions": Case(Functions, (B, 3), exact=False),
     "gaps": Case(Gaps, (B, 3), exact=False),
     "spectral": Case(Spectral, (B, 4)),
+    "segments": Case(Segments, (B, 2, 2, 3), exact=False),
+    "windows": Case(Windows, (B, 4, 4), exact=False),
+    "in place": Case(InPlace, (B, 3)),
+    "standardised": Case(Standardised, (B, 2, 3, 3), exact=False),
 }
 
 

@@ -122,6 +122,42 @@ def test_a_function_that_can_not_be_linearised_says_what_to_do() -> None:
     with (
         train(tuned, train_loss, valid_loss) as tuner,
         pytest.warns(FallbackWarning),
-        pytest.raises(ResponseError, match='Use `method="centered"`'),
+        pytest.raises(ResponseError, match=r'Use `method="centered"`, .*; the other engines were tried'),
     ):
+        tuner.train_step(x)
+
+
+class Within(nn.Module):
+    """A function that uses a value which it is given only where that requires a gradient, as integrals of flows do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.drop = nn.Linear(4, 4), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = torch.tanh(self.one(x))
+
+        class Product(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor, *given: Tensor) -> Tensor:
+                ctx.save_for_backward(x, *given)
+                return x * factor
+
+            @staticmethod
+            @once_differentiable
+            def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+                x, *given = ctx.saved_tensors
+                return (gradients[0] * factor, *(gradients[0] * x for _ in given))
+
+        function: Any = Product
+        return self.drop(function.apply(x, *([factor] if factor.requires_grad else [])))
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning")
+def test_a_value_that_a_function_uses_and_is_not_given_is_noticed() -> None:
+    tuned, x = problem(Within), torch.randn(6, 4)
+    with train(tuned, train_loss, valid_loss) as tuner, pytest.raises(ResponseError, match="other engines were tried"):
+        tuner.train_step(x)
+    tuned = problem(Within, "centered")
+    with train(tuned, train_loss, valid_loss) as tuner:
         tuner.train_step(x)

@@ -284,7 +284,9 @@ def test_a_sequence_as_long_as_the_batch_is_not_taken_for_it() -> None:
         torch.testing.assert_close(y[:, b : b + 1], alone, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["bare", "vision", "queries", "language", "written", "weights", "functions"])
+@pytest.mark.parametrize(
+    "name", ["bare", "vision", "queries", "language", "written", "weights", "functions", "windows", "standardised"]
+)
 @modes
 def test_parameters_that_join_the_batch_have_one_perturbation_for_each_example(name: str, training: bool) -> None:
     tuned, x = responding(CASES[name], training=training)

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -349,6 +350,39 @@ def test_a_hyperparameter_that_nothing_uses_is_named() -> None:
     unused = pytest.warns(UnusedHyperparameterWarning, match=r"uses: unused\..*functional dropout: make it a module")
     with train(transform(Functional(3, 1), hyper), train_loss, valid_loss) as tuner, unused:
         tuner.train_step(data())
+
+
+class Rates(nn.Linear):
+    """Dropouts of which one is called, and attention that drops at the rate of another, or at its own."""
+
+    def __init__(self, called: bool, handed: bool) -> None:
+        super().__init__(3, 1)
+        self.called, self.handed, self.one, self.two = called, handed, nn.Dropout(0.3), nn.Dropout(0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rate = (self.two.p if self.handed else 0.3) if self.training else 0.0
+        x = x + F.scaled_dot_product_attention(x.unsqueeze(2), x.unsqueeze(2), x.unsqueeze(2), dropout_p=rate)[..., 0]
+        y = super().forward(x)
+        return (self.one(y) if self.called else y).squeeze(-1)
+
+
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+@pytest.mark.parametrize(
+    ("called", "handed", "text"),
+    [
+        (True, True, None),
+        (True, False, r"bound, and that the model did not call: two\."),
+        (False, True, None),
+        (False, False, r"uses: rate\..*functional dropout"),
+    ],
+)
+def test_a_dropout_that_is_bound_and_not_called_is_named(called: bool, handed: bool, text: str, method: str) -> None:
+    hyper = metaopt.Hyperparameters(rate=metaopt.interval(0.3, 0, 0.9), decay=metaopt.positive(0.1))
+    tuned = transform(Rates(called, handed), hyper, method, bind={"rate": ["one", "two"]})
+    with train(tuned, train_loss, valid_loss) as tuner, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with nullcontext() if text is None else pytest.warns(UnusedHyperparameterWarning, match=text):
+            tuner.train_step(data())
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import metaopt
 from metaopt.errors import FallbackWarning, ResponseError
 from metaopt.stn import Tuned, l2, train, transform
+from metaopt.stn.linearised import LinearisedPass
 from tests.stn_models import at, hyperparameters, output
 
 ENGINES = ("manual", "forward", "double")
@@ -109,14 +113,18 @@ class Pairs(nn.Module):
 class Dropped(nn.Module):
     """Whole layers that are left out at random in training, each with a scale of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, draw: Callable[[], Any] = lambda: torch.rand(())) -> None:
         super().__init__()
+        self.draw, self.left = draw, [""]
         self.layers, self.drop = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), nn.Dropout(0.2)
         self.scales = nn.ParameterList(nn.Parameter(torch.randn(4)) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
+        self.left.append("")
         for layer, scale in zip(self.layers, self.scales, strict=True):
-            if not self.training or torch.rand(()) > 0.3:
+            kept = not self.training or self.draw() > 0.3
+            self.left[-1] += str(int(kept))
+            if kept:
                 x = x + torch.tanh(layer(x)) * scale
         y: Tensor = self.drop(x)
         return y
@@ -189,14 +197,24 @@ def test_hypergradients_are_those_of_changed_weights_and_runs_resume(name: str, 
         assert [tuner.train_step(batch), tuner.valid_step(batch)] == found
 
 
-def test_layers_that_are_left_out_at_random_respond_per_example() -> None:
+@pytest.mark.parametrize("draw", [lambda: torch.rand(()), random.random, numpy.random.rand], ids=["torch", "py", "np"])
+def test_layers_that_are_left_out_at_random_respond_per_example(draw: Callable[[], Any]) -> None:
     torch.manual_seed(0)
-    tuned, batch = problem(Dropped), torch.randn(6, 4)
+    random.seed(0)
+    numpy.random.seed(0)
+    tuned, batch = problem(lambda: Dropped(draw)), torch.randn(6, 4)
+    left: Any = tuned.model.left
     with train(tuned, train_loss, valid_loss) as tuner:
         for _ in range(4):
             tuner.train_step(batch)
+            assert left[-1] == left[-2]  # in both steps
+            before = copy.deepcopy(tuner.state_dict())
+        found = [tuner.train_step(batch) for _ in range(3)]
         tuner.valid_step(batch)
+        tuner.load_state_dict(before)
+        assert [tuner.train_step(batch) for _ in range(3)] == found
     assert not tuned.fallback
+    assert len(set(left)) > 3
 
 
 # -- examples that see each other
@@ -334,6 +352,57 @@ def test_checkpointing_is_refused(reentrant: bool, method: str) -> None:
         tuner.train_step(torch.randn(6, 4))
 
 
+class Adjoint(torch.autograd.Function):
+    """A function of a module whose backward calls that again, as adjoint solvers of differential equations do."""
+
+    @staticmethod
+    def forward(ctx: Any, module: nn.Module, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.module = module
+        ctx.save_for_backward(x, *parameters)
+        return torch.tanh(module(x))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = torch.tanh(ctx.module(x))
+        return None, *torch.autograd.grad(y, (x, *parameters), gradients[0], allow_unused=True, create_graph=True)
+
+
+class Solved(nn.Module):
+    """A layer within such a function, whose parameters are passed on where they require a gradient."""
+
+    def __init__(self, frozen: bool = False) -> None:
+        super().__init__()
+        self.first, self.layer, self.drop = nn.Linear(4, 4), nn.Linear(4, 4), nn.Dropout(0.2)
+        self.layer.requires_grad_(not frozen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        adjoint: Any = Adjoint
+        y: Tensor = adjoint.apply(self.layer, self.first(x), *(p for p in self.layer.parameters() if p.requires_grad))
+        return self.drop(y)
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning")
+@pytest.mark.parametrize("engine", ["auto", "manual", "forward", "double"])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_weights_that_are_used_again_while_gradients_are_taken_are_refused(method: str, engine: str) -> None:
+    tuned = problem(Solved, method, engine=engine)
+    with train(tuned, train_loss, valid_loss) as tuner, pytest.raises(ResponseError) as error:
+        tuner.train_step(torch.randn(6, 4))
+    assert (method == "delta" and engine in ("manual", "forward")) or "Call that part itself" in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning")
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_constant_weights_may_be_used_again(method: str) -> None:
+    tuned = problem(lambda: Solved(frozen=True), method)
+    with train(tuned, train_loss, valid_loss) as tuner:
+        tuner.train_step(torch.randn(6, 4))
+        tuner.valid_step(torch.randn(6, 4))
+
+
 def test_hooks_around_the_whole_step_are_not() -> None:
     with train(problem(Siamese), train_loss, valid_loss) as tuner, torch.autograd.graph.save_on_cpu():
         tuner.train_step(torch.randn(6, 4))
@@ -347,6 +416,39 @@ def test_a_model_that_writes_on_its_input_is_refused() -> None:
     tuned = problem(lambda: Normalised(4, 1))
     with train(tuned, train_loss, valid_loss) as tuner, pytest.raises(ResponseError, match="writes on its input"):
         tuner.train_step(torch.randn(6, 4))
+
+
+class Rescaled(nn.Linear):
+    """Weights that are halved for evaluation, as in a published recurrent model; and one that keeps their norm."""
+
+    def __init__(self, bounded: bool) -> None:
+        super().__init__(4, 2)
+        self.bounded, self.halved = bounded, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self.bounded:
+                self.weight.div_(self.weight.norm().clamp_min(1))
+            elif self.halved == self.training:
+                self.weight.mul_(2.0 if self.training else 0.5)
+                self.halved = not self.training
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning", "ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_a_model_that_writes_on_its_weights_is_refused_unless_they_stay(method: str) -> None:
+    for bounded in (True, False):
+        tuned = problem(partial(Rescaled, bounded), method)
+        before = copy.deepcopy(tuned.model.state_dict())
+        with train(tuned, train_loss, valid_loss, optimizer=still) as tuner:
+            if bounded:
+                tuner.train_step(torch.randn(6, 4))
+                tuner.valid_step(torch.randn(6, 4))
+                continue
+            with pytest.raises(ResponseError, match="writes on its parameter 'weight' each time"):
+                tuner.train_step(torch.randn(6, 4))
+        assert all(torch.equal(value, before[name]) for name, value in tuned.model.state_dict().items())
 
 
 def test_a_parameter_that_is_frozen_too_late_is_said() -> None:
@@ -424,7 +526,31 @@ def test_a_bound_dropout_behind_a_random_one_finds_its_examples_or_says_what_to_
         tuner.train_step(batch)
 
 
-def test_an_engine_that_was_asked_for_is_compared_too() -> None:
+def test_an_engine_that_was_asked_for_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LinearisedPass.tangent_rules, torch.tanh, lambda p, func, x: func(x))
+    tuned = problem(lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh()), engine="manual")
+    with pytest.raises(ResponseError, match=r"differ from torch's own.*engine=\"auto\""):
+        output(tuned, torch.randn(4, 3), at(tuned, torch.randn(4, 2), linearised=True))
+
+
+def test_a_value_that_is_written_beneath_a_view_of_it_is_right() -> None:
+    class Seen(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = x.new_zeros(len(x), 2)
+            part = hidden[:, 0]
+            hidden.add_(super().forward(x))
+            return part.unsqueeze(1) * hidden
+
+    x, z, found = torch.randn(4, 3), torch.randn(4, 2), []
+    with pytest.raises(ResponseError, match="tensor that has views"):
+        output(problem(lambda: Seen(3, 2), engine="manual"), x, at(problem(lambda: Seen(3, 2)), z, linearised=True))
+    for engine in ("forward", "double"):
+        tuned = problem(lambda: Seen(3, 2), engine=engine)
+        found.append(output(tuned, x, at(tuned, z, linearised=True)))
+    torch.testing.assert_close(*found)
+
+
+def test_a_gradient_within_the_model_is_right() -> None:
     class Forces(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -437,7 +563,7 @@ def test_an_engine_that_was_asked_for_is_compared_too() -> None:
                 return torch.autograd.grad(energy, x, create_graph=True)[0]
 
     x, z, found = torch.randn(4, 3), torch.randn(4, 2), []
-    with pytest.raises(ResponseError, match=r"differ from torch's own.*engine=\"auto\""):
+    with pytest.raises(ResponseError, match=r"a gradient within the model.*engine=\"auto\""):
         output(problem(Forces, engine="manual"), x, at(problem(Forces), z, linearised=True))
     for engine in ("forward", "double"):
         tuned = problem(Forces, engine=engine)

@@ -15,6 +15,7 @@ from torch.autograd.forward_ad import unpack_dual
 from metaopt.stn.composites import inside, untouched, written_out
 from metaopt.stn.layouts import Layout
 from metaopt.stn.passes import Pass
+from metaopt.stn.randomness import Rate
 from metaopt.stn.rules import register
 from metaopt.stn.spelt import spell_out
 
@@ -158,7 +159,7 @@ def _mask(mask: Tensor | None, padding: Tensor | None, like: Tensor, batch: int,
     return total
 
 
-@register(F.scaled_dot_product_attention)
+@register(F.scaled_dot_product_attention, composed=True)
 def scaled_dot_product_attention(
     p: Pass,
     func: Any,
@@ -172,10 +173,15 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """Attention called by the model itself; with tangents it is written out, since the fast kernels have none."""
-    p.refuse_marked(func, (query, key, value), {})
-    # A mask that a fast kernel draws can't be drawn again in another pass.
+    if any(p.depends(x) for x in (query, key, value, attn_mask)):
+        # On parameters: what follows joins them to the examples, and a mask is drawn for all of these.
+        with p:
+            return _written_out(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    # A mask that a fast kernel draws can't be drawn again in another pass. Where it has a rate for each example, its
+    # examples are looked for, too.
     moving = any(p.tangent(x) is not None or unpack_dual(x).tangent is not None for x in (query, key, value))
-    if not moving and (p.recording or not dropout_p):
+    bound = isinstance(dropout_p, Rate) and dropout_p.hyper is not None
+    if not moving and (not dropout_p or (p.recording and not bound)):
         return func(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     with p:
         return _written_out(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)

@@ -7,7 +7,7 @@ for each example, and each can have a parameter of its own (`metaopt.stn.instanc
 
 from __future__ import annotations
 
-__all__ = ["Call", "Noted", "Place", "confirmed", "flat", "follow", "plain_sizes", "written_in_place"]
+__all__ = ["Call", "Noted", "Place", "confirmed", "flat", "follow", "out_of_place", "plain_sizes", "written_in_place"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +72,33 @@ def written_in_place(name: str) -> bool:
     if last.endswith("__"):
         return last == "__setitem__" or (last.startswith("__i") and last not in ("__invert__", "__int__", "__index__"))
     return last.endswith("_")
+
+
+def out_of_place(name: str) -> Any:
+    """The function that gives a new tensor instead, or None if there is none."""
+    last = name.rpartition(".")[2]
+    if last == "__setitem__":
+        return _set
+    if last == "copy_":
+        return _copy
+    # Of a tensor of probabilities, not with a probability.
+    if last == "bernoulli_":
+        return None
+    found = getattr(Tensor, f"__{last[3:]}" if last.endswith("__") else last[:-1], None)
+    return found if callable(found) else None
+
+
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(target).expand_as(target)
+
+
+def _set(target: Tensor, index: Any, value: Any) -> Tensor:
+    masked = isinstance(index, Tensor) and index.dtype == torch.bool and isinstance(value, Tensor)
+    if masked and value.ndim <= target.ndim - index.ndim:
+        return torch.where(index.reshape(*index.shape, *[1] * (target.ndim - index.ndim)), value, target)
+    target = target.clone()
+    target[index] = value
+    return target
 
 
 def follow(

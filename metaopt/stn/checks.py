@@ -145,8 +145,8 @@ def groups_of(tuned: Tuned, examples: int) -> int | None:
     return tuned.groups
 
 
-def check_first(loss: Tensor, at: Perturbation, weights: Iterable[Tensor]) -> None:
-    """What can be seen of a wrong loss function after the first step."""
+def check_first(loss: Tensor, at: Perturbation, weights: Iterable[Tensor], bound: Iterable[str]) -> None:
+    """What can be seen of a wrong loss function, or of dropouts that are bound in vain, after the first step."""
     if _uses_directly(loss, weights, at.aliases):
         raise ResponseError(
             "the training loss uses the model's parameters directly, not through `model(x)`: that part would not see "
@@ -154,6 +154,14 @@ def check_first(loss: Tensor, at: Perturbation, weights: Iterable[Tensor]) -> No
             "is the loss function's first argument."
         )
     unused = set(at.values) - at.values.read - at.uses
+    idle = sorted(set(bound) - at.called) if at.functional_dropout else []
+    if idle and not unused:
+        warn(
+            f"dropouts that are bound, and that the model did not call: {', '.join(idle)}. It calls a functional "
+            "dropout with another rate: call the module, `self.drop(x)`, or hand on its rate, as "
+            "`dropout_p=self.drop.p if self.training else 0.0`.",
+            UnusedHyperparameterWarning,
+        )
     if not unused:
         return
     functional = (

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metaopt.errors import FallbackWarning, ResponseError, warn
 from metaopt.stn.engines import ENGINES
 from metaopt.stn.generators import same_randomness
+from metaopt.stn.guards import unrepeated
 from metaopt.stn.outputs import close
 from metaopt.stn.passes import Pass, Unsupported
 from metaopt.stn.preparation import Prepared
@@ -22,11 +23,14 @@ from metaopt.stn.trees import leaves
 class Compared(Prepared):
     """The part of `Tuned` that compares its engines before it relies on one."""
 
+    engine: str
+
     def _fall_back(self, engines: list[str], reason: Exception) -> None:
         if len(engines) == 1:
             raise ResponseError(
                 f"{_culprit(self.model, reason)} can't be linearised by the engine {engines[0]!r}: {reason}. Use "
-                '`method="centered"`, which needs no second derivative, or `engine="auto"`.'
+                '`method="centered"`, which needs no second derivative'
+                + ("; the other engines were tried before." if self.engine == "auto" else ', or `engine="auto"`.')
             ) from reason
         names = {"manual": "hand-written tangents", "forward": "forward-mode AD", "double": "two backward passes"}
         warn(
@@ -42,7 +46,7 @@ class Compared(Prepared):
         with same_randomness(self.device):
             weight = torch.randn_like(self.responses.weight).requires_grad_()
 
-        found, passes = [], []
+        found, passes, unable = [], [], []
 
         def run(point: Tensor, kind: type[Pass]) -> tuple[Any, Pass]:
             output, p = self._run(point, kind, values, args, kwargs, response=False, weight=weight)
@@ -53,8 +57,10 @@ class Compared(Prepared):
             with self._unmoved():
                 try:
                     output = ENGINES[engine](run, z.detach())
-                    found.append((output, _gradient(output, weight)))
+                    with unrepeated(self.slots.responding):
+                        found.append((output, _gradient(output, weight)))
                 except Unsupported as reason:
+                    unable.append(engine)
                     if engine == engines[0]:
                         self._fall_back(engines, reason)
             if len(found) == 2:
@@ -66,7 +72,7 @@ class Compared(Prepared):
         why = "does the model write on its intermediate values, or use a custom autograd.Function?"
         if len(engines) == 1:
             raise ResponseError(f'{differ}; {why} Use `engine="auto"`, which takes another engine then.')
-        engines.pop(0)
+        engines[:] = [engine for engine in engines[1:] if engine not in unable]
         warn(f"{differ}, which are used from now on; {why}", FallbackWarning)
 
 

@@ -8,11 +8,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from metaopt.errors import SkippedStepWarning, warn
-from metaopt.stn.guards import differentiate
+from metaopt.stn.guards import differentiate, unrepeated
 
 
 class Descent:
@@ -20,13 +20,14 @@ class Descent:
 
     Args:
         clip: the largest norm of the gradients that an optimizer gets, or None.
+        modules: those of the model that respond; a backward may not call them.
 
     Attributes:
         skipped: how many steps were left out.
     """
 
-    def __init__(self, clip: float | None) -> None:
-        self.clip = clip
+    def __init__(self, clip: float | None, modules: Sequence[nn.Module]) -> None:
+        self.clip, self.modules = clip, modules
         self.skipped = 0
 
     def step(self, what: str, loss: Tensor, *moves: tuple[Sequence[Tensor], Optimizer | None]) -> bool:
@@ -41,7 +42,8 @@ class Descent:
             Whether it was taken.
         """
         everything = [parameter for parameters, _ in moves for parameter in parameters]
-        gradients = differentiate(loss, everything)
+        with unrepeated(self.modules):
+            gradients = differentiate(loss, everything)
         if not _finite([loss, *gradients]):
             self.skipped += 1
             warn(

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from metaopt.stn.forward_mode import dual_level
+from metaopt.stn.guards import unrepeated
 from metaopt.stn.linearised import LinearisedPass
 from metaopt.stn.passes import Pass, Unsupported
 from metaopt.stn.spelt import SPELT_OUT
@@ -105,11 +106,12 @@ def double(run: Runner, z: Tensor) -> Any:
         tangents: dict[int, Tensor] = {}
         if live:
             adjoints = [_some(y).requires_grad_() for y in live]
+            pushed: Any = ()
             try:
-                (pulled,) = torch.autograd.grad(live, zero, adjoints, create_graph=True, allow_unused=True)
-                pushed: Any = ()
-                if pulled is not None:
-                    pushed = torch.autograd.grad(pulled, adjoints, z, create_graph=True, allow_unused=True)
+                with unrepeated(p.modules):
+                    (pulled,) = torch.autograd.grad(live, zero, adjoints, create_graph=True, allow_unused=True)
+                    if pulled is not None:
+                        pushed = torch.autograd.grad(pulled, adjoints, z, create_graph=True, allow_unused=True)
             except RuntimeError as error:
                 if "not implemented" not in str(error) and "once_differentiable" not in str(error):
                     raise

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-__all__ = ["RECOMPUTED", "differentiate", "guarded"]
+__all__ = ["CHECKPOINT", "differentiate", "guarded", "unrepeated"]
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from metaopt.errors import ResponseError
 from metaopt.stn.trees import leaves
 
 RECOMPUTED = (
-    "the model uses `torch.utils.checkpoint`, which computes a part of it once more while gradients are taken, when "
+    "the model uses {}, which computes a part of it once more while gradients are taken, when "
     "its weights no longer respond and its dropout is no longer bound: the gradient would be wrong. Call that part "
-    "itself, `block(x)` and not `checkpoint(block, x)`, while the response is learnt."
+    "itself, {}, while the response is learnt."
 )
+CHECKPOINT = RECOMPUTED.format("`torch.utils.checkpoint`", "`block(x)` and not `checkpoint(block, x)`")
 
 
 @contextmanager
@@ -39,18 +41,48 @@ def guarded(*inputs: Any, recomputes: bool = False) -> Iterator[None]:
         if not recomputes:
             # Refused where the hooks of the user's own are open already, around all of it; those save all values.
             with suppress(RuntimeError):
-                stack.enter_context(disable_saved_tensors_hooks(RECOMPUTED))
+                stack.enter_context(disable_saved_tensors_hooks(CHECKPOINT))
         try:
             yield
         except RuntimeError as error:
-            if str(error).startswith(RECOMPUTED):
-                raise ResponseError(RECOMPUTED) from None
+            if str(error).startswith(CHECKPOINT):
+                raise ResponseError(CHECKPOINT) from None
             raise
     if versions != [t._version for t in tensors]:
         raise ResponseError(
             "the model writes on its input in place. It is called several times on one batch, which would be another "
             "one each time; let it compute new tensors, as `x = x - mean` and not `x -= mean`."
         )
+
+
+@contextmanager
+def unrepeated(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Take gradients, while no module may be called: its parameters are its own again, without a response.
+
+    Args:
+        modules: those whose parameters respond, or whose dropout is bound.
+
+    Raises:
+        ResponseError: if one is called, as by the backward of a custom function that calls it again.
+    """
+    own = {id(module) for module in modules}
+
+    def refuse(module: nn.Module, _: Any) -> None:
+        if id(module) in own:
+            raise ResponseError(
+                RECOMPUTED.format(
+                    f"a function whose backward calls a module again (one of type `{type(module).__name__}`), as "
+                    "adjoint solvers of differential equations do",
+                    "`odeint` and not `odeint_adjoint`",
+                )
+            )
+
+    # Of all modules: a backward may run in another thread, as it does on a GPU.
+    handle = register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def differentiate(loss: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -67,6 +99,6 @@ def differentiate(loss: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | Non
     try:
         return torch.autograd.grad(loss, tensors, allow_unused=True)
     except RuntimeError as error:
-        if "torch.utils.checkpoint" in str(error):
-            raise ResponseError(RECOMPUTED) from error
+        if "torch.utils.checkpoint" in str(error) and not isinstance(error, ResponseError):
+            raise ResponseError(CHECKPOINT) from error
         raise

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from metaopt.stn.calls import Call, plain_sizes, written_in_place
+from metaopt.stn.calls import Call, out_of_place, plain_sizes, written_in_place
 from metaopt.stn.layouts import Layout, NeedsGroups
 from metaopt.stn.spelt import SPELT_OUT
 
@@ -76,7 +76,7 @@ def apply(p: Pass, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     target = None
     if written_in_place(name):
         # A new tensor is computed, and written.
-        target, func = args[0], _out_of_place(name)
+        target, func = args[0], out_of_place(name)
         own = p.instances(target)
         if own is not None:
             raise NeedsGroups(own.name, f"`{name}` writes on it, or on what was computed from it")
@@ -92,7 +92,9 @@ def apply(p: Pass, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     given, (places, values, axes) = list(leaves), _stacked(p, leaves, held, first, call)
     for i in call.sizes:
         given[i] = leaves[i] // len(first.values)
-    mapped = _mapped(p, func, _for_one(func, name, given, places, spec), values, axes, first, name)
+    # What is written is `target`, after this.
+    called = name if target is None else f"{name}, out of place"
+    mapped = _mapped(p, func, _for_one(func, called, given, places, spec), values, axes, first, name)
     if not torch.is_grad_enabled():
         # Forward mode ignores `no_grad`.
         mapped = pytree.tree_map_only(Tensor, torch.detach, mapped)
@@ -130,7 +132,10 @@ def _known(
     first, index = use
     place = first.path, name, index, len(leaves)
     call = p.calls.get(place, "it was not used like that when the axes of examples were looked for")
-    if func in COUPLED or kwargs.get("out") is not None or kwargs.get("inplace"):
+    # Of parameters alone, as where a kernel is standardised by it, nothing depends on other examples.
+    tensors = [v for v in leaves if isinstance(v, Tensor)]
+    alone = isinstance(call, Call) and not any(call.inputs) and all(id(v) in {**p.held, **p.marks} for v in tensors)
+    if (func in COUPLED and not alone) or kwargs.get("out") is not None or kwargs.get("inplace"):
         call = "it can't be called for each example alone"
     if isinstance(call, Call):
         batched = [v for v, layout in zip(leaves, call.inputs, strict=True) if layout is not None]
@@ -212,21 +217,6 @@ def _mapped(
             raise  # the engine's matter
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise NeedsGroups(first.name, f"it is used by `{name}`, which can't be split into examples ({why})") from error
-
-
-def _out_of_place(name: str) -> Any:
-    last = name.rpartition(".")[2]
-    if last == "__setitem__":
-        return _set
-    return getattr(torch.Tensor, f"__{last[3:]}" if last.endswith("__") else last[:-1])
-
-
-def _set(target: Tensor, index: Any, value: Any) -> Tensor:
-    if isinstance(index, Tensor) and index.dtype == torch.bool and value.ndim <= target.ndim - index.ndim:
-        return torch.where(index.reshape(*index.shape, *[1] * (target.ndim - index.ndim)), value, target)
-    target = target.clone()
-    target[index] = value
-    return target
 
 
 def _apart(p: Pass, first: Instances, x: Tensor, layout: Layout) -> Tensor:

@@ -133,15 +133,15 @@ def _moved(layout: Layout, order: Tensor, given: Tensor, permuted: Tensor) -> bo
     if given.shape != permuted.shape:
         return False
     # A number for each example: values that are random, or mixed by the model, differ in any order, and say nothing.
-    rows = []
+    fitted, rows = layout.fitted(given, len(order)), []
+    if isinstance(fitted, str):
+        return False
     for value in (given, permuted):
-        parts = value.movedim(layout.axis, 0)
-        size = len(parts) // layout.repeat
-        whole = parts.reshape(size, -1) if layout.outer else parts.unflatten(0, (-1, size)).movedim(1, 0)
+        parts = value.movedim(fitted.axis, 0)
+        size = len(parts) // fitted.repeat
+        whole = parts.reshape(size, -1) if fitted.outer else parts.unflatten(0, (-1, size)).movedim(1, 0)
         flat = whole.reshape(size, -1).double()
         rows.append((flat * torch.cos(torch.arange(flat.shape[1], device=flat.device))).sum(1))
-    if len(rows[0]) != len(order):
-        return False
     return not _same(rows[0][order.to(rows[0].device)], rows[1]) and _same(rows[0].sort().values, rows[1].sort().values)
 
 
@@ -149,10 +149,15 @@ def _site(two: Sequence[Tensor], three: Sequence[Tensor]) -> Layout | str:
     if len(two) != len(three):
         return "it is used a number of times that depends on the batch"
     found = [layout_of(a, b) for a, b in zip(two, three, strict=True)]
-    first = found[0]
-    if any(layout != first for layout in found):
+    known = [layout for layout in found if isinstance(layout, Layout)]
+    if len(known) < len(found):
+        return next(layout for layout in found if isinstance(layout, str))
+    # A layer that sees windows of a picture in one use and whole pictures in another: how many entries an example has
+    # can be told from the size, as for sequences of another length.
+    longest = max(known, key=lambda layout: layout.repeat)
+    if any(u.axis != longest.axis or (u.repeat > 1 and u.outer != longest.outer) for u in known):
         return "its uses see the examples along different axes"
-    return first
+    return longest
 
 
 def layout_of(two: Tensor, three: Tensor) -> Layout | str:

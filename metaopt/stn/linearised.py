@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from metaopt.stn.calls import out_of_place, written_in_place
 from metaopt.stn.forward_mode import dual_level
 from metaopt.stn.layouts import NeedsGroups
-from metaopt.stn.passes import Pass, Unsupported, function_name
+from metaopt.stn.passes import Pass, Unsupported, function_name, reads_no_values
 from metaopt.stn.spelt import SPELT_OUT
 
 Rule = Callable[..., Any]
@@ -35,11 +36,6 @@ class LinearisedPass(Pass):
     linearised = True
     # By function: how a tangent passes through. Filled by `metaopt.stn.tangents`.
     tangent_rules: ClassVar[dict[Any, Rule]] = {}
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Storages that several tensors with tangents share: what writes on one would leave the others' tangents stale.
-        self._shared: set[int] = set()
 
     def plain(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._carries(args, kwargs) or not torch.is_grad_enabled():
@@ -58,6 +54,12 @@ class LinearisedPass(Pass):
     def each(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], needs: NeedsGroups | None = None) -> Any:
         return super().each(func, args, kwargs, needs) if torch.is_grad_enabled() else func(*args, **kwargs)
 
+    def within(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        # What the function is given, it sees without the tangent or as a dual number. A tangent here is that of a value
+        # of which it has no gradient, such as a weight that is passed on only where it requires one.
+        if self._carries(args, kwargs) and not reads_no_values(func):
+            raise Unsupported("a custom autograd.Function that uses a value which it isn't given")
+
     def differentiated(self, func: Any, values: tuple[Tensor, ...]) -> Any:
         return self.by_forward_ad(func, values, {})
 
@@ -74,17 +76,14 @@ class LinearisedPass(Pass):
     def overwrite(self, target: Tensor, value: Tensor, change: Tensor | None) -> Tensor:
         return self.write(target.copy_(value), change)
 
-    def share(self, *tensors: Tensor) -> None:
-        """Note that tensors lie on the same storage."""
-        self._shared.update(t.untyped_storage().data_ptr() for t in tensors)
-
     def write(self, target: Tensor, tangent: Tensor | None) -> Tensor:
         """Give a tensor that was just written in place its new tangent.
 
         Raises:
-            Unsupported: if another tensor with a tangent may lie on the same storage.
+            Unsupported: if another tensor lies on the same storage: its tangent would be stale, or missing.
         """
-        if target._is_view() or target.untyped_storage().data_ptr() in self._shared:
+        # One of the two is the handle that is asked.
+        if target._is_view() or torch._C._storage_Use_Count(target.untyped_storage()._cdata) > 2:
             raise Unsupported("an in-place operation on a tensor that has views")
         if tangent is None:
             target.__dict__.pop(_ATTRIBUTE, None)
@@ -97,14 +96,15 @@ class LinearisedPass(Pass):
         Raises:
             Unsupported: if it writes in place, or has no forward derivative.
         """
-        name = getattr(func, "__name__", "")
-        written = kwargs.get("out") is not None or kwargs.get("inplace") or name == "__setitem__"
-        if (
-            written
-            or (name.endswith("_") and not name.endswith("__"))
-            or (name.startswith("__i") and name != "__invert__")
-        ):
-            raise Unsupported(f"`{function_name(func)}` in place")
+        name = function_name(func)
+        if func is torch.autograd.grad:
+            raise Unsupported("a gradient within the model")
+        if kwargs.get("out") is not None:
+            raise Unsupported(f"`{name}` in place")
+        if kwargs.get("inplace"):
+            return self._write(name, func, args, {**kwargs, "inplace": False})
+        if written_in_place(name):
+            return self._write(name, out_of_place(name), args, kwargs)
         with dual_level():
 
             def dual(value: Any) -> Any:
@@ -120,18 +120,28 @@ class LinearisedPass(Pass):
             except (NotImplementedError, RuntimeError) as error:
                 if "forward" not in str(error).lower():
                     raise
-                raise Unsupported(f"`{function_name(func)}`, which has no forward-mode derivative") from error
+                raise Unsupported(f"`{name}`, which has no forward-mode derivative") from error
 
             def split(value: Any) -> Any:
                 if not isinstance(value, Tensor):
                     return value
                 primal, tangent = forward_ad.unpack_dual(value)
-                if tangent is not None:
-                    carry(self, primal, tangent)
-                    self.share(primal)
-                return primal
+                # What is unpacked is a view of the dual number, on which nothing could be written.
+                primal = primal if primal.requires_grad else primal.detach()
+                return primal if tangent is None else carry(self, primal, tangent)
 
             return pytree.tree_map(split, result)
+
+    def _write(self, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """A new tensor is computed, by a function that does not write, and written."""
+        target = args[0] if args else None
+        if func is None or not isinstance(target, Tensor) or target._is_view():
+            raise Unsupported(f"`{name}` in place")
+        # Of a copy: the tangent's derivative may need what is overwritten.
+        value = self.plain(func, (self.join(target.clone(), self.tangent(target)), *args[1:]), dict(kwargs))
+        if not isinstance(value, Tensor) or value.shape != target.shape:
+            raise Unsupported(f"`{name}` in place")
+        return self.overwrite(target, value, self.tangent(value))
 
     def _carries(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         for value in (*args, *kwargs.values()):
@@ -145,6 +155,8 @@ class LinearisedPass(Pass):
 
 def carry(p: Pass, value: Tensor, tangent: Tensor) -> Tensor:
     """Let a tensor carry a tangent for the rest of a pass."""
+    if value.is_floating_point():
+        p.epsilon = max(p.epsilon, torch.finfo(value.dtype).eps)
     setattr(value, _ATTRIBUTE, (p, tangent if tangent.shape == value.shape else tangent.expand_as(value)))
     return value
 

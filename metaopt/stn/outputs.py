@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["close", "moved", "rows", "shapes"]
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 from metaopt.stn.trees import leaves
 
 
-def moved(before: tuple[Tensor, Tensor | None], after: tuple[Tensor, Tensor | None]) -> bool:
-    """Whether random numbers were drawn between two states of the generators."""
-    pairs = zip(before, after, strict=True)
+def moved(before: Sequence[Any], after: Sequence[Any]) -> bool:
+    """Whether random numbers were drawn from torch's generators between two states."""
+    pairs = zip(before[:2], after[:2], strict=True)
     return any(a is not None and b is not None and not torch.equal(a, b) for a, b in pairs)
 
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 __all__ = ["Pass", "Unsupported", "function_name", "reads_no_values"]
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from metaopt.errors import ResponseError
 from metaopt.stn.calls import Call, Place
-from metaopt.stn.guards import RECOMPUTED
+from metaopt.stn.guards import CHECKPOINT
 from metaopt.stn.instances import LARGEST, Instances, apply
 from metaopt.stn.layouts import Layout, NeedsGroups, Site
 from metaopt.stn.orders import Orders
@@ -56,9 +56,11 @@ class Pass(TorchFunctionMode):
 
     Attributes:
         rules: by function: what it does with weights that respond, or with rates. Filled by `metaopt.stn.rules`.
+        composed: functions whose rule also takes what was computed from parameters.
     """
 
     rules: ClassVar[dict[Any, Rule]] = {}
+    composed: ClassVar[set[Any]] = set()
     linearised: ClassVar[bool] = False
     recording: ClassVar[bool] = False
 
@@ -78,9 +80,12 @@ class Pass(TorchFunctionMode):
         self.orders = orders
         self.used: set[str] = set()
         self.hyper_used: set[str] = set()
+        self.called: set[str] = set()
         self.functional_dropout = False
         self.noise = Noise()
         self.moves_statistics = False
+        # The modules that respond: not to be called while a gradient of this pass is taken.
+        self.modules: Sequence[nn.Module] = ()
         self.fixed: Layout | None = None
         self.epsilon = 0.0
         # Parameters of which every example has an instance.
@@ -96,6 +101,7 @@ class Pass(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self._within:
+            self.within(func, args, kwargs)
             return func(*args, **kwargs)
         result = self._called(func, args, kwargs)
         if self.orders is not None:
@@ -108,7 +114,7 @@ class Pass(TorchFunctionMode):
             return self.plain(func, args, kwargs) if rule is None else rule(self, func, *args, **kwargs)
         # What was computed from parameters; they themselves may have a rule here.
         derived = self.held and any(key not in self.marks for key in _among(self.held, args, kwargs))
-        if derived and not reads_no_values(func):
+        if derived and not reads_no_values(func) and func not in self.composed:
             return self.each(func, args, kwargs)
         asked, self._asked = self._asked, set()
         try:
@@ -132,7 +138,7 @@ class Pass(TorchFunctionMode):
             NeedsGroups: if it is given a parameter that responds per example.
         """
         if cls is CheckpointFunction:
-            raise ResponseError(RECOMPUTED)
+            raise ResponseError(CHECKPOINT)
         name, within = f"{cls.__name__}.apply", self._within
         for known in (self.marks, self.held) if not (within or self.recording) else ():
             for key in _among(known, args, kwargs):
@@ -151,6 +157,9 @@ class Pass(TorchFunctionMode):
         if self.orders is not None and not within:
             self.orders.follow(own, args, kwargs, result)
         return result
+
+    def within(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Look at what a custom function calls."""
 
     def plain(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function for which there is nothing to respond."""
@@ -202,6 +211,10 @@ class Pass(TorchFunctionMode):
                 )
 
     # -- instances
+
+    def depends(self, tensor: Any) -> bool:
+        """Whether a tensor is a responding parameter, or was computed from some alone."""
+        return id(tensor) in self.held or id(tensor) in self.marks
 
     def instances(self, tensor: Any) -> Instances | None:
         """What a tensor is for each example, if it depends on a responding parameter, and on no example."""

@@ -79,6 +79,7 @@ class Perturbation:
         weights: whether the weights w0 are trained through it.
         response: whether the response is.
         uses: names of hyperparameters that the model's dropouts used.
+        called: names of the dropouts.
         aliases: what stands in for w0 where it is trained.
         running: whether the model is computing.
     """
@@ -90,6 +91,7 @@ class Perturbation:
     weights: bool = False
     response: bool = False
     uses: set[str] = field(default_factory=set)
+    called: set[str] = field(default_factory=set)
     functional_dropout: bool = False
     noise: Noise = field(default_factory=lambda: Noise())
     aliases: list[Tensor] = field(default_factory=list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Prepared"]
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from metaopt.errors import ResponseError
 from metaopt.stn.batches import count, join, select, split
 from metaopt.stn.calls import confirmed, follow
-from metaopt.stn.generators import random_state, same_randomness
+from metaopt.stn.generators import other_state, random_state, same_randomness
 from metaopt.stn.layouts import Layout, NeedsGroups, Site, infer, reordered
 from metaopt.stn.orders import noted
 from metaopt.stn.outputs import close, moved, rows, shapes
@@ -53,8 +53,8 @@ class Prepared(Running):
         if training in self._layouts:
             return
         try:
-            with self._unmoved(), torch.no_grad():
-                self._look(training, args, kwargs)
+            with self._unmoved(), torch.no_grad(), self._unwritten() as ran:
+                self._look(training, args, kwargs, ran)
         except Inseparable as why:
             # As a graph's nodes are, or a state that has the examples along another axis.
             self.fallback |= dict.fromkeys(self.names, str(why))
@@ -62,21 +62,58 @@ class Prepared(Running):
         except BaseException:
             self._layouts.pop(training, None)
             raise
+        if training and self.draws is None:
+            self.draws = False
 
     @contextmanager
     def _unmoved(self) -> Iterator[None]:
         """Leave random generators and modules as they are."""
-        kept = attributes(self.slots.modules)
+        kept, drawn = attributes(self.slots.modules), other_state()
         try:
             with same_randomness(self.device):
-                yield
+                try:
+                    yield
+                finally:
+                    if other_state() != drawn:
+                        self.draws = True
         finally:
             set_attributes(kept)
 
-    def _look(self, training: bool, args: Any, kwargs: Any) -> None:
+    @contextmanager
+    def _unwritten(self) -> Iterator[Callable[[], None]]:
+        """Notice a model that goes on to change its weights; one that keeps their norm within a bound does not.
+
+        Yields:
+            What is called when it ran once, at least.
+
+        Raises:
+            ResponseError: if it goes on to change them; they are put back.
+        """
+        weights = [p for p in self.model.parameters() if p.numel()]
+        kept, versions = [p.detach().clone() for p in weights], [p._version for p in weights]
+        after: list[tuple[str, Tensor, Tensor]] = []
+
+        def ran() -> None:
+            named = {id(p): name for name, p in self.model.named_parameters()}
+            written = (p for p, version in zip(weights, versions, strict=True) if p._version != version)
+            after.extend((named[id(p)], p, p.detach().clone()) for p in written)
+
+        yield ran
+        for name, weight, value in after:
+            if not close(weight, value, 0.0):
+                for p, before in zip(weights, kept, strict=True):
+                    p.copy_(before)
+                raise ResponseError(
+                    f"the model writes on its parameter {name!r} each time it is called, or when its mode changes, and "
+                    "it is called several times on one batch: its weights would be others each time. Let it compute a "
+                    "new tensor, as `F.linear(x, scale * self.weight)`, or write on parameters outside of `forward`."
+                )
+
+    def _look(self, training: bool, args: Any, kwargs: Any, ran: Callable[[], None]) -> None:
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         known = self._infer(args, kwargs, None)
+        ran()
         if self.verify:
             known.refuse(self._reordered(known.layouts, args, kwargs))
             self._in_turn(known, args, kwargs)

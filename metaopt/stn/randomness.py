@@ -56,6 +56,7 @@ def _rates(run: Pass, func: Any, x: Tensor, rate: float) -> Tensor | None:
     if rate.hyper is None or rate.hyper not in run.rates:
         return None
     run.hyper_used.add(rate.hyper)
+    run.called.add(rate.module)
     values = run.rates[rate.hyper].to(x.dtype)
     if values.ndim == 0:
         return values

@@ -63,6 +63,10 @@ class Tracer(Recorder):
             self._reached.update(id(v) for v in self.noted[-1].outputs if isinstance(v, Tensor))
         return result
 
+    def depends(self, tensor: Any) -> bool:
+        # Not of parameters alone, perhaps; the functions called are noted all the same.
+        return id(tensor) in self._reached
+
     def apply(self, cls: type, original: Any, args: Any, kwargs: Any) -> Any:
         self._refuse_originals(cls, flat((args, kwargs)))
         return super().apply(cls, original, args, kwargs)

@@ -26,11 +26,17 @@ from metaopt.stn.responses import Active
 Operation = Callable[[Tensor, Tensor], Tensor]
 
 
-def register(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Let a rule ``rule(pass, function, *args, **kwargs)`` stand for functions of torch, in every pass."""
+def register(*functions: Any, composed: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a rule ``rule(pass, function, *args, **kwargs)`` stand for functions of torch, in every pass.
+
+    Args:
+        functions: the functions.
+        composed: whether it also takes what was computed from parameters, and calls other functions with it.
+    """
 
     def add(rule: Callable[..., Any]) -> Callable[..., Any]:
         Pass.rules.update(dict.fromkeys(functions, rule))
+        Pass.composed.update(functions if composed else ())
         return rule
 
     return add

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Found", "Running"]
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +58,8 @@ class Running(nn.Module):
     bound: dict[str, str]
     fallback: dict[str, str]
     _layouts: dict[bool, Found]
+    # Whether it draws from other generators than torch's, such as Python's; None until that was seen.
+    draws: bool | None
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +72,7 @@ class Running(nn.Module):
         """The model at one set of weights for all examples, with the dropout rates of the present hyperparameters."""
         replaced = {name: self.slots.parameter(name) + change for name, change in changes.items()}
         # All examples have the same rates: one number each.
-        p = Pass({}, {}, {name: values[name].flatten()[0] for name in set(self.bound.values())})
+        p = Pass({}, {}, {name: value.flatten()[0] for name, value in self._rates(values)})
         p.noise = Noise() if at is None else at.noise
         p.moves_statistics = True
         masked = self._masked(p, replaced, values)
@@ -98,9 +100,15 @@ class Running(nn.Module):
             found.append((mask, p.times(weight, mask.draw(weight, values, p.noise))))
         return found
 
+    def _rates(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The values that are dropout rates; whether the model uses them is another matter."""
+        bound = set(self.bound.values())
+        return ((name, value) for name, value in values.items() if name in bound)
+
     def _note(self, p: Pass, at: Perturbation | None) -> None:
         if at is not None:
             at.uses |= p.hyper_used
+            at.called |= p.called
             at.functional_dropout |= p.functional_dropout
 
     def _stand_ins(
@@ -153,10 +161,11 @@ class Running(nn.Module):
         # A rate that has one draw for a minibatch, or for a group, is one number, wherever the examples are.
         grouped = bool(self.fallback) and (at is None or at.groups is not None)
         shared = set(self.bound.values()) if grouped else self.coordinates.per_batch
-        rates = {n: values[n].flatten()[0] if n in shared else values[n] for n in set(self.bound.values())}
+        rates = {n: value.flatten()[0] if n in shared else value for n, value in self._rates(values)}
         found = self._layouts.get(self.model.training, Found({}, {}))
         orders = Orders(found.reads, len(z)) if found.reads and not kind.recording else None
         p = kind(marks, found.layouts, rates, found.calls, orders)
+        p.modules = self.slots.responding
         if isinstance(p, Tracer):
             p.originals = {id(self.slots.parameter(name)): name for name in replaced}
         if at is not None:

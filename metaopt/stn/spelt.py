@@ -39,8 +39,9 @@ def _axis(x: Tensor, dim: int | None) -> int:
 
 @spell_out(F.softmax, torch.softmax, torch.Tensor.softmax)
 def _softmax(input: Tensor, dim: int | None = None, *args: Any, dtype: Any = None, **_: Any) -> Tensor:  # noqa: A002
-    if dtype is not None or len(args) > 1 or isinstance(dim, str):
+    if len(args) > 1 or isinstance(dim, str):
         return NotImplemented
+    input = input if dtype is None else input.to(dtype)  # noqa: A001
     exponentials = torch.exp(input - input.amax(_axis(input, dim), keepdim=True).detach())
     return exponentials / exponentials.sum(_axis(input, dim), keepdim=True)
 
@@ -52,8 +53,9 @@ def _softmin(input: Tensor, dim: int | None = None, *args: Any, **options: Any) 
 
 @spell_out(F.log_softmax, torch.log_softmax, torch.Tensor.log_softmax)
 def _log_softmax(input: Tensor, dim: int | None = None, *args: Any, dtype: Any = None, **_: Any) -> Tensor:  # noqa: A002
-    if dtype is not None or len(args) > 1 or isinstance(dim, str):
+    if len(args) > 1 or isinstance(dim, str):
         return NotImplemented
+    input = input if dtype is None else input.to(dtype)  # noqa: A001
     return input - _logsumexp(input, _axis(input, dim), keepdim=True)
 
 
@@ -80,7 +82,29 @@ def _cross_entropy(
     if target.is_floating_point() or label_smoothing or size_average is not None or reduce is not None:
         return NotImplemented
     logarithms = _log_softmax(input, 0 if input.ndim == 1 else 1)
-    return F.nll_loss(logarithms, target, weight, ignore_index=ignore_index, reduction=reduction)
+    return (F.nll_loss if input.ndim < 3 else _nll_loss)(
+        logarithms, target, weight, ignore_index=ignore_index, reduction=reduction
+    )
+
+
+@spell_out(F.nll_loss)
+def _nll_loss(
+    input: Tensor,  # noqa: A002
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    if input.ndim < 3 or size_average is not None or reduce is not None:
+        return NotImplemented
+    # Torch's loss of pictures takes no second derivative by what has the channels last.
+    counted = target != ignore_index
+    classes = torch.where(counted, target, 0)
+    weights = counted.to(input) if weight is None else weight[classes] * counted
+    losses = torch.where(counted, -input.gather(1, classes.unsqueeze(1)).squeeze(1), 0) * weights
+    return losses if reduction == "none" else losses.sum() if reduction == "sum" else losses.sum() / weights.sum()
 
 
 @spell_out(F.glu)

@@ -42,10 +42,11 @@ class Structure:
 
     def scale(self, coefficients: Tensor, base: Tensor | None) -> Tensor:
         """``diag(s_b) V``: the changes of the parameter from the scalars of each example, shape ``(B, o)``."""
-        scalars = coefficients.reshape(-1, *self.broadcast)
+        examples = len(coefficients)  # by number: -1 can't be told of a parameter without entries
+        scalars = coefficients.reshape(examples, *self.broadcast)
         if base is None:
-            return scalars.reshape(-1, *self.view)
-        return (scalars * base.reshape(self.view)).reshape(-1, *base.shape)
+            return scalars.reshape(examples, *self.view)
+        return (scalars * base.reshape(self.view)).reshape(examples, *base.shape)
 
 
 def along(parameter: Tensor, axis: int) -> Structure:

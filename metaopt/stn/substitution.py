@@ -30,6 +30,8 @@ class Slots:
         # Modules, and not their `__dict__`: a copy of the model has others.
         self.rates: list[tuple[nn.Module, str, Rate]] = []
         self.modules = list(model.modules())
+        # For which something stands in: they compute another thing once a pass is over.
+        self.responding = [m for n, m in model.named_modules() if n in bound or _trained(m)]
         self.recurrent = [m for m in self.modules if isinstance(m, nn.RNNBase)]
         first: dict[int, str] = {}
         for prefix, module in model.named_modules():
@@ -47,6 +49,10 @@ class Slots:
         """The parameter of a name, as the model has it now."""
         store, key = self.parameters[name][0]
         return store[key]
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(p is not None and p.requires_grad for p in module._parameters.values())
 
 
 def rate_attribute(module: nn.Module) -> str | None:

@@ -60,14 +60,7 @@ def _linear(p: LinearisedPass, func: Any, x: Tensor, *args: Any, **kwargs: Any) 
     return y
 
 
-def _view(p: LinearisedPass, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    y = _linear(p, func, x, *args, **kwargs)
-    p.share(x)
-    return y
-
-
-_register(*LINEAR)(_linear)
-_register(*VIEWS)(_view)
+_register(*VIEWS, *LINEAR)(_linear)
 
 
 @_register(F.pad)
@@ -75,14 +68,12 @@ def _pad(p: LinearisedPass, func: Any, x: Tensor, pad: Any, mode: str = "constan
     dx = p.tangent(x)
     assert dx is not None
     y = func(x, pad, mode, value)
-    p.share(x)
     # A constant that is padded has no tangent.
     return carry(p, y, func(dx, pad, mode, None if value is None else 0.0))
 
 
 @_register(_T.detach, torch.detach)
 def _detach(p: LinearisedPass, func: Any, x: Tensor) -> Tensor:
-    p.share(x)
     return func(x)
 
 
@@ -235,19 +226,21 @@ def _cat(p: LinearisedPass, func: Any, tensors: Any, *args: Any, **kwargs: Any) 
 
 @_register(F.softmax, torch.softmax, _T.softmax)
 def _softmax(p: LinearisedPass, func: Any, x: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    dx = p.tangent(x)
-    if dx is None or dim is None or args or kwargs.get("dtype") is not None:
+    dx, dtype = p.tangent(x), kwargs.get("dtype")
+    if dx is None or dim is None or args:
         return p.by_forward_ad(func, (x, dim, *args), kwargs)
-    y = torch.softmax(x, dim)
+    y = torch.softmax(x, dim, dtype=dtype)
+    dx = dx if dtype is None else dx.to(dtype)
     return carry(p, y, y * (dx - (y * dx).sum(dim, keepdim=True)))
 
 
 @_register(F.log_softmax, torch.log_softmax, _T.log_softmax)
 def _log_softmax(p: LinearisedPass, func: Any, x: Tensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    dx = p.tangent(x)
-    if dx is None or dim is None or args or kwargs.get("dtype") is not None:
+    dx, dtype = p.tangent(x), kwargs.get("dtype")
+    if dx is None or dim is None or args:
         return p.by_forward_ad(func, (x, dim, *args), kwargs)
-    y = torch.log_softmax(x, dim)
+    y = torch.log_softmax(x, dim, dtype=dtype)
+    dx = dx if dtype is None else dx.to(dtype)
     return carry(p, y, dx - (y.exp() * dx).sum(dim, keepdim=True))
 
 

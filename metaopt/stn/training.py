@@ -81,7 +81,7 @@ class Tuner:
         self.scale_optimizer = None if scale_optimizer is None else made(scale_optimizer, [tuned.rho], "scales")
         self.train_steps, self.valid_steps, self.warmup = train_steps, valid_steps, warmup
         self.entropy_weight, self.scale_bounds = entropy_weight, scale_bounds
-        self.descent = Descent(clip)
+        self.descent = Descent(clip, tuned.slots.responding)
         self.antithetic, self.linearize_valid = antithetic, linearize_valid
         self.generator = torch.Generator("cpu").manual_seed(torch.initial_seed() if seed is None else seed)
         self.steps = 0
@@ -175,7 +175,7 @@ class Tuner:
         at.response, at.linearised = True, self.tuned.method == "delta"
         loss = self._loss(self.train_loss, batch, at)
         if self.steps == 1:
-            check_first(loss, at, self.weights)
+            check_first(loss, at, self.weights, self.tuned.bound)
         self.descent.step(_TRAINING, loss, (self.response, self.response_optimizer))
         return loss.item()
 
@@ -184,7 +184,7 @@ class Tuner:
         at = Perturbation(point, self.tuned.coordinates.values(point), groups, weights=True, response=True)
         loss = self._loss(self.train_loss, batch, at)
         if self.steps == 1:
-            check_first(loss, at, self.weights)
+            check_first(loss, at, self.weights, self.tuned.bound)
         self.optimizer.zero_grad()
         moves = (self.response, self.response_optimizer), (self.weights, self.optimizer)
         self.descent.step(_TRAINING, loss, *moves)
@@ -245,7 +245,7 @@ class Tuner:
 
     def _state(self) -> tuple[Any, Any]:
         """Where a pass of the model starts from, beside its weights: random generators, and what its modules keep."""
-        return random_state(self.tuned.device), attributes(self.tuned.slots.modules)
+        return random_state(self.tuned.device, self.tuned.draws is not False), attributes(self.tuned.slots.modules)
 
     def _set_state(self, state: tuple[Any, Any]) -> None:
         set_random_state(self.tuned.device, state[0])
@@ -280,7 +280,7 @@ class Tuner:
             "mixes": self.tuned.mixes,
             "optimizers": [None if o is None else o.state_dict() for o in self._optimizers()],
             "generator": self.generator.get_state(),
-            "random": random_state(self.tuned.device),
+            "random": random_state(self.tuned.device, self.tuned.draws is not False),
             "steps": self.steps,
             "skipped": self.skipped,
         }

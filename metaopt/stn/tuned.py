@@ -82,6 +82,8 @@ class Tuned(Compared):
         self.fallback: dict[str, str] = {}
         # Whether the model's output for some examples depends on others: then they are not split into groups.
         self.mixes = False
+        self.draws = None
+        self.engine = engine
         self._engines = {mode: list(ENGINES) if engine == "auto" else [engine] for mode in (True, False)}
         self._layouts: dict[bool, Found] = {}
         self._compared: set[bool] = set()
@@ -209,7 +211,7 @@ class Tuned(Compared):
             self._compare(z, values, args, kwargs, engines)
             self._compared.add(self.model.training)
         while True:
-            state = random_state(self.device)
+            state = random_state(self.device, self.draws is not False)
             try:
                 return ENGINES[engines[0]](run, z)
             except Unsupported as reason:
