@@ -108,3 +108,19 @@ def test_a_single_step_of_a_known_structure_is_looked_at(mode: Any, clamped: boo
     counted[1] = 0.5
     with pytest.raises(metaopt.CaptureError, match="replaying step 1"):
         train(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_an_optimizer_keeps_of_a_gradient_that_is_all_rounding_may_differ(dtype: torch.dtype) -> None:
+    """The key's bias has derivative 0, and the replay's attention rounds otherwise; the loop was refused."""
+    torch.manual_seed(0)
+    query, key, value = (torch.nn.Linear(8, 8, dtype=dtype) for _ in range(3))
+    x, lr = torch.randn(2, 2, 6, 8, dtype=dtype), torch.tensor(0.01, requires_grad=True)
+    optimizer = metaopt.optim.Adam([w for layer in (query, key, value) for w in layer.parameters()], lr=lr)
+    with metaopt.record(optimizer) as run:
+        for _ in range(2):
+            optimizer.zero_grad()
+            torch.nn.functional.scaled_dot_product_attention(query(x), key(x), value(x)).square().sum().backward()
+            optimizer.step()
+    (slope,) = run.hypergradient(lambda: value(x).square().sum(), [lr])
+    assert bool(slope.isfinite())
