@@ -17,6 +17,7 @@
 ``writes``       calls that write their arguments in place
 ``primitives``   what replayed programs are made of besides torch: ``stop``, ``inner_gradient``, …
 ``derivatives``  is the derivative of a replay the derivative of the loop? compared with finite differences
+``third``        loops that differentiate their own gradients, and the layers whose third derivative torch has wrong
 ``program``      iterations of equal structure, stored once, as a ``torch.fx`` graph
 ``segment``      one recorded iteration: a program, its constants and the state it started from
 """
