@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -1122,6 +1123,27 @@ def detached_by_functions(hyper: Hyper, context: Context) -> Trained:
             warnings.simplefilter("ignore", UserWarning)  # that `x.detach().clone()` is better
             copies = torch.tensor(logits).cos() + x.new_tensor(data=logits).tanh()
         return ((torch.detach(logits).exp() + torch.detach(input=written) * copies) * logits).tanh().mean()
+
+    return looping(hyper, context, loss)
+
+
+@case(lr=0.3, gamma=0.9, weights=weights(12))
+def gathered_from_python(hyper: Hyper, context: Context) -> Trained:
+    """Returns of a policy are made so: numbers and tensors in a list or a deque, which torch takes for data."""
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        logits = model(x)
+        returns: deque[Any] = deque([1.0])
+        for reward in logits.mean(0).detach():
+            returns.appendleft(reward + hyper["gamma"] * returns[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that a tensor with a graph becomes a scalar
+            made = torch.tensor(returns) + torch.as_tensor(list(returns)) * torch.asarray(tuple(returns)).cos()
+            made = made + x.new_tensor(returns).exp() + x.new([returns[0], 1.0, 0.5, returns[1]])
+        worst = logits.detach().amax()
+        copied = torch.asarray(worst, copy=True) + torch.asarray(worst).sin()
+        filled = torch.full((4,), worst) + torch.full_like(made, fill_value=worst).sin() * x.new_full((4,), worst)
+        return (logits.mean() * (made + filled + copied)).tanh().sum()
 
     return looping(hyper, context, loss)
 

@@ -828,7 +828,7 @@ def test_an_unrelated_training_inside_is_left_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), moved.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("leave", [lambda x: x.item(), lambda x: torch.tensor([x.detach(), 1.0])], ids=["item", "list"])
+@pytest.mark.parametrize("leave", [lambda x: x.item(), lambda x: torch.Tensor([x.detach(), 1.0])], ids=["item", "list"])
 def test_numbers_that_leave_the_tensor_world_are_said_once(leave: Callable[[Tensor], Any]) -> None:
     def log(t: int, model: nn.Module) -> None:
         leave(loss(model))

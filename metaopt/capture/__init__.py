@@ -11,6 +11,7 @@
 ``surroundings`` what a replayed call needs around it: random numbers, precision, kernels
 ``notices``      what the loop's author is told
 ``calls``        the calls that need more than "call it again"
+``made``         of these, tensors made of values: leaves, copies, lists of tensors
 ``functions``    of these, custom ``torch.autograd.Function``s
 ``withheld``     of these, looking for a gradient that hyperparameters don't get
 ``gradients``    of these, the loop's own `backward` and `grad`

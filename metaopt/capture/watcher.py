@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from metaopt.capture import calls, writes
+from metaopt.capture import calls, made, writes
 from metaopt.capture.bindings import BASE, View
 from metaopt.capture.cells import version_of
 from metaopt.capture.functions import apply_function
@@ -247,7 +247,7 @@ class Watcher(TorchFunctionMode):
             self.tape.before_write(target)
         result = func(*args, **kwargs)
         if kwargs.get("requires_grad") and isinstance(result, Tensor):
-            calls.inner_leaf(self, result)
+            made.inner_leaf(self, result)
         return result
 
     def _escaped(self, func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:
