@@ -1149,6 +1149,20 @@ def gathered_from_python(hyper: Hyper, context: Context) -> Trained:
 
 
 @case(lr=0.3, weights=weights(12))
+def norms_of_zero(hyper: Hyper, context: Context) -> Trained:
+    """Of padding, or of what dropout took away. torch's gradient there is 0, and its second derivative no number."""
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        kept = torch.arange(len(x)).remainder(3).sign().unsqueeze(1)
+        logits = model(x)
+        apart = torch.cdist(logits, kept * logits).mean() + torch.dist(logits, logits)
+        padded = nn.functional.normalize(kept * logits) + (kept * logits).norm(dim=1, keepdim=True).sin()
+        return (padded * logits.cos()).mean() + apart
+
+    return looping(hyper, context, loss)
+
+
+@case(lr=0.3, weights=weights(12))
 def complex_state(hyper: Hyper, context: Context) -> Trained:
     spectrum = [torch.zeros(3, dtype=torch.complex128)]
 

@@ -172,3 +172,52 @@ def test_a_gradient_penalty_through_a_normalisation(layer: str) -> None:
         return torch.cat([w.flatten() for w in critic.parameters()]).sin().sum()
 
     assert metaopt.check.hypergradcheck(train, weights, [lr])
+
+
+_norms: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
+    (Tensor.norm, {}),
+    (Tensor.norm, {"p": 3, "dim": 1}),
+    (torch.norm, {"dim": 1, "keepdim": True}),
+    (torch.norm, {"p": 2, "dim": (0, 1)}),
+    (torch.linalg.vector_norm, {"dim": 1}),
+    (torch.linalg.vector_norm, {"ord": 1, "dim": 1}),
+    (torch.linalg.norm, {}),
+    (torch.linalg.norm, {"ord": 2}),
+    (torch.linalg.norm, {"ord": 2, "dim": 0}),
+    (torch.linalg.matrix_norm, {}),
+    (torch.linalg.matrix_norm, {"ord": 2, "keepdim": True}),
+    (F.normalize, {}),
+    (F.normalize, {"p": 1, "dim": 0}),
+    (torch.dist, {"other": torch.ones(4, 3, dtype=torch.float64)}),
+    (F.cosine_similarity, {"x2": torch.ones(4, 3, dtype=torch.float64), "dim": 0}),
+    *((torch.cdist, {"x2": torch.ones(n, 3, dtype=torch.float64)}) for n in (2, 30)),
+    (torch.cdist, {"x2": torch.ones(2, 3, dtype=torch.float64), "p": 1.5}),
+    (F.pdist, {}),
+]
+
+
+@pytest.mark.parametrize(("torchs", "options"), _norms)
+def test_norms_and_distances(torchs: Callable[..., Tensor], options: dict[str, Any]) -> None:
+    x, ours = torch.randn(4, 3, requires_grad=True), replacements.REPLACEMENTS[torchs]
+    torch.testing.assert_close(ours(x, **options), torchs(x, **options))
+    assert torch.autograd.gradcheck(lambda x: ours(x, **options), x)
+    assert torch.autograd.gradgradcheck(lambda x: ours(x, **options), x)
+
+
+@pytest.mark.parametrize(
+    ("torchs", "options"),
+    [
+        (Tensor.norm, {"dim": 1}),
+        (F.normalize, {}),
+        (F.cosine_similarity, {"x2": torch.ones(4, 3, dtype=torch.float64)}),
+        *((torch.cdist, {"x2": torch.zeros(n, 3, dtype=torch.float64)}) for n in (2, 30)),
+    ],
+)
+def test_a_norm_of_zero_has_finite_derivatives(torchs: Callable[..., Tensor], options: dict[str, Any]) -> None:
+    x, kept = torch.randn(4, 3, requires_grad=True), torch.tensor([[1.0], [0.0], [1.0], [0.0]])
+    y = replacements.REPLACEMENTS[torchs](x * kept, **options).sin().sum()
+    (gradient,) = torch.autograd.grad(y, x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), x)
+    assert bool(second.isfinite().all())
+    assert not second[1::2].any()
+    assert second[::2].any() or torchs is F.normalize

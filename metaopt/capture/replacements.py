@@ -20,6 +20,8 @@ standard deviation is 0, though the sample moves with them.
 
 ``F.embedding_bag`` has no second derivative, and says so.
 
+Norms and distances: see `norms`.
+
 ``F.embedding`` with a ``padding_idx``: its backward leaves that row out on purpose, though the forward reads it.
 """
 
@@ -48,6 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaopt.capture.norms import NORMS
 from metaopt.capture.primitives import Phase, choose, stop
 from metaopt.errors import CaptureError
 
@@ -217,4 +220,5 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.nll_loss: nll_loss,
     torch._amp_foreach_non_finite_check_and_unscale_: unscale_,
     torch._foreach_copy_: foreach_copy_,
+    **NORMS,
 }
