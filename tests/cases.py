@@ -1149,6 +1149,19 @@ def gathered_from_python(hyper: Hyper, context: Context) -> Trained:
 
 
 @case(lr=0.3, weights=weights(12))
+def attention_that_is_viewed(hyper: Hyper, context: Context) -> Trained:
+    """The loop's kernel lays its result out so that `contiguous` has nothing to do, and the replay's does not."""
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        features = torch.cat([model(x * scale) for scale in (0.5, 1.0, 2.0, 3.0)], 1)
+        query = features.view(2, -1, 3, 4).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(query, query.sin(), query.cos(), is_causal=True)
+        return mixed.transpose(1, 2).contiguous().view(2, -1).view_as(features.view(2, -1)).tanh().mean()
+
+    return looping(hyper, context, loss)
+
+
+@case(lr=0.3, weights=weights(12))
 def norms_of_zero(hyper: Hyper, context: Context) -> Trained:
     """Of padding, or of what dropout took away. torch's gradient there is 0, and its second derivative no number."""
 

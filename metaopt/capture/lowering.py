@@ -42,7 +42,8 @@ class Function:
         segment: Segment,
         given: Sequence[Tensor] = (),
     ) -> list[Tensor]:
-        return self.module(
+        # Not `module(…)`, which prints the traceback of an error that another way round is taken from.
+        return self.module.forward(
             phase, segment.numbers, segment.objects, segment.seeds, *inputs, *externals, *constants, *given
         )
 

@@ -20,6 +20,9 @@ standard deviation is 0, though the sample moves with them.
 
 ``F.embedding_bag`` has no second derivative, and says so.
 
+``Tensor.view`` needs the memory that the loop's kernels laid out; those of the replay (attention with a second
+derivative) may lay it out otherwise.
+
 Norms and distances: see `norms`.
 
 ``F.embedding`` with a ``padding_idx``: its backward leaves that row out on purpose, though the forward reads it.
@@ -40,6 +43,8 @@ __all__ = [
     "padded_embedding",
     "rejection_sampler",
     "unscale_",
+    "view",
+    "view_as",
     "weight_norm",
 ]
 
@@ -201,6 +206,19 @@ def foreach_copy_(targets: list[Tensor], sources: list[Tensor], non_blocking: bo
         target.copy_(source, non_blocking=non_blocking)
 
 
+def view(x: Tensor, *shape: Any) -> Tensor:
+    """``x.view(shape)``, or a copy of that shape where the memory does not allow it."""
+    try:
+        return x.view(*shape)
+    except RuntimeError:
+        return x.reshape(*shape)
+
+
+def view_as(x: Tensor, other: Tensor) -> Tensor:
+    """``x.view_as(other)``, likewise."""
+    return view(x, other.shape)
+
+
 def rejection_sampler() -> CaptureError:
     """The error for a sample of which torch has another derivative, and nothing takes its place."""
     return CaptureError(
@@ -220,5 +238,7 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.nll_loss: nll_loss,
     torch._amp_foreach_non_finite_check_and_unscale_: unscale_,
     torch._foreach_copy_: foreach_copy_,
+    Tensor.view: view,
+    Tensor.view_as: view_as,
     **NORMS,
 }

@@ -210,7 +210,7 @@ class Watcher(TorchFunctionMode):
             elif not is_view:
                 tape.memory.passes(tensor)
             if is_view:
-                self._mark_view(binding, tensor, sources, View(func, args, kwargs, len(results), place, not grad))
+                self._mark_view(binding, tensor, sources, View(called, args, kwargs, len(results), place, not grad))
         tape.compact()
         if self._looked_for_compiler < _LOOKS:
             self._looked_for_compiler = _LOOKS if self.notices.compiled() else self._looked_for_compiler + 1
