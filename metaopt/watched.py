@@ -26,18 +26,21 @@ def listed(optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
                 f"a training is told by its optimizer, a torch.optim.Optimizer, and this is {optimizer!r:.60}. Give "
                 "the object that the loop calls `step()` of, or a list of these."
             )
-    weights = [{id(w) for group in optimizer.param_groups for w in group["params"]} for optimizer in found]
-    if not found or len(set.union(*weights)) != sum(map(len, weights)):
+    if not found or len({id(optimizer) for optimizer in found}) < len(found):
         raise RuleError(
-            "the list of optimizers to watch is empty, or two of them train the same weight. Let each weight have one "
-            "optimizer."
+            "the list of optimizers to watch is empty, or names one of them twice. Give each whose `step()` the loop "
+            "calls, once, in the order in which they step."
         )
     return found
 
 
 def weights_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    """Every weight of the optimizers, in their order."""
-    return [w for optimizer in optimizers for group in optimizer.param_groups for w in group["params"]]
+    """Every weight of the optimizers, in their order; what two of them train comes once."""
+    found: list[Tensor] = []
+    for optimizer in optimizers:
+        known = {id(weight) for weight in found}
+        found += [w for group in optimizer.param_groups for w in group["params"] if id(w) not in known]
+    return found
 
 
 class WatchedWeights:
