@@ -1162,6 +1162,21 @@ def attention_that_is_viewed(hyper: Hyper, context: Context) -> Trained:
 
 
 @case(lr=0.3, weights=weights(12))
+def constants_of_a_followed_shape(hyper: Hyper, context: Context) -> Trained:
+    """A view of a constant is one, though the call was given what is followed too."""
+    mask, prior = torch.rand(3), torch.rand(12)
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        logits = model(x)
+        narrow, whole = torch.broadcast_tensors(mask, logits)
+        wide = mask.expand_as(logits) + narrow * whole
+        grid = torch.meshgrid(prior[:3], logits[0], indexing="ij")
+        return (wide * logits * mask).tanh().mean() + (grid[0] * grid[1]).sin().mean() * prior.sum() * mask[0]
+
+    return looping(hyper, context, loss)
+
+
+@case(lr=0.3, weights=weights(12))
 def norms_of_zero(hyper: Hyper, context: Context) -> Trained:
     """Of padding, or of what dropout took away. torch's gradient there is 0, and its second derivative no number."""
 

@@ -199,11 +199,12 @@ class Watcher(TorchFunctionMode):
         for place, (tensor, out) in enumerate(zip(results, outs, strict=True)):
             if out is None:
                 continue
-            requires_grad = tensor.requires_grad
+            requires_grad, is_view = tensor.requires_grad, tensor._is_view()
+            if is_view and not requires_grad and self._lies_in_constant(tensor, sources):
+                continue  # `mask.expand_as(x)`: of what is followed the shape alone was asked
             binding = tape.define(tensor, out, inner=inner if requires_grad else 0)
             if tape.keeps_values:
                 tape.keep_value(tensor, out)
-            is_view = tensor._is_view()
             if not requires_grad:
                 if tensor.is_floating_point():
                     tape.own_memory(tensor)
@@ -214,6 +215,11 @@ class Watcher(TorchFunctionMode):
         tape.compact()
         if self._looked_for_compiler < _LOOKS:
             self._looked_for_compiler = _LOOKS if self.notices.compiled() else self._looked_for_compiler + 1
+
+    def _lies_in_constant(self, view: Tensor, sources: list[Tensor]) -> bool:
+        storage = view.untyped_storage()._cdata
+        owners = [source for source in sources if source.untyped_storage()._cdata == storage]
+        return bool(owners) and not any(map(self.tape.is_live, owners))
 
     def called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """What the replay calls in place of a function."""
