@@ -1347,7 +1347,8 @@ def data_replaced(hyper: Hyper, context: Context) -> Trained:
             model[0].weight.grad.data = model[0].weight.grad.data.tanh()
             optimizer.step()
             for slow, fast in zip(teacher.parameters(), model.parameters(), strict=True):
-                slow.data = 0.6 * slow.data + 0.4 * fast.data
+                old, new = slow.data, fast.data
+                slow.data = 0.6 * old + 0.4 * new
             if t == 0:
                 with torch.no_grad():
                     model[0].weight.data = model[0].weight.data * hyper["decay"]

@@ -867,6 +867,15 @@ def old_memory(t: int, model: nn.Module, kept: list[Tensor]) -> None:
     kept[:] = [p.data for p in model.parameters()]
     for p, k in zip(model.parameters(), halved(model), strict=True):
         p.data = k
+    torch.stack([k.sum() for k in kept])
+
+
+def rows_of_old_memory(t: int, model: nn.Module, kept: list[Tensor]) -> None:
+    if kept:
+        torch.stack([k.sum() for k in kept])
+    kept[:] = [p.data[:1] for p in model.parameters()]
+    for p, k in zip(model.parameters(), halved(model), strict=True):
+        p.data = k
 
 
 def of_another_shape(t: int, model: nn.Module, kept: list[Tensor]) -> None:
@@ -875,7 +884,8 @@ def of_another_shape(t: int, model: nn.Module, kept: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "inside", [in_memory_of_another, read_after_the_step, written_behind, old_memory, of_another_shape]
+    "inside",
+    [in_memory_of_another, read_after_the_step, written_behind, old_memory, rows_of_old_memory, of_another_shape],
 )
 def test_data_that_is_replaced_and_then_shared_is_refused(inside: Callable[..., None]) -> None:
     kept: list[Tensor] = []

@@ -106,7 +106,7 @@ def _set_data(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kw
     given = tape.find(source)
     owner = None if given is None else given.root.ref()
     shared = owner is not None and owner.requires_grad and owner.is_leaf
-    viewed = binding is not None and (binding.base is not None or tape.has_views(target))
+    viewed = binding is not None and binding.base is not None
     if viewed or shared or not _alike(target, source):
         raise CaptureError(
             f"`.data` of a tensor of shape {tuple(target.shape)} was replaced inside the context; afterwards two "
@@ -114,9 +114,12 @@ def _set_data(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kw
         )
     # The values are written, and the memory stays: the loop's are the same as long as nobody uses the source again, nor
     # what shared the target's old memory.
+    views = tape.views(target)
     with torch.no_grad():
         writes.call(watcher, Tensor.copy_, (target, source), {}, [target])
-    tape.memory.part(source, target)
+    tape.memory.part(source, target, views)
+    for view in views:
+        tape.lose(view)
     return None
 
 

@@ -89,7 +89,7 @@ class Watcher(TorchFunctionMode):
                 self.notices.number_given(func)
             if torch._C._are_functorch_transforms_active():
                 return self._inside_transform(func, args, kwargs)
-            if self.tape.memory.parted:
+            if self.tape.memory.parted or self.tape.memory.stale:
                 self.tape.memory.refuse_parted(flatten([*args, *kwargs.values()]), writes.targets(func, args, kwargs))
             special = calls.SPECIAL.get(func)
             if special is not None:
