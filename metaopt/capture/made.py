@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+_NUMBERS = {bool, int, float}
 
 
 # -- leaves ----------------------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ def gathered(data: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 def _listed(data: Any) -> Any:
     """Nested sequences (a deque, a `ParameterList`) as lists; torch takes whatever has a length and entries."""
     if isinstance(data, Sequence | torch.nn.ParameterList) and not isinstance(data, str | bytes):
-        return [_listed(part) for part in data]
+        return [part if type(part) in _NUMBERS else _listed(part) for part in data]  # long lists are of numbers
     return data.item() if isinstance(data, numpy.generic) else data
 
 
