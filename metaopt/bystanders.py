@@ -103,8 +103,9 @@ class Bystanders:
         tape = self.watcher.tape
         if tape.is_trained(weight):
             raise CaptureError(
-                f"{name}, which is not watched, steps weights of the watched optimizer inside the context. Let one "
-                "optimizer train them."
+                f"{name}, which is not watched, steps weights of the watched optimizer inside the context. Name both, "
+                "`metaopt.record([first, second])`; or, if it is kept inside the watched one, which never steps itself "
+                "(SAM's `base_optimizer`), name it in place of that."
             )
         if id(weight) not in self.given and self.watcher.withheld.lacks(tape, weight) and not self.protected(weight):
             raise CaptureError(

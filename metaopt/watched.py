@@ -28,22 +28,21 @@ def listed(optimizers: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
             )
     if not found:
         raise RuleError("the list of optimizers to watch is empty. Give those that the loop steps.")
-    owners: dict[int, Optimizer] = {}
-    for optimizer in found:
-        for weight in {id(w): w for w in weights_of([optimizer])}.values():
-            if id(weight) in owners:
-                raise RuleError(
-                    f"a weight of shape {tuple(weight.shape)} is trained by two of the watched optimizers, "
-                    f"{type(owners[id(weight)]).__name__} and {type(optimizer).__name__}. Let each weight have one "
-                    "optimizer, and name each optimizer once."
-                )
-            owners[id(weight)] = optimizer
+    if len({id(optimizer) for optimizer in found}) < len(found):
+        raise RuleError(
+            "the list of optimizers to watch names one of them twice. Give each whose `step()` the loop calls once, in "
+            "the order in which they step."
+        )
     return found
 
 
 def weights_of(optimizers: Sequence[Optimizer]) -> list[Tensor]:
-    """Every weight of the optimizers, in their order."""
-    return [w for optimizer in optimizers for group in optimizer.param_groups for w in group["params"]]
+    """Every weight of the optimizers, in their order; what two of them train comes once."""
+    found: list[Tensor] = []
+    for optimizer in optimizers:
+        known = {id(weight) for weight in found}
+        found += [w for group in optimizer.param_groups for w in group["params"] if id(w) not in known]
+    return found
 
 
 class WatchedWeights:

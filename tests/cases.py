@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -1184,6 +1185,69 @@ def detached_by_functions(hyper: Hyper, context: Context) -> Trained:
     return looping(hyper, context, loss)
 
 
+@case(lr=0.3, gamma=0.9, weights=weights(12))
+def gathered_from_python(hyper: Hyper, context: Context) -> Trained:
+    """Returns of a policy are made so: numbers and tensors in a list or a deque, which torch takes for data."""
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        logits = model(x)
+        returns: deque[Any] = deque([1.0])
+        for reward in logits.mean(0).detach():
+            returns.appendleft(reward + hyper["gamma"] * returns[0])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that a tensor with a graph becomes a scalar
+            made = torch.tensor(returns) + torch.as_tensor(list(returns)) * torch.asarray(tuple(returns)).cos()
+            made = made + x.new_tensor(returns).exp() + x.new([returns[0], 1.0, 0.5, returns[1]])
+        worst = logits.detach().amax()
+        copied = torch.asarray(worst, copy=True) + torch.asarray(worst).sin()
+        filled = torch.full((4,), worst) + torch.full_like(made, fill_value=worst).sin() * x.new_full((4,), worst)
+        return (logits.mean() * (made + filled + copied)).tanh().sum()
+
+    return looping(hyper, context, loss)
+
+
+@case(lr=0.3, weights=weights(12))
+def attention_that_is_viewed(hyper: Hyper, context: Context) -> Trained:
+    """The loop's kernel lays its result out so that `contiguous` has nothing to do, and the replay's does not."""
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        features = torch.cat([model(x * scale) for scale in (0.5, 1.0, 2.0, 3.0)], 1)
+        query = features.view(2, -1, 3, 4).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(query, query.sin(), query.cos(), is_causal=True)
+        return mixed.transpose(1, 2).contiguous().view(2, -1).view_as(features.view(2, -1)).tanh().mean()
+
+    return looping(hyper, context, loss)
+
+
+@case(lr=0.3, weights=weights(12))
+def constants_of_a_followed_shape(hyper: Hyper, context: Context) -> Trained:
+    """A view of a constant is one, though the call was given what is followed too."""
+    mask, prior = torch.rand(3), torch.rand(12)
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        logits = model(x)
+        narrow, whole = torch.broadcast_tensors(mask, logits)
+        wide = mask.expand_as(logits) + narrow * whole
+        grid = torch.meshgrid(prior[:3], logits[0], indexing="ij")
+        return (wide * logits * mask).tanh().mean() + (grid[0] * grid[1]).sin().mean() * prior.sum() * mask[0]
+
+    return looping(hyper, context, loss)
+
+
+@case(lr=0.3, weights=weights(12))
+def norms_of_zero(hyper: Hyper, context: Context) -> Trained:
+    """Of padding, or of what dropout took away. torch's gradient there is 0, and its second derivative no number."""
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        kept = torch.arange(len(x)).remainder(3).sign().unsqueeze(1)
+        logits = model(x)
+        apart = torch.cdist(logits, kept * logits).mean() + torch.dist(logits, logits)
+        padded = nn.functional.normalize(kept * logits) + (kept * logits).norm(dim=1, keepdim=True).sin()
+        return (padded * logits.cos()).mean() + apart
+
+    return looping(hyper, context, loss)
+
+
 @case(lr=0.3, weights=weights(12))
 def complex_state(hyper: Hyper, context: Context) -> Trained:
     spectrum = [torch.zeros(3, dtype=torch.complex128)]
@@ -1341,7 +1405,8 @@ def data_replaced(hyper: Hyper, context: Context) -> Trained:
             model[0].weight.grad.data = model[0].weight.grad.data.tanh()
             optimizer.step()
             for slow, fast in zip(teacher.parameters(), model.parameters(), strict=True):
-                slow.data = 0.6 * slow.data + 0.4 * fast.data
+                old, new = slow.data, fast.data
+                slow.data = 0.6 * old + 0.4 * new
             if t == 0:
                 with torch.no_grad():
                     model[0].weight.data = model[0].weight.data * hyper["decay"]

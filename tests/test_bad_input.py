@@ -831,7 +831,7 @@ def test_an_unrelated_training_inside_is_left_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), moved.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("leave", [lambda x: x.item(), lambda x: torch.tensor([x.detach(), 1.0])], ids=["item", "list"])
+@pytest.mark.parametrize("leave", [lambda x: x.item(), lambda x: torch.Tensor([x.detach(), 1.0])], ids=["item", "list"])
 def test_numbers_that_leave_the_tensor_world_are_said_once(leave: Callable[[Tensor], Any]) -> None:
     def log(t: int, model: nn.Module) -> None:
         leave(loss(model))
@@ -870,6 +870,15 @@ def old_memory(t: int, model: nn.Module, kept: list[Tensor]) -> None:
     kept[:] = [p.data for p in model.parameters()]
     for p, k in zip(model.parameters(), halved(model), strict=True):
         p.data = k
+    torch.stack([k.sum() for k in kept])
+
+
+def rows_of_old_memory(t: int, model: nn.Module, kept: list[Tensor]) -> None:
+    if kept:
+        torch.stack([k.sum() for k in kept])
+    kept[:] = [p.data[:1] for p in model.parameters()]
+    for p, k in zip(model.parameters(), halved(model), strict=True):
+        p.data = k
 
 
 def of_another_shape(t: int, model: nn.Module, kept: list[Tensor]) -> None:
@@ -878,7 +887,8 @@ def of_another_shape(t: int, model: nn.Module, kept: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "inside", [in_memory_of_another, read_after_the_step, written_behind, old_memory, of_another_shape]
+    "inside",
+    [in_memory_of_another, read_after_the_step, written_behind, old_memory, rows_of_old_memory, of_another_shape],
 )
 def test_data_that_is_replaced_and_then_shared_is_refused(inside: Callable[..., None]) -> None:
     kept: list[Tensor] = []

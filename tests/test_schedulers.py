@@ -428,3 +428,27 @@ def test_scaled_clipped_and_accumulated_gradients(scaled: bool, clip: str) -> No
         return model
 
     assert hypergradcheck(train, outer, {"lr": lr})
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("linked", [True, False])
+def test_a_schedule_by_hand_may_put_tensors_into_the_groups(name: str, linked: bool) -> None:
+    """In place of a linked setting it was taken for a number that comes from nowhere."""
+    lr, x = torch.tensor(0.05, requires_grad=True), torch.randn(5, 4)
+
+    def train(watch: Watch) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        optimizer = getattr(metaopt.optim, name)(model.parameters(), lr=lr if linked else 0.05)
+        with watch(optimizer):
+            for t in range(3):
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * (t + 1) / 3
+                optimizer.zero_grad()
+                model(x).tanh().square().sum().backward()
+                optimizer.step()
+        return model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Converting a tensor", UserWarning)  # torch's own, of such a rate
+        assert hypergradcheck(train, lambda model: model.weight.sin().sum(), [lr])

@@ -156,3 +156,19 @@ def test_what_can_not_be_asked_in_double_precision_is_not_printed(capsys: pytest
         rows.square().sum().backward()
         optimizer.step()
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_an_optimizer_keeps_of_a_gradient_that_is_all_rounding_may_differ(dtype: torch.dtype) -> None:
+    """The key's bias has derivative 0, and the replay's attention rounds otherwise; the loop was refused."""
+    torch.manual_seed(0)
+    query, key, value = (torch.nn.Linear(8, 8, dtype=dtype) for _ in range(3))
+    x, lr = torch.randn(2, 2, 6, 8, dtype=dtype), torch.tensor(0.01, requires_grad=True)
+    optimizer = metaopt.optim.Adam([w for layer in (query, key, value) for w in layer.parameters()], lr=lr)
+    with metaopt.record(optimizer) as run:
+        for _ in range(2):
+            optimizer.zero_grad()
+            torch.nn.functional.scaled_dot_product_attention(query(x), key(x), value(x)).square().sum().backward()
+            optimizer.step()
+    (slope,) = run.hypergradient(lambda: value(x).square().sum(), [lr])
+    assert bool(slope.isfinite())

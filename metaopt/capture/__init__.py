@@ -11,6 +11,7 @@
 ``surroundings`` what a replayed call needs around it: random numbers, precision, kernels
 ``notices``      what the loop's author is told
 ``calls``        the calls that need more than "call it again"
+``made``         of these, tensors made of values: leaves, copies, lists of tensors
 ``functions``    of these, custom ``torch.autograd.Function``s
 ``stand_ins``    what the replay calls for these, where it is not the function itself
 ``withheld``     of these, looking for a gradient that hyperparameters don't get
@@ -18,6 +19,7 @@
 ``writes``       calls that write their arguments in place
 ``primitives``   what replayed programs are made of besides torch: ``stop``, ``inner_gradient``, …
 ``derivatives``  is the derivative of a replay the derivative of the loop? compared with finite differences
+``third``        loops that differentiate their own gradients, and the layers whose third derivative torch has wrong
 ``program``      iterations of equal structure, stored once, as a ``torch.fx`` graph
 ``segment``      one recorded iteration: a program, its constants and the state it started from
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SPECIAL", "inner_leaf"]
+__all__ = ["SPECIAL"]
 
 import functools
 import inspect
@@ -13,16 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaopt.capture import statistics, writes
+from metaopt.capture import made, statistics, writes
 from metaopt.capture.bindings import BASE, View
 from metaopt.capture.gradients import autograd_backward, autograd_grad, tensor_backward
 from metaopt.capture.hooks import Observed
-from metaopt.capture.notices import name_of
-from metaopt.capture.primitives import flatten, leaf, stop
+from metaopt.capture.primitives import flatten, stop
 from metaopt.capture.replacements import rejection_sampler
 from metaopt.capture.surrogates import embedding, fake_quantize, hard_gumbel_softmax
 from metaopt.capture.surroundings import generators
-from metaopt.capture.trace import Val
 from metaopt.capture.withheld import get_grad
 from metaopt.errors import CaptureError
 
@@ -69,22 +67,6 @@ def _detach_in_place(watcher: Watcher, func: Callable[..., Any], args: Args, kwa
     return result
 
 
-def _full(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    fill = args[1] if len(args) > 1 else kwargs.get("fill_value")
-    if isinstance(fill, Tensor) and watcher.tape.is_live(fill):
-        number = fill.detach().item()
-        watcher.say_constant(name_of(func))
-        args = (args[0], number, *args[2:]) if len(args) > 1 else args
-        kwargs = {**kwargs, "fill_value": number} if "fill_value" in kwargs else kwargs
-    return watcher.call(func, args, kwargs)
-
-
-def _new(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    # ``x.new(shape)`` of a `torch.Size` is memory of that shape; of a tuple, as the replay would have it, it is data.
-    sized = len(args) == 2 and isinstance(args[1], torch.Size) and not kwargs
-    return watcher.call(Tensor.new_empty if sized else func, args, kwargs)
-
-
 def _gamma(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     if any(watcher.tape.is_live(tensor) for tensor in flatten(args)):
         raise rejection_sampler()
@@ -125,7 +107,7 @@ def _set_data(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kw
     given = tape.find(source)
     owner = None if given is None else given.root.ref()
     shared = owner is not None and owner.requires_grad and owner.is_leaf
-    viewed = binding is not None and (binding.base is not None or tape.has_views(target))
+    viewed = binding is not None and binding.base is not None
     if viewed or shared or not _alike(target, source):
         raise CaptureError(
             f"`.data` of a tensor of shape {tuple(target.shape)} was replaced inside the context; afterwards two "
@@ -133,9 +115,12 @@ def _set_data(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kw
         )
     # The values are written, and the memory stays: the loop's are the same as long as nobody uses the source again, nor
     # what shared the target's old memory.
+    views = tape.views(target)
     with torch.no_grad():
         writes.call(watcher, Tensor.copy_, (target, source), {}, [target])
-    tape.memory.part(source, target)
+    tape.memory.part(source, target, views)
+    for view in views:
+        tape.lose(view)
     return None
 
 
@@ -145,66 +130,6 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
-
-
-def _requires_grad(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    tensor = args[0]
-    before = tensor.requires_grad
-    result = func(*args, **kwargs)
-    if tensor.requires_grad and not before and tensor.is_leaf:
-        inner_leaf(watcher, tensor)
-    elif before and not tensor.requires_grad and (binding := watcher.tape.find(tensor)) is not None:
-        watcher.tape.read_binding(binding, tensor)
-        binding.leaf, binding.inner = False, 0
-    return result
-
-
-def inner_leaf(watcher: Watcher, tensor: Tensor) -> None:
-    """The loop made a tensor to take gradients at, as adversarial training does with its inputs."""
-    tape = watcher.tape
-    binding = tape.find(tensor)
-    if binding is not None and id(tensor) in tape.trained:
-        binding.leaf, binding.inner = True, 1
-        tape.read_binding(binding, tensor)
-        binding.leaves = [binding.value]
-        return
-    value = tape.read_binding(binding, tensor) if binding is not None else tape.iteration.read_constant(tensor)
-    (number,) = tape.trace.emit(leaf, Val(value))
-    tape.define(tensor, number, inner=1, leaf=True)
-
-
-def _deepcopy(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    result = func(*args, **kwargs)
-    if watcher.tape.is_live(args[0]) and result is not args[0]:
-        _copied(watcher, args[0], result)
-    return result
-
-
-def _tensor(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """``torch.tensor(x)`` and ``x.new_tensor(y)``: the values of a tensor, of which torch follows nothing."""
-    place = int(func is Tensor.new_tensor)
-    data = args[place] if len(args) > place else kwargs.get("data")
-    result = func(*args, **kwargs)
-    if not any(watcher.tape.is_live(tensor) for tensor in flatten([data])):
-        if result.requires_grad:
-            inner_leaf(watcher, result)
-    elif isinstance(data, Tensor):
-        _copied(watcher, data, result)
-    else:
-        watcher.say_constant(name_of(func))
-    return result
-
-
-def _copied(watcher: Watcher, source: Tensor, result: Tensor) -> None:
-    """A tensor is a copy of another one, which the loop's gradients don't pass."""
-    tape = watcher.tape
-    value = tape.read(source)
-    (out,) = tape.trace.emit(torch.clone, Val(tape.iteration.stopped(value.index)))
-    if result.dtype != source.dtype:
-        (out,) = tape.trace.emit(Tensor.to, Val(out), result.dtype)
-    tape.define(result, out)
-    if result.requires_grad:
-        inner_leaf(watcher, result)
 
 
 def _hook(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -274,21 +199,21 @@ SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.autograd.grad: autograd_grad,
     **dict.fromkeys((Tensor.detach, torch.detach, torch.ops.aten.detach, torch.ops.aten.detach.default), _detach),
     **dict.fromkeys((Tensor.detach_, torch.detach_), _detach_in_place),
-    torch.tensor: _tensor,
-    Tensor.new_tensor: _tensor,
+    **dict.fromkeys((torch.tensor, Tensor.new_tensor), made.tensor),
+    **dict.fromkeys((torch.as_tensor, torch.asarray), made.as_tensor),
+    **dict.fromkeys((torch.arange, torch.linspace, torch.logspace), made.arange),
+    **dict.fromkeys((torch.full, torch.full_like, Tensor.new_full), made.full),
     F.gumbel_softmax: _gumbel_softmax,
     torch.fake_quantize_per_tensor_affine: _fake_quantize,
     torch.fake_quantize_per_channel_affine: _fake_quantize,
-    torch.full: _full,
-    Tensor.new: _new,
+    Tensor.new: made.new,
     torch._standard_gamma: _gamma,
-    torch.full_like: _full,
     Tensor.grad.__get__: get_grad,  # type: ignore[union-attr]
     Tensor.data.__get__: _detach,  # type: ignore[attr-defined]
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
-    Tensor.requires_grad_: _requires_grad,
-    Tensor.requires_grad.__set__: _requires_grad,  # type: ignore[attr-defined]
-    Tensor.__deepcopy__: _deepcopy,
+    Tensor.requires_grad_: made.requires_grad,
+    Tensor.requires_grad.__set__: made.requires_grad,  # type: ignore[attr-defined]
+    Tensor.__deepcopy__: made.deepcopy,
     Tensor.register_hook: _hook,
     **dict.fromkeys(statistics.NORMS, statistics.norm),
     **dict.fromkeys((F.embedding, F.embedding_bag, *_RAW_EMBEDDING), _embedding),

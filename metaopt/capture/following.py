@@ -12,7 +12,7 @@ from torch import Tensor
 from metaopt.capture.bindings import Binding, Geometry, Unseen, leaves_of, tensor_geometry
 from metaopt.capture.cells import version_of
 from metaopt.capture.externals import Externals
-from metaopt.capture.memory import Memory, part_of
+from metaopt.capture.memory import Memory, overlap, part_of
 from metaopt.capture.primitives import stop
 from metaopt.errors import CaptureError
 
@@ -148,10 +148,12 @@ class Following:
         """Whether a leaf is trained: by a watched optimizer, or by the loop itself."""
         return id(leaf) in self.trained or self.externals.is_moved(leaf)
 
-    def has_views(self, tensor: Tensor) -> bool:
-        """Whether another living tensor is followed as a view of this one."""
-        base = self.find(tensor)
-        return any(binding.base is not None and binding.root is base for binding in self.bindings())
+    def views(self, tensor: Tensor) -> list[Tensor]:
+        """The other living tensors that are followed and lie in this one's memory, weights aside."""
+        living = [binding.ref() for binding in self.bindings()]
+        return [
+            x for x in living if x is not None and x is not tensor and not self.is_trained(x) and overlap(x, tensor)
+        ]
 
     def bindings(self) -> list[Binding]:
         """The bindings whose tensors are alive."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Memory", "part_of"]
+__all__ = ["Memory", "overlap", "part_of"]
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,6 +35,8 @@ class Memory:
         # Memory that a tensor's `.data` was given, and did not get; and that which it would have left.
         self.parted: dict[int, tuple[StorageWeakRef, list[tuple[weakref.ref[Tensor], int]]]] = {}
         self._left: dict[int, StorageWeakRef] = {}
+        # Views that were alive then: in the bare loop they keep the old values.
+        self.stale: dict[int, weakref.ref[Tensor]] = {}
         self._exposed: dict[int, _Exposed] = {}
         # That of results with a graph, of which a parameter may be made out of sight.
         self._passing: dict[int, StorageWeakRef] = {}
@@ -85,16 +87,22 @@ class Memory:
             if binding.ref() is None and not storage.expired():
                 yield binding
 
-    def part(self, source: Tensor, target: Tensor) -> None:
-        """In the bare loop ``target`` has left its memory for that of ``source``; here it has not."""
+    def part(self, source: Tensor, target: Tensor, views: Iterable[Tensor]) -> None:
+        """In the bare loop ``target`` has left its memory, and these views, for that of ``source``; here it has not."""
+        self.stale.update((id(view), weakref.ref(view)) for view in views)
         new, old = source.untyped_storage(), target.untyped_storage()
         self._left[old._cdata] = StorageWeakRef(old)
         _, targets = self.parted.setdefault(new._cdata, (StorageWeakRef(new), []))
         targets.append((weakref.ref(target), version_of(target)))
 
     def refuse_parted(self, tensors: Iterable[Tensor], written: Sequence[Tensor]) -> None:
-        """Raise if a tensor in memory that the bare loop would share is written, or is read after the other was."""
+        """Raise if a tensor in memory that the bare loop would share is written, or is read after the other was.
+
+        So is one raised that the bare loop would have left with the old values.
+        """
         for tensor in tensors:
+            if (stale := self.stale.get(id(tensor))) is not None and stale() is tensor:
+                raise _parted(tensor)
             known = self.parted.get(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else None
             if known is None:
                 continue
@@ -136,6 +144,7 @@ class Memory:
             self._purge_at = max(64, 2 * (len(self._owners) + len(self._passing)))
         self.parted = {key: known for key, known in self.parted.items() if not known[0].expired()}
         self._left = {key: known for key, known in self._left.items() if not known.expired()}
+        self.stale = {key: known for key, known in self.stale.items() if known() is not None}
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -158,6 +167,18 @@ def part_of(tensor: Tensor, geometry: Geometry, *, whole: bool = False) -> View:
     if tensor.shape == shape and tensor.stride() == stride and offset == 0:
         return View(stop, (BASE,), {}, 1, 0, True)
     return View(torch.as_strided, (BASE, tuple(tensor.shape), tensor.stride(), offset), {}, 1, 0, True)
+
+
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors lie in one place, partly at least."""
+    if one.layout is not torch.strided or other.layout is not torch.strided:
+        return False
+    if one.untyped_storage()._cdata != other.untyped_storage()._cdata:
+        return False
+    (start, end), (first, last) = (
+        (x.storage_offset(), x.storage_offset() + _reach(x.shape, x.stride())) for x in (one, other)
+    )
+    return start < last and first < end
 
 
 def _reach(shape: Sequence[int], stride: Sequence[int]) -> int:

@@ -16,6 +16,7 @@ from metaopt.capture.lowering import Function, lower
 from metaopt.capture.primitives import Plain, Surrogate, hooked, inner_gradient
 from metaopt.capture.segment import Segment
 from metaopt.capture.split import Split, split
+from metaopt.capture.third import written_out
 from metaopt.capture.trace import Instruction, Trace, needed, numbers_in
 
 _Known = tuple["Program", list[int], list[int], list[int]]
@@ -118,7 +119,7 @@ class Program:
         constants: list[int],
         outputs: list[int],
     ) -> None:
-        self.code = code
+        self.code = written_out(code)
         self.inputs = inputs
         self.externals = externals
         self.constants = constants

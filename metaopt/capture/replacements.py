@@ -18,11 +18,15 @@ standard deviation is 0, though the sample moves with them.
 
 ``torch.binomial`` has no derivative, and says so; what it draws is a count, which has derivative 0.
 
-``F.embedding_bag``, ``torch.cdist``, ``torch.pdist`` and ``torch.segment_reduce`` have no second derivative, and say
-so.
+``F.embedding_bag`` and ``torch.segment_reduce`` have no second derivative, and say so.
 
 The assignment of torchdiffeq's adaptive solvers, an ``autograd.Function`` that writes its argument out of sight of the
 version counters, and whose backward leaves in the gradient of what is overwritten.
+
+``Tensor.view`` needs the memory that the loop's kernels laid out; those of the replay (attention with a second
+derivative) may lay it out otherwise.
+
+Norms and distances: see `norms`.
 """
 
 from __future__ import annotations
@@ -32,18 +36,16 @@ __all__ = [
     "REPLACEMENTS",
     "assigned",
     "binomial",
-    "cdist",
     "cross_entropy",
-    "distances",
     "embedding_bag",
     "foreach_copy_",
-    "length",
     "nll_loss",
     "normal",
-    "pdist",
     "rejection_sampler",
     "segment_reduce",
     "unscale_",
+    "view",
+    "view_as",
     "weight_norm",
 ]
 
@@ -54,6 +56,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaopt.capture.norms import NORMS
 from metaopt.capture.steps import FOREACH
 from metaopt.errors import CaptureError
 
@@ -141,36 +144,6 @@ def embedding_bag(
     return total / zeros[:, :1].index_add(0, bags, kept.to(rows.dtype).unsqueeze(1)).clamp(min=1.0)
 
 
-def length(x: Tensor, dim: Any = None, keepdim: bool = False) -> Tensor:
-    """The Euclidean norm, all derivatives of which are 0 at zero."""
-    square = (x * x).sum() if dim is None else (x * x).sum(dim, keepdim=keepdim)
-    apart = square > 0
-    return torch.where(apart, torch.where(apart, square, torch.ones_like(square)).sqrt(), torch.zeros_like(square))
-
-
-def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "use_mm_for_euclid_dist_if_necessary") -> Tensor:
-    """The distances of all rows of one matrix from all of another."""
-    many = compute_mode.endswith("if_necessary") and max(x1.shape[-2], x2.shape[-2]) > 25
-    if p == 2 and (many or compute_mode == "use_mm_for_euclid_dist"):
-        return torch.cdist(x1, x2, p, compute_mode)  # by matrix products, which have every derivative
-    return distances(x1, x2, p)
-
-
-def distances(x1: Tensor, x2: Tensor, p: float = 2.0) -> Tensor:
-    """`cdist`, of every difference."""
-    return _norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p)
-
-
-def pdist(input: Tensor, p: float = 2.0) -> Tensor:  # noqa: A002 (torch's name for it)
-    """The distances of all pairs of rows."""
-    first, second = torch.triu_indices(len(input), len(input), 1, device=input.device)
-    return _norm(input[first] - input[second], p)
-
-
-def _norm(difference: Tensor, p: float) -> Tensor:
-    return length(difference, -1) if p == 2 else torch.linalg.vector_norm(difference, p, dim=-1)
-
-
 def segment_reduce(
     data: Tensor,
     reduce: str,
@@ -238,6 +211,19 @@ def assigned(scratch: Tensor, value: Tensor, index: Any) -> Tensor:
     return result
 
 
+def view(x: Tensor, *shape: Any) -> Tensor:
+    """``x.view(shape)``, or a copy of that shape where the memory does not allow it."""
+    try:
+        return x.view(*shape)
+    except RuntimeError:
+        return x.reshape(*shape)
+
+
+def view_as(x: Tensor, other: Tensor) -> Tensor:
+    """``x.view_as(other)``, likewise."""
+    return view(x, other.shape)
+
+
 def rejection_sampler() -> CaptureError:
     """The error for a sample of which torch has another derivative, and nothing takes its place."""
     return CaptureError(
@@ -257,8 +243,6 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
     torch.normal: normal,
     torch.binomial: binomial,
-    torch.cdist: cdist,
-    torch.pdist: pdist,
     torch.segment_reduce: segment_reduce,
     F.cross_entropy: cross_entropy,
     F.embedding_bag: embedding_bag,
@@ -266,4 +250,7 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch._amp_foreach_non_finite_check_and_unscale_: unscale_,
     torch._foreach_copy_: foreach_copy_,
     **{func: FOREACH[func] for func in (torch._foreach_addcdiv, torch._foreach_maximum_, torch._foreach_minimum_)},
+    Tensor.view: view,
+    Tensor.view_as: view_as,
+    **NORMS,
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-from metaopt.capture import calls, writes
+from metaopt.capture import calls, made, writes
 from metaopt.capture.bindings import BASE, Binding, View, one_of_many
 from metaopt.capture.cells import versions_of
 from metaopt.capture.functions import apply_function
@@ -89,7 +89,7 @@ class Watcher(TorchFunctionMode):
                 self.notices.number_given(func)
             if torch._C._are_functorch_transforms_active():
                 return self._inside_transform(func, args, kwargs)
-            if self.tape.memory.parted:
+            if self.tape.memory.parted or self.tape.memory.stale:
                 self.tape.memory.refuse_parted(flatten([*args, *kwargs.values()]), writes.targets(func, args, kwargs))
             special = calls.SPECIAL.get(func)
             if special is not None:
@@ -199,14 +199,17 @@ class Watcher(TorchFunctionMode):
         for place, (tensor, out) in enumerate(zip(results, outs, strict=True)):
             if out is None:
                 continue
-            binding = self._follow_result(tensor, out, inner)
-            if tensor._is_view():
-                self._mark_view(binding, tensor, sources, View(func, args, kwargs, len(results), place, not grad))
+            is_view = tensor._is_view()
+            if is_view and not tensor.requires_grad and self._lies_in_constant(tensor, sources):
+                continue  # `mask.expand_as(x)`: of what is followed the shape alone was asked
+            binding = self._follow_result(tensor, out, inner, is_view)
+            if is_view:
+                self._mark_view(binding, tensor, sources, View(called, args, kwargs, len(results), place, not grad))
         tape.compact()
         if self._looked_for_compiler < _LOOKS:
             self._looked_for_compiler = _LOOKS if self.notices.compiled() else self._looked_for_compiler + 1
 
-    def _follow_result(self, tensor: Tensor, value: int, inner: int) -> Binding:
+    def _follow_result(self, tensor: Tensor, value: int, inner: int, is_view: bool) -> Binding:
         tape, requires_grad = self.tape, tensor.requires_grad
         binding = tape.define(tensor, value, inner=inner if requires_grad else 0)
         if tape.keeps_values:
@@ -214,9 +217,14 @@ class Watcher(TorchFunctionMode):
         if not requires_grad:
             if tensor.is_floating_point():
                 tape.own_memory(tensor)
-        elif not tensor._is_view():
+        elif not is_view:
             tape.memory.passes(tensor)
         return binding
+
+    def _lies_in_constant(self, view: Tensor, sources: list[Tensor]) -> bool:
+        storage = view.untyped_storage()._cdata
+        owners = [source for source in sources if source.untyped_storage()._cdata == storage]
+        return bool(owners) and not any(map(self.tape.is_live, owners))
 
     def called(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
         """What the replay calls in place of a function."""
@@ -252,7 +260,7 @@ class Watcher(TorchFunctionMode):
             self.tape.before_write(target)
         result = func(*args, **kwargs)
         if kwargs.get("requires_grad") and isinstance(result, Tensor):
-            calls.inner_leaf(self, result)
+            made.inner_leaf(self, result)
         return result
 
     def _escaped(self, func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:

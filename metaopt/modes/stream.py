@@ -160,7 +160,8 @@ class Streaming(Run):
             warn(
                 f"the hyperparameters have {count} entries, and forward mode carries a tangent of the whole state "
                 "for each. With thousands of them `metaopt.record` is the right mode: its cost does not depend on "
-                "their number.",
+                f"their number. (The largest has the shape {_largest(segment)}. If the loop made it to take gradients "
+                "at, `Variable(x, requires_grad=True)`, write `x.requires_grad_()`, which says so.)",
                 MetaoptWarning,
             )
 
@@ -236,3 +237,7 @@ class Streaming(Run):
 
     def _forget(self) -> None:
         self._carried.begin({})
+
+
+def _largest(segment: Segment) -> tuple[int, ...]:
+    return tuple(max((external.tensor for external in segment.externals), key=Tensor.numel).shape)

@@ -94,6 +94,8 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
         result = {}
         for name in rule.settings:
             number = rule.number(group, name)
+            if isinstance(number, torch.Tensor) and number.requires_grad:
+                continue  # the loop's own, which is followed as it is
             link = self._links.get(place, {}).get(name)
             if link is not None:
                 link.last = follow(self, (place, name), link, number)

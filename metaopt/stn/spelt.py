@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaopt.capture.replacements import distances, length, weight_norm
+from metaopt.capture.norms import distances, length
+from metaopt.capture.replacements import weight_norm
 
 SPELT_OUT: dict[Any, Callable[..., Any]] = {}
 
