@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metaopt.capture import statistics, writes
 from metaopt.capture.bindings import BASE, View
+from metaopt.capture.ctc import LOSSES, ctc
 from metaopt.capture.gradients import autograd_backward, autograd_grad, tensor_backward
 from metaopt.capture.hooks import Observed
 from metaopt.capture.notices import name_of
@@ -291,6 +292,7 @@ SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.__deepcopy__: _deepcopy,
     Tensor.register_hook: _hook,
     **dict.fromkeys(statistics.NORMS, statistics.norm),
+    **dict.fromkeys(LOSSES, ctc),
     **dict.fromkeys((F.embedding, F.embedding_bag, *_RAW_EMBEDDING), _embedding),
 }
 if hasattr(Tensor, "register_post_accumulate_grad_hook"):
