@@ -157,6 +157,13 @@ def _normalised(x: Tensor, words: Tensor) -> Tensor:
     return (y * mean).sum() + (words @ x * var).sum()
 
 
+def _normalised_with_more(x: Tensor, words: Tensor) -> Tensor:
+    mean, var = torch.zeros(3), torch.ones(3)
+    y, batch_mean, batch_scale = torch.native_batch_norm(words @ x, x[0], None, mean, var, True, 0.1, 1e-5)
+    z, *_ = torch.native_batch_norm(words @ x, None, x[1], mean, var, False, 0.1, 1e-5)
+    return y * z + (words * batch_mean * batch_scale).sin()
+
+
 def _normalised_each(x: Tensor, words: Tensor) -> Tensor:
     mean, var = torch.zeros(3), torch.ones(3)
     y = torch.instance_norm((words @ x).reshape(2, 3, 3), None, None, mean, var, True, 0.1, 1e-5, False)
@@ -164,6 +171,7 @@ def _normalised_each(x: Tensor, words: Tensor) -> Tensor:
 
 
 _PLACES, _TWO_AND_FOUR = torch.tensor([0, 1, 2, 1, 5, 1]), torch.tensor([2, 4])
+_BAGS = torch.tensor([0, 2, 2, 6])
 _SPOKEN = torch.tensor([2, 1])
 # Torch's own calls that have no second derivative, or not that of what the loop does.
 _CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -172,6 +180,19 @@ _CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "raw words": lambda x, words: torch.embedding(words, _PLACES) @ x,
     "raw padded words": lambda x, words: torch.embedding(words, _PLACES, 1) @ x,
     "raw words by frequency": lambda x, words: torch.ops.aten.embedding(words, _PLACES, scale_grad_by_freq=True) @ x,
+    "bags by frequency": lambda x, words: F.embedding_bag(_PLACES, words, _BAGS, scale_grad_by_freq=True) @ x,
+    "weighted bags by frequency": lambda x, words: (
+        torch.embedding_bag(words, _PLACES, _BAGS, True, 0, False, words[:, 0].sin(), True, -1)[0] @ x
+    ),
+    "raw bags": lambda x, words: torch.embedding_bag(words, _PLACES, _BAGS)[0] @ x,
+    "raw bags of the largest": lambda x, words: torch.ops.aten.embedding_bag(words, _PLACES, _BAGS, mode=2)[0] @ x,
+    "bags of constants by frequency": lambda x, words: (
+        F.embedding_bag(
+            _PLACES, torch.eye(6), _BAGS, mode="sum", scale_grad_by_freq=True, per_sample_weights=words[:, 0].sin()
+        )
+        @ words
+        @ x
+    ),
     "distances": lambda x, words: torch.cdist(words, x),
     "distances from itself": lambda x, words: torch.cdist(words, words),
     "many distances": lambda x, words: torch.cdist(torch.cat([words @ x] * 5), words, 2.0),
@@ -182,6 +203,7 @@ _CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "speech, not normalised": lambda x, words: torch.ctc_loss((words @ x)[:, None], _SPOKEN, (6,), (2,), 0, 2),
     "raw batch norm": _normalised,
     "raw instance norm": _normalised_each,
+    "native batch norm": _normalised_with_more,
 }
 
 
