@@ -17,6 +17,7 @@
     ├── UnusedHyperparameterWarning        a hyperparameter that took no part in the loop or the objective
     ├── EagerWarning                       a compiled model runs eagerly inside a context
     ├── FallbackWarning                    a slower way is taken for a model that forbids the faster one
+    ├── InfeasibleWarning                  a hyperparameter left the set in which projection should keep it
     ├── SaturatedWarning                   a hyperparameter reached a bound of its domain
     └── SkippedStepWarning                 a hyper-step was left out, since its gradient was not finite
 
@@ -32,6 +33,7 @@ __all__ = [
     "EagerWarning",
     "FallbackWarning",
     "HeldConstantWarning",
+    "InfeasibleWarning",
     "MetaoptError",
     "MetaoptWarning",
     "MissingExtraError",
@@ -110,6 +112,10 @@ class EagerWarning(MetaoptWarning):
 
 class FallbackWarning(MetaoptWarning):
     """A slower way is taken for a model that forbids the faster one."""
+
+
+class InfeasibleWarning(MetaoptWarning):
+    """A hyperparameter lies outside of the set in which projection should keep it."""
 
 
 class SaturatedWarning(MetaoptWarning):

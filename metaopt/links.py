@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Given", "Link", "assign", "follow", "links_of", "mixed", "owner_of", "shift", "unlink"]
+__all__ = ["Given", "Link", "assign", "follow", "label_of", "links_of", "mixed", "shift", "unlink"]
 
 import functools
 import gc
@@ -91,7 +91,7 @@ class Given:
 
 def shift(optimizer: torch.optim.Optimizer, origin: tuple[int, str], change: float, *, search: bool = False) -> None:
     """Move what schedulers keep of a setting, in the group and in themselves, when its hyperparameter has moved."""
-    (place, name), owner = origin, owner_of(optimizer)
+    (place, name), owner = origin, label_of(optimizer)
     for group in optimizer.param_groups:
         for key in [key for key in group if key != "params"]:
             group[key] = shifted(group[key], origin, change, owner)
@@ -117,7 +117,7 @@ def follow(optimizer: torch.optim.Optimizer, origin: tuple[int, str], link: Link
     Raises:
         DomainError: if it was computed from two of them, or from another optimizer's.
     """
-    owner = owner_of(optimizer)
+    owner = label_of(optimizer)
     if isinstance(number, Followed):
         if number.slope and (number.slope != number.slope or not number.belongs(owner)):
             raise mixed(origin[1], number, owner)
@@ -144,8 +144,8 @@ def links_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Link]]:
     return list(getattr(optimizer, "_links", {}).values())
 
 
-def owner_of(optimizer: torch.optim.Optimizer) -> str | None:
-    """The name under which numbers know an optimizer."""
+def label_of(optimizer: torch.optim.Optimizer) -> str | None:
+    """The label that an optimizer's numbers carry, so that one that strays into another optimizer is known."""
     found: str | None = getattr(optimizer, "_owner", None)
     return found
 

@@ -17,7 +17,7 @@ from metaopt.capture.trace import Group, Instruction, Val
 from metaopt.errors import CaptureError, UnusedHyperparameterWarning, warn
 from metaopt.followed import Followed, plainly, slopes_of
 from metaopt.hyperparameters import name_of
-from metaopt.links import mixed, owner_of
+from metaopt.links import label_of, mixed
 from metaopt.rules import Rule, Update
 from metaopt.wrapping import refuse_filled, refuse_old
 
@@ -170,7 +170,7 @@ class RuledUpdate:
             rule.check(name, number)
             found = numbers[name]
             if name not in links and isinstance(found, Followed) and found.slope:
-                raise mixed(name, found, owner_of(self.optimizer) or self.rule.optimizer.__name__)
+                raise mixed(name, found, label_of(self.optimizer) or self.rule.optimizer.__name__)
         differentiable = frozenset(links) | {
             name for name, number in numbers.items() if isinstance(number, Tensor) and self.tape.is_live(number)
         }

@@ -529,6 +529,22 @@ def bags(hyper: Hyper, context: Context) -> Trained:
 
 
 @case(lr=0.3, weights=weights(12))
+def transcripts(hyper: Hyper, context: Context) -> Trained:
+    torch.manual_seed(3)
+    model = mlp(5, 6, 4)
+    x, y = torch.randn(6, 12, 5), torch.randint(1, 4, (12, 2))
+    times, counts = torch.randint(3, 7, (12,)), torch.randint(0, 3, (12,))
+    optimizer = sgd(hyper, momentum=0.5)(model.parameters())
+    losses = lambda: F.ctc_loss(model(x).log_softmax(2), y, times, counts, reduction="none")  # noqa: E731
+    with context(optimizer):
+        for _ in range(4):
+            optimizer.zero_grad()
+            (hyper["weights"] * losses()).mean().backward()
+            optimizer.step()
+    return Trained(lambda: losses().mean(), model, optimizer)
+
+
+@case(lr=0.3, weights=weights(12))
 def frozen(hyper: Hyper, context: Context) -> Trained:
     model = mlp(5, 6, 6, 3)
     model[0].requires_grad_(False)

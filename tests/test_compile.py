@@ -31,6 +31,7 @@ EAGER = {
     "hooks_on_weights_that_move_within_a_step": "gradient hooks run Python code",
     "numpy_index_shuffled_in_place": "neither a tensor nor a number",
     "fake_quantized": "neither a tensor nor a number",
+    "transcripts": "too many to compile",
 }
 # Here it depends on whether an index, or a count of steps, is the same in all steps that share a program.
 SOMETIMES = {"writes_through_views_and_data", "adversary_made_in_the_loop"}

@@ -618,3 +618,37 @@ def test_parts_of_a_hyperparameter_that_moves_are_read_again() -> None:
             assert grad[3].abs() > 0
             with torch.no_grad():
                 weights -= 0.01 * grad
+
+
+# -- projection ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize(
+    "entry", [metaopt.nonnegative(0.01), metaopt.l1_box(torch.full((4,), 0.5), 2.0)], ids=["nonnegative", "l1_box"]
+)
+def test_a_hyperparameter_that_nothing_projects_is_named_once(
+    entry: Any, attached: bool, mode: Callable[..., Any]
+) -> None:
+    hyper = metaopt.Hyperparameters(decay=entry)
+    hyper_optimizer = torch.optim.SGD(hyper.parameters(), lr=1.0)
+    if attached:
+        hyper.attach(hyper_optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            weight = nn.Parameter(torch.ones(4))
+            optimizer = torch.optim.SGD([weight], lr=0.1)
+            with mode(optimizer) as run:
+                for _ in range(2):
+                    optimizer.zero_grad()
+                    (hyper.decay * weight**2).sum().backward()
+                    optimizer.step()
+            run.backward(((weight - 1.5) ** 2).sum())
+            assert hyper.decay.grad is not None
+            hyper.decay.grad = -torch.ones_like(hyper.decay) if entry.leaf.dim() else torch.ones_like(hyper.decay)
+            hyper_optimizer.step()
+    said = [str(w.message) for w in caught if issubclass(w.category, metaopt.InfeasibleWarning)]
+    assert len(said) == (not attached)
+    assert all("hyperparameter decay, " in text and "hyper.attach(hyper_optimizer)" in text for text in said)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 __all__ = ["SPECIAL"]
 
-import functools
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaopt.capture import made, statistics, writes
+from metaopt.capture import embeddings, made, statistics, writes
 from metaopt.capture.bindings import BASE, View
+from metaopt.capture.ctc import LOSSES, ctc
 from metaopt.capture.gradients import autograd_backward, autograd_grad, tensor_backward
 from metaopt.capture.hooks import Observed
 from metaopt.capture.primitives import flatten, stop
 from metaopt.capture.replacements import rejection_sampler
-from metaopt.capture.surrogates import embedding, fake_quantize, hard_gumbel_softmax
+from metaopt.capture.surrogates import fake_quantize, hard_gumbel_softmax
 from metaopt.capture.surroundings import generators
 from metaopt.capture.withheld import get_grad
 from metaopt.errors import CaptureError
@@ -152,47 +151,6 @@ def _refuse_post_hook(watcher: Watcher, func: Callable[..., Any], args: Args, kw
     return func(*args, **kwargs)
 
 
-# -- layers ----------------------------------------------------------------------------------
-
-
-_signature = functools.cache(inspect.signature)
-_RAW_EMBEDDING = (torch.embedding, torch.ops.aten.embedding, torch.ops.aten.embedding.default)
-
-
-def _arguments(func: Callable[..., Any], args: Args, kwargs: Kwargs) -> dict[str, Any]:
-    """What an embedding is called with, by the names of ``torch.nn.functional``."""
-    if func not in _RAW_EMBEDDING:
-        return dict(_signature(func).bind(*args, **kwargs).arguments)
-    names = ("weight", "indices", "padding_idx", "scale_grad_by_freq", "sparse")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    given["input"] = given.pop("indices")
-    if given.get("padding_idx", -1) < 0:
-        given["padding_idx"] = None  # the layer counts from the end, and this does not
-    return given
-
-
-def _embedding(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    given = _arguments(func, args, kwargs)
-    weight = given.get("weight")
-    if isinstance(weight, Tensor) and watcher.tape.is_live(weight):
-        if given.get("max_norm") is not None:
-            raise CaptureError(
-                "an embedding with `max_norm` rewrites its weights inside the forward pass, which can't be followed. "
-                "Drop `max_norm` and renormalise the rows in the loop, under `torch.no_grad()`."
-            )
-        if given.get("sparse"):
-            raise CaptureError(
-                "an embedding with `sparse=True` gives sparse gradients, which have no second derivative. Use "
-                "`sparse=False`."
-            )
-        padding, by_frequency = given.get("padding_idx"), bool(given.get("scale_grad_by_freq"))
-        if func is not F.embedding_bag and (padding is not None or by_frequency):
-            result = func(*args, **kwargs)
-            watcher.record(embedding, (given["input"], weight, padding, by_frequency), {}, result, phased=True)
-            return result
-    return watcher.call(func, args, kwargs)
-
-
 SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.backward: tensor_backward,
     torch.autograd.backward: autograd_backward,
@@ -216,7 +174,9 @@ SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.__deepcopy__: made.deepcopy,
     Tensor.register_hook: _hook,
     **dict.fromkeys(statistics.NORMS, statistics.norm),
-    **dict.fromkeys((F.embedding, F.embedding_bag, *_RAW_EMBEDDING), _embedding),
+    **dict.fromkeys(LOSSES, ctc),
+    **dict.fromkeys(embeddings.TABLES, embeddings.table),
+    **dict.fromkeys(embeddings.BAGS, embeddings.bag),
 }
 if hasattr(Tensor, "register_post_accumulate_grad_hook"):
     SPECIAL[Tensor.register_post_accumulate_grad_hook] = _refuse_post_hook

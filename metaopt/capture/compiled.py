@@ -54,6 +54,8 @@ def refusal(program: Program) -> str | None:
             name == "apply" and isinstance(getattr(func, "__self__", None), type)
         ):
             return f"`{name}` is an autograd.Function, whose Python code may do anything"
+        if name == "ctc_loss":
+            return f"`{name}` makes some calls for each time step, too many to compile"
         packed = name in _RECURRENT and type(instruction.args[_RECURRENT[name]]) is Val
         if packed or _READS.search(name):
             return f"`{name}` reads its arguments on the processor"

@@ -119,8 +119,11 @@ def embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """``F.embedding_bag``: rows of the weight, reduced over the entries of each bag that are no padding."""
-    if max_norm is not None or scale_grad_by_freq or sparse:
+    """``F.embedding_bag``: rows of the weight, reduced over the entries of each bag that are no padding.
+
+    ``scale_grad_by_freq`` is for `metaopt.capture.surrogates` to heed, where the weight has a gradient.
+    """
+    if max_norm is not None or sparse:
         options = (max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
         return F.embedding_bag(input, weight, offsets, *options, include_last_offset, padding_idx)
     words = input.reshape(-1)

@@ -6,7 +6,7 @@ and moves the running ones by a formula of their own.
 
 from __future__ import annotations
 
-__all__ = ["NORMS", "norm", "normalize", "running_mean", "running_var"]
+__all__ = ["NORMS", "native", "norm", "normalize", "running_mean", "running_var"]
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,18 +15,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaopt.capture.primitives import Phase, stop
+
 if TYPE_CHECKING:
     from metaopt.capture.watcher import Watcher
 
 _BATCH, _INSTANCE = ("training", "momentum", "eps"), ("use_input_stats", "momentum", "eps")
 _LAYER = ("input", "running_mean", "running_var", "weight", "bias")
 _RAW = ("input", "weight", "bias", "running_mean", "running_var")
-# Each such function, and the one behind it, which takes the same in another order: what it does, and its arguments.
+
+
+def _overloads(name: str) -> tuple[Callable[..., Any], ...]:
+    packet = getattr(torch.ops.aten, name)
+    return packet, packet.default
+
+
+# Each such function, and those behind it, which take the same in another order: what it does, and its arguments.
 NORMS: dict[Callable[..., Any], tuple[Callable[..., Any], tuple[str, ...]]] = {
     F.batch_norm: (F.batch_norm, (*_LAYER, *_BATCH)),
     F.instance_norm: (F.instance_norm, (*_LAYER, *_INSTANCE)),
     torch.batch_norm: (F.batch_norm, (*_RAW, *_BATCH)),
     torch.instance_norm: (F.instance_norm, (*_RAW, *_INSTANCE)),
+    **dict.fromkeys(
+        (torch.native_batch_norm, *_overloads("native_batch_norm"), *_overloads("batch_norm")),
+        (F.batch_norm, (*_RAW, *_BATCH)),
+    ),
+    **dict.fromkeys(_overloads("instance_norm"), (F.instance_norm, (*_RAW, *_INSTANCE))),
 }
 _DEFAULTS = {
     "running_mean": None,
@@ -67,6 +81,13 @@ def normalize(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias:
     return y.to(x.dtype)
 
 
+def native(phase: Phase, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    """What ``torch.native_batch_norm`` returns: the batch's statistics too, which the loop's gradients don't pass."""
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    var, mean = torch.var_mean(stop(phase, x), axes, correction=0)
+    return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps), mean, (var + eps).rsqrt()
+
+
 def norm(watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A batch or instance norm: its running statistics are written in training and read in evaluation."""
     tape = watcher.tape
@@ -81,7 +102,7 @@ def norm(watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwar
             return watcher.call(func, args, kwargs)
         result = func(*args, **kwargs)
         spec = (x, mean, var, given["weight"], given["bias"], given["eps"])
-        watcher.record(normalize, spec, {}, result)
+        watcher.record(normalize, spec, {}, result if isinstance(result, Tensor) else result[0])
         return result
     live = any(tape.is_live(t) for t in (x, mean, var, given["weight"], given["bias"]) if t is not None)
     values = [tape.read_stopped(t) for t in (mean, var, x)] if live else []
@@ -91,7 +112,10 @@ def norm(watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwar
         return func(*args, **kwargs)
     result = func(*args, **kwargs)
     rest = {name: given[name] for name in ("weight", "bias", "momentum", "eps")}
-    watcher.record(function, (x,), {"running_mean": None, "running_var": None, flag: True, **rest}, result)
+    if isinstance(result, Tensor):
+        watcher.record(function, (x,), {"running_mean": None, "running_var": None, flag: True, **rest}, result)
+    else:
+        watcher.record(native, (x, given["weight"], given["bias"], given["eps"]), {}, result, phased=True)
     momentum = tape.trace.number(float(given["momentum"]))
     for buffer, value, formula in ((mean, values[0], running_mean), (var, values[1], running_var)):
         if tape.is_live(x) or tape.find(buffer) is not None:

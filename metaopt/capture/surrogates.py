@@ -7,12 +7,12 @@ The loop's gradients go through torch's backward; the sweep differentiates the v
 ``torch.fake_quantize_per_tensor_affine`` and its kin: their backward takes rounding for the identity.
 
 ``F.embedding`` with a ``padding_idx``: its backward leaves that row out, though the forward reads it. With
-``scale_grad_by_freq`` it divides each row's gradient by how often the row was read.
+``scale_grad_by_freq`` it divides each row's gradient by how often the row was read; so does ``F.embedding_bag``'s.
 """
 
 from __future__ import annotations
 
-__all__ = ["embedding", "fake_quantize", "hard_gumbel_softmax"]
+__all__ = ["embedding", "embedding_bag", "fake_quantize", "hard_gumbel_softmax"]
 
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaopt.capture import replacements
 from metaopt.capture.primitives import Phase, choose, stop
 
 
@@ -64,3 +65,9 @@ def embedding(
         held = stop(phase, words)
         words = held + share * (words - held)
     return words
+
+
+def embedding_bag(phase: Phase, shares: Tensor, *, weight: Tensor, **options: Any) -> Tensor:
+    """``F.embedding_bag(scale_grad_by_freq=True)``: the loop's gradient of each row is a share of the sweep's."""
+    held = stop(phase, weight)
+    return replacements.embedding_bag(weight=held + shares * (weight - held), **options)

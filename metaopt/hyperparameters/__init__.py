@@ -27,6 +27,7 @@ __all__ = [
     "real",
     "schedule",
     "simplex",
+    "strayed",
 ]
 
 from metaopt.hyperparameters.domains import Domain, Value
@@ -45,5 +46,5 @@ from metaopt.hyperparameters.factories import (
 from metaopt.hyperparameters.history import History
 from metaopt.hyperparameters.module import Hyperparameters
 from metaopt.hyperparameters.projections import project_box, project_l1_box
-from metaopt.hyperparameters.registry import name_of, owner_of
+from metaopt.hyperparameters.registry import name_of, owner_of, strayed
 from metaopt.hyperparameters.schedules import schedule

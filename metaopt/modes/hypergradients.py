@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from metaopt.capture.bindings import leaves_of
-from metaopt.errors import SweepError, UnusedHyperparameterWarning, warn
-from metaopt.hyperparameters import name_of, owner_of
+from metaopt.errors import InfeasibleWarning, SweepError, UnusedHyperparameterWarning, warn
+from metaopt.hyperparameters import name_of, owner_of, strayed
 from metaopt.modes.adjoint import Adjoint
 from metaopt.modes.passes import reverse_pass
 from metaopt.step import Loop
@@ -56,6 +56,7 @@ def accumulate(adjoint: Adjoint) -> None:
     if not gradients:
         raise _nothing(adjoint.loop)
     _warn_unused(adjoint, {id(leaf) for leaf, _ in gradients})
+    _warn_strayed(leaf for leaf, _ in gradients)
     adjoint.loop.give(leaf for leaf, _ in gradients)
     for leaf, grad in gradients:
         grad = grad.detach().to(leaf.dtype)
@@ -83,6 +84,7 @@ def collect(adjoint: Adjoint, wanted: list[Tensor]) -> tuple[Tensor, ...]:
     gradients = {id(leaf): grad for leaf, grad in gradients_of(adjoint)}
     if not adjoint.loop.steps and not gradients and all(adjoint.loop.tape.find(tensor) is None for tensor in wanted):
         raise _nothing(adjoint.loop)
+    _warn_strayed(wanted)
     results = []
     adjoint.loop.give(wanted)
     for tensor in wanted:
@@ -150,6 +152,18 @@ def _warn_read(whose: str) -> None:
         "it is clipped, or was turned into a Python number has none; decide smoothly (`torch.sigmoid`) to tune it.",
         UnusedHyperparameterWarning,
     )
+
+
+def _warn_strayed(leaves: Iterable[Tensor]) -> None:
+    for leaf in leaves:
+        which = strayed(leaf)
+        if which is not None:
+            warn(
+                f"the hyperparameter {which} is outside of its set: a hyper-step moved it, and nothing projected it "
+                "back. Call `hyper.attach(hyper_optimizer)` once, or `hyper.project_()` after each hyper-step; "
+                "`positive` and `interval` stay inside by themselves.",
+                InfeasibleWarning,
+            )
 
 
 def _of_value(tensor: Tensor, gradients: dict[int, Tensor]) -> Tensor | None:
