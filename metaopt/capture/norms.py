@@ -113,7 +113,8 @@ def normalize(
 
 
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
-    """``F.cosine_similarity``."""
+    """``F.cosine_similarity``, whose axis is one of the common shape."""
+    x1, x2 = torch.broadcast_tensors(x1, x2)
     first, second = (_euclidean(x, dim, keepdim=True).clamp_min(eps) for x in (x1, x2))
     return ((x1 / first) * (x2 / second)).sum(dim)
 

@@ -92,6 +92,54 @@ def choose(phase: Phase, own: Tensor, true: Tensor) -> Tensor:
     return _Choose.apply(own, true, phase)
 
 
+class _Own(torch.autograd.Function):
+    """A custom function, whose last arguments are the phase and itself.
+
+    Its backward may do with gradients what it likes, and add to them, so it must not be called in the sweep: not even
+    with zeros, nor for what its saved outputs depend on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Any:
+        *args, phase, function = given
+        known = [torch.default_generator]
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            known += list(torch.cuda.default_generators)
+        ctx.metaopt = phase, function, args, tuple((g, g.get_state()) for g in known)
+        if not _is_split(function):
+            return function.forward(ctx, *args)
+        output = function.forward(*args)
+        function.setup_context(ctx, tuple(args), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        phase, function, args, states = ctx.metaopt
+        if phase.inner:
+            found = function.backward(ctx, *grads)
+            found = found if isinstance(found, tuple) else (found,)
+            return (*found[: len(args)], None, None)
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            places = [place for place, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
+            aliases = {place: args[place].view_as(args[place]) for place in places}
+            result = seeded(states, true_forward, function, [aliases.get(i, a) for i, a in enumerate(args)], {})
+        outputs = result if isinstance(result, tuple) else (result,)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if isinstance(o, Tensor) and o.requires_grad]
+        pairs = [(o, g) for o, g in pairs if g is not None]
+        pulled: dict[int, Tensor | None] = {}
+        if pairs:
+            true = torch.autograd.grad(
+                [o for o, _ in pairs],
+                list(aliases.values()),
+                [g for _, g in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+            pulled = dict(zip(aliases, true, strict=True))
+        return (*(pulled.get(place) for place in range(len(args))), None, None)
+
+
 class Surrogate:
     """A custom function whose backward is, on purpose, not the derivative of its forward.
 
@@ -103,15 +151,8 @@ class Surrogate:
         self.function: Any = function
         self.__name__ = function.__name__
 
-    def __call__(self, phase: Phase, *args: Any, **kwargs: Any) -> Any:
-        own = self.function.apply(*args, **kwargs)
-        true = true_forward(self.function, args, kwargs)
-        if isinstance(own, Tensor):
-            return choose(phase, own, true) if own.requires_grad else own
-        return tuple(
-            choose(phase, o, t) if isinstance(o, Tensor) and o.requires_grad else o
-            for o, t in zip(own, true, strict=True)
-        )
+    def __call__(self, phase: Phase, *args: Any) -> Any:
+        return _Own.apply(*args, phase, self.function)
 
 
 class Plain:
@@ -142,9 +183,14 @@ class _Context:
 def true_forward(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """The forward of a custom function as ordinary, differentiable torch operations."""
     with torch.enable_grad():
-        if function.setup_context is not torch.autograd.function._SingleLevelFunction.setup_context:
+        if _is_split(function):
             return function.forward(*args, **kwargs)
         return function.forward(_Context(), *args, **kwargs)
+
+
+def _is_split(function: Any) -> bool:
+    """Whether a custom function's forward has no context, which another method sets up."""
+    return function.setup_context is not torch.autograd.function._SingleLevelFunction.setup_context
 
 
 def stop(phase: Phase, x: Tensor) -> Tensor:
