@@ -329,6 +329,16 @@ def test_norms_and_distances(torchs: Callable[..., Tensor], options: dict[str, A
     assert torch.autograd.gradgradcheck(lambda x: ours(x, **options), x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("torchs", [Tensor.norm, torch.linalg.vector_norm, F.normalize])
+def test_a_norm_in_half_precision(torchs: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """Squares overflow where the norm does not."""
+    x = torch.full((2, 30), 300.0, dtype=dtype, requires_grad=True)
+    ours, expected = replacements.REPLACEMENTS[torchs](x), torchs(x)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (ours, expected)), rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("torchs", "options"),
     [

@@ -457,7 +457,8 @@ def test_a_schedule_by_hand_may_put_tensors_into_the_groups(name: str, linked: b
 @pytest.mark.parametrize("moved", [0.0, 1e-14])
 def test_a_schedule_by_hand_of_tensors_goes_on_where_the_hyperparameter_moves(moved: float) -> None:
     """It was taken for a number that comes from nowhere, which is a wrong tangent."""
-    x, found = torch.randn(5, 4), []
+    x = torch.randn(5, 4)
+    found: list[Tensor] = []
     for mode in (metaopt.record, metaopt.stream):
         torch.manual_seed(0)
         lr, model = torch.tensor(0.05, requires_grad=True), nn.Linear(4, 3)
