@@ -40,6 +40,8 @@ class _Sees(Protocol):
 
 # What the replay calls in place of those that were seen.
 _checked: weakref.WeakKeyDictionary[type, Plain | Surrogate | None] = weakref.WeakKeyDictionary()
+# And in place of those that the loop's own gradients have not met so far, as under `no_grad`.
+_stopped: weakref.WeakKeyDictionary[type, Plain | Surrogate | None] = weakref.WeakKeyDictionary()
 _watchers = threading.local()
 _lock = threading.Lock()
 _users = 0
@@ -89,13 +91,8 @@ def apply_function(
             "which can't be differentiated. Pass `use_reentrant=False`."
         )
     replacement = FUNCTIONS.get((cls.__module__, cls.__qualname__))
-    if (
-        replacement is None
-        and watcher.check_functions
-        and cls not in _checked
-        and any(tape.inner_of(tensor) for tensor in sources)
-    ):
-        _checked[cls] = stand_in(cls, args, kwargs)
+    if replacement is None and watcher.check_functions and cls not in _checked:
+        _check(cls, args, kwargs, inner=any(tape.inner_of(tensor) for tensor in sources))
     if cls is torch.distributions.dirichlet._Dirichlet:
         raise rejection_sampler()
     if cls is torch.nn.modules._functions.BackwardHookFunction:
@@ -107,6 +104,18 @@ def apply_function(
         raise CaptureError(
             f"`{cls.__name__}` (a torch.autograd.Function) writes its arguments in place; let it return new tensors."
         )
-    called = replacement or _checked.get(cls) or cls.apply  # type: ignore[attr-defined]
+    called = replacement or _checked.get(cls, _stopped.get(cls)) or cls.apply  # type: ignore[attr-defined]
     watcher.record(called, args, kwargs, result, seed, phased=isinstance(called, Surrogate))
     return result
+
+
+def _check(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], *, inner: bool) -> None:
+    """Find out what the replay calls in place of a function that is seen for the first time."""
+    if inner:
+        found, known = stand_in(cls, args, kwargs), _stopped.get(cls)
+        _checked[cls] = known if type(known) is type(found) else found
+    elif cls not in _stopped:
+        try:
+            _stopped[cls] = stand_in(cls, args, kwargs)
+        except CaptureError:
+            _stopped[cls] = None  # the sweep needs the first derivative only, which it may have
