@@ -19,8 +19,9 @@ import torch
 from torch.autograd import Function
 
 from metaopt.capture.cells import version_of
+from metaopt.capture.custom import Plain, Surrogate
 from metaopt.capture.hooks import observe_module_hooks
-from metaopt.capture.primitives import Plain, Surrogate, flatten
+from metaopt.capture.primitives import flatten
 from metaopt.capture.replacements import FUNCTIONS, rejection_sampler
 from metaopt.capture.stand_ins import stand_in
 from metaopt.capture.surroundings import generators

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaopt.capture.custom import Plain, Surrogate, true_forward
 from metaopt.capture.derivatives import disagreement
-from metaopt.capture.primitives import Phase, Plain, Surrogate, flatten, true_forward
+from metaopt.capture.primitives import Phase, flatten
 from metaopt.capture.segment import undisturbed
 from metaopt.errors import CaptureError
 
