@@ -1279,6 +1279,7 @@ def gathered_from_python(hyper: Hyper, context: Context) -> Trained:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that a tensor with a graph becomes a scalar
             made = torch.tensor(returns) + torch.as_tensor(list(returns)) * torch.asarray(tuple(returns)).cos()
+            made = made * torch.tensor([hyper["gamma"], *(reward.reshape(1) for reward in list(returns)[:-1])])
             made = made + x.new_tensor(returns).exp() + x.new([returns[0], 1.0, 0.5, returns[1]])
         worst = logits.detach().amax()
         copied = torch.asarray(worst, copy=True) + torch.asarray(worst).sin()
