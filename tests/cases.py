@@ -1100,6 +1100,88 @@ class Straight(torch.autograd.Function):
         return grad
 
 
+class Clipped(torch.autograd.Function):
+    """A backward that clips gradients, of a size that the loop's are below and the sweep's are not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.clamp(-5.0, 5.0)
+
+
+class Penalty(torch.autograd.Function):
+    """A backward that adds the gradient of a penalty, whatever comes in."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.scale = scale
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return grad + ctx.scale * x.tanh(), None
+
+
+class Halved(torch.autograd.Function):
+    """A backward of half the slope, by the saved results, one of which is drawn."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, noise = torch.tanh(2 * x), torch.rand_like(x)
+        ctx.save_for_backward(y, noise)
+        return y, x * noise
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, other: Tensor) -> Tensor:  # type: ignore[override]
+        y, noise = ctx.saved_tensors
+        return grad * (1 - y * y) + 0.5 * other * noise
+
+
+@case(lr=0.3, weights=weights(12))
+def backward_that_does_not_take_gradients_as_they_are(hyper: Hyper, context: Context) -> Trained:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        hidden = Penalty.apply(torch.tanh(model[0](x)), 0.1)  # type: ignore[index, operator]
+        return F.cross_entropy(model[2](Clipped.apply(hidden)), y)  # type: ignore[index, operator]
+
+    def outer(model: nn.Module) -> Tensor:
+        _, _, x, y = data()
+        return 1e5 * F.cross_entropy(model(x), y)
+
+    return looping(hyper, context, loss, outer=outer)
+
+
+class Noted(Clipped):
+    """The same, in a class that no other case has shown to metaopt."""
+
+
+@case(lr=0.3, weights=weights(12))
+def backward_that_the_loop_does_not_call(hyper: Hyper, context: Context) -> Trained:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = Noted.apply(0.5 * model(x))
+        return F.mse_loss(model(x), target)
+
+    def outer(model: nn.Module) -> Tensor:
+        _, _, x, y = data()
+        return 1e5 * F.cross_entropy(model(x), y)
+
+    return looping(hyper, context, loss, outer=outer)
+
+
+@case(lr=0.3, weights=weights(12))
+def backward_of_results_that_is_no_derivative(hyper: Hyper, context: Context) -> Trained:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        hidden, noise = Halved.apply(model[0](x))  # type: ignore[index, operator]
+        return F.cross_entropy(model[2](hidden + noise), y)  # type: ignore[index, operator]
+
+    return looping(hyper, context, loss)
+
+
 @case(lr=0.3, weights=weights(12))
 def backward_that_is_no_derivative(hyper: Hyper, context: Context) -> Trained:
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -1213,6 +1295,7 @@ def gathered_from_python(hyper: Hyper, context: Context) -> Trained:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that a tensor with a graph becomes a scalar
             made = torch.tensor(returns) + torch.as_tensor(list(returns)) * torch.asarray(tuple(returns)).cos()
+            made = made * torch.tensor([hyper["gamma"], *(reward.reshape(1) for reward in list(returns)[:-1])])
             made = made + x.new_tensor(returns).exp() + x.new([returns[0], 1.0, 0.5, returns[1]])
         worst = logits.detach().amax()
         copied = torch.asarray(worst, copy=True) + torch.asarray(worst).sin()

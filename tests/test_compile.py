@@ -24,6 +24,9 @@ from tests.test_cases import watched
 # Loops whose steps can't be written as aten calls, and why; all others are compiled.
 EAGER = {
     "samples_of_distributions": "draws random numbers",  # a binomial's, which depend on its parameters
+    "backward_of_results_that_is_no_derivative": "is an autograd.Function",
+    "backward_that_does_not_take_gradients_as_they_are": "is an autograd.Function",
+    "backward_that_the_loop_does_not_call": "is an autograd.Function",
     "backward_that_has_no_derivative": "is an autograd.Function",
     "backward_that_is_no_derivative": "is an autograd.Function",
     "custom_function": "is an autograd.Function",

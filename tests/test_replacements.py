@@ -405,6 +405,9 @@ _norms: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
     (F.normalize, {"p": 1, "dim": 0}),
     (torch.dist, {"other": torch.ones(4, 3, dtype=torch.float64)}),
     (F.cosine_similarity, {"x2": torch.ones(4, 3, dtype=torch.float64), "dim": 0}),
+    (F.cosine_similarity, {"x2": torch.ones(3, dtype=torch.float64)}),
+    (F.cosine_similarity, {"x2": torch.ones(3, dtype=torch.float64), "dim": 0}),
+    (F.cosine_similarity, {"x2": torch.ones(5, 1, 3, dtype=torch.float64), "dim": 1}),
     *((torch.cdist, {"x2": torch.ones(n, 3, dtype=torch.float64)}) for n in (2, 30)),
     (torch.cdist, {"x2": torch.ones(2, 3, dtype=torch.float64), "p": 1.5}),
     (F.pdist, {}),
@@ -417,6 +420,16 @@ def test_norms_and_distances(torchs: Callable[..., Tensor], options: dict[str, A
     torch.testing.assert_close(ours(x, **options), torchs(x, **options))
     assert torch.autograd.gradcheck(lambda x: ours(x, **options), x)
     assert torch.autograd.gradgradcheck(lambda x: ours(x, **options), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("torchs", [Tensor.norm, torch.linalg.vector_norm, F.normalize])
+def test_a_norm_in_half_precision(torchs: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """Squares overflow where the norm does not."""
+    x = torch.full((2, 30), 300.0, dtype=dtype, requires_grad=True)
+    ours, expected = replacements.REPLACEMENTS[torchs](x), torchs(x)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y.sum(), x)[0] for y in (ours, expected)), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -452,3 +452,26 @@ def test_a_schedule_by_hand_may_put_tensors_into_the_groups(name: str, linked: b
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Converting a tensor", UserWarning)  # torch's own, of such a rate
         assert hypergradcheck(train, lambda model: model.weight.sin().sum(), [lr])
+
+
+@pytest.mark.parametrize("moved", [0.0, 1e-14])
+def test_a_schedule_by_hand_of_tensors_goes_on_where_the_hyperparameter_moves(moved: float) -> None:
+    """It was taken for a number that comes from nowhere, which is a wrong tangent."""
+    x = torch.randn(5, 4)
+    found: list[Tensor] = []
+    for mode in (metaopt.record, metaopt.stream):
+        torch.manual_seed(0)
+        lr, model = torch.tensor(0.05, requires_grad=True), nn.Linear(4, 3)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+        with warnings.catch_warnings(), mode(optimizer) as run:
+            warnings.filterwarnings("ignore", "Converting a tensor", UserWarning)
+            for t in range(4):
+                optimizer.param_groups[0]["lr"] = lr * (t + 1) / 3
+                optimizer.zero_grad()
+                model(x).tanh().square().sum().backward()
+                optimizer.step()
+                if mode is metaopt.stream:
+                    with torch.no_grad():
+                        lr.add_(moved)
+        found += run.hypergradient(model.weight.sin().sum(), [lr])
+    torch.testing.assert_close(found[0], found[1])

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from metaopt.capture.aten import Graph, trace
+from metaopt.capture.custom import Plain, Surrogate
 from metaopt.capture.draws import Draw, Drawing, UntraceableError, draw_all
-from metaopt.capture.primitives import Phase, Plain, Surrogate, hooked
+from metaopt.capture.primitives import Phase, hooked
 from metaopt.capture.segment import Segment
 from metaopt.capture.trace import Val
 from metaopt.errors import FallbackWarning, warn

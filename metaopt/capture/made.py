@@ -120,7 +120,7 @@ def as_tensor(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kw
 def gathered(data: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``torch.tensor(data)`` of nested lists of tensors and numbers, with the tensors' derivatives."""
     if isinstance(data, Tensor):
-        return data.to(dtype=dtype, device=device)
+        return data.to(dtype=dtype, device=device).reshape(())  # one entry is a number, whatever its shape
     if isinstance(data, list) and flatten(data):
         return torch.stack([gathered(part, dtype, device) for part in data])
     return torch.tensor(data, dtype=dtype, device=device)

@@ -19,16 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Dims = int | Sequence[int] | None
+_HALVES = (torch.float16, torch.bfloat16)
 _MANY = 25  # vectors, from which on torch computes distances by products of matrices
 
 
 def length(x: Tensor, dim: Dims = None, keepdim: bool = False) -> Tensor:
     """The Euclidean norm, all derivatives of which are 0 at zero."""
+    dtype = x.dtype
+    if dtype in _HALVES:  # its squares overflow where the norm does not, and torch adds them up in single precision
+        x = x.float()
     square = (x * x.conj()).real if x.is_complex() else x * x
     axes = range(x.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim
     square = square.sum(tuple(axes), keepdim=keepdim)
     apart = square > 0
-    return torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0)
+    found = torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0)
+    return found.to(dtype) if dtype in _HALVES else found
 
 
 def _euclidean(x: Tensor, dim: Dims = None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
@@ -113,7 +118,8 @@ def normalize(
 
 
 def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
-    """``F.cosine_similarity``."""
+    """``F.cosine_similarity``, whose axis is one of the common shape."""
+    x1, x2 = torch.broadcast_tensors(x1, x2)
     first, second = (_euclidean(x, dim, keepdim=True).clamp_min(eps) for x in (x1, x2))
     return ((x1 / first) * (x2 / second)).sum(dim)
 

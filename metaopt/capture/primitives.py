@@ -9,8 +9,6 @@ from __future__ import annotations
 
 __all__ = [
     "Phase",
-    "Plain",
-    "Surrogate",
     "assign",
     "flatten",
     "hooked",
@@ -21,7 +19,6 @@ __all__ = [
     "seeded",
     "stop",
     "total",
-    "true_forward",
     "with_autocast",
     "with_native_kernels",
 ]
@@ -90,61 +87,6 @@ class _Choose(torch.autograd.Function):
 def choose(phase: Phase, own: Tensor, true: Tensor) -> Tensor:
     """A value, through which the loop's own gradients go one way, and the sweep another."""
     return _Choose.apply(own, true, phase)
-
-
-class Surrogate:
-    """A custom function whose backward is, on purpose, not the derivative of its forward.
-
-    The loop's gradients go through its own backward. The trajectory depends on the values that it computes, so the
-    sweep differentiates its forward.
-    """
-
-    def __init__(self, function: type) -> None:
-        self.function: Any = function
-        self.__name__ = function.__name__
-
-    def __call__(self, phase: Phase, *args: Any, **kwargs: Any) -> Any:
-        own = self.function.apply(*args, **kwargs)
-        true = true_forward(self.function, args, kwargs)
-        if isinstance(own, Tensor):
-            return choose(phase, own, true) if own.requires_grad else own
-        return tuple(
-            choose(phase, o, t) if isinstance(o, Tensor) and o.requires_grad else o
-            for o, t in zip(own, true, strict=True)
-        )
-
-
-class Plain:
-    """A custom function whose backward can't be differentiated, and is what autograd makes of its forward."""
-
-    def __init__(self, function: type) -> None:
-        self.function: Any = function
-        self.__name__ = function.__name__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return true_forward(self.function, args, kwargs)
-
-
-class _Context:
-    """What a custom function's forward may write to, and nobody reads."""
-
-    def save_for_backward(self, *tensors: Tensor) -> None: ...
-
-    def save_for_forward(self, *tensors: Tensor) -> None: ...
-
-    def mark_non_differentiable(self, *tensors: Tensor) -> None: ...
-
-    def set_materialize_grads(self, value: bool) -> None: ...
-
-    needs_input_grad = (False,) * 64
-
-
-def true_forward(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The forward of a custom function as ordinary, differentiable torch operations."""
-    with torch.enable_grad():
-        if function.setup_context is not torch.autograd.function._SingleLevelFunction.setup_context:
-            return function.forward(*args, **kwargs)
-        return function.forward(_Context(), *args, **kwargs)
 
 
 def stop(phase: Phase, x: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from torch import fx
 
 from metaopt.capture.cells import Cell
+from metaopt.capture.custom import Plain, Surrogate
 from metaopt.capture.externals import External
 from metaopt.capture.lowering import Function, lower
-from metaopt.capture.primitives import Plain, Surrogate, hooked, inner_gradient
+from metaopt.capture.primitives import hooked, inner_gradient
 from metaopt.capture.segment import Segment
 from metaopt.capture.split import Split, split
 from metaopt.capture.third import written_out

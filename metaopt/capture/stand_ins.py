@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaopt.capture.custom import Plain, Surrogate, true_forward
 from metaopt.capture.derivatives import disagreement
-from metaopt.capture.primitives import Plain, Surrogate, flatten, true_forward
+from metaopt.capture.primitives import Phase, flatten
 from metaopt.capture.segment import undisturbed
 from metaopt.errors import CaptureError
 
 # Two ways to compute a gradient differ by rounding.
 _SAME = {torch.float64: 1e-8}
+# Powers of two, so that a gradient that is linear is scaled without rounding.
+_SCALES = (2.0**-20, 2.0**20)
 
 
 def stand_in(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> Plain | Surrogate | None:
@@ -41,7 +44,7 @@ def stand_in(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> Plain | 
     else:
         problem = disagreement(call.pullback(call.own), call.point)
         if problem is None:
-            if disagreement(call.values_of(call.own), call.point) is None:
+            if disagreement(call.values_of(call.own), call.point) is None and call.is_linear():
                 return None
             call.refuse_without_forward()
             return Surrogate(cls)
@@ -52,6 +55,8 @@ def stand_in(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> Plain | 
         )
     if call.is_plain():
         return Plain(cls)
+    if call.is_surrogate():
+        return Surrogate(cls)
     raise CaptureError(
         f"the backward of {cls.__name__} (a torch.autograd.Function) can't be differentiated: {why}. A hypergradient "
         "needs its derivative. Write `backward` with torch operations on saved inputs and outputs (not on saved "
@@ -70,6 +75,7 @@ class _Call:
         self.cls: Any = cls
         self.args = args
         self.kwargs = kwargs
+        self.phase = Phase()
         floats = [place for place, a in enumerate(args) if isinstance(a, Tensor) and a.dtype.is_floating_point]
         moving = [place for place in floats if args[place].requires_grad]
         self.places = floats
@@ -91,19 +97,22 @@ class _Call:
 
     def values_of(self, function: Callable[[Sequence[Any]], Any]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
         """The function of the point."""
-        return lambda points: floating(function(self.filled(self.places, [_variable(p) for p in points])))
+        return lambda points: _drawn(function, self.filled(self.places, [_variable(p) for p in points]))
 
-    def pullback(self, function: Callable[[Sequence[Any]], Any]) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-        """The gradient by the point of a random combination of the results: the same for each call."""
+    def pullback(
+        self, function: Callable[[Sequence[Any]], Any], scale: float = 1.0
+    ) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        """The gradient by the point of a random combination of the results, of this scale: the same for each call."""
         cotangents: list[Tensor] = []
 
         def pulled(points: Sequence[Tensor]) -> list[Tensor]:
             inputs = [_variable(p) for p in points]
             given = self.filled(self.places, inputs)
-            outputs = [output for output in floating(function(given)) if output.requires_grad]
+            outputs = [output for output in _drawn(function, given) if output.requires_grad]
             if not cotangents:
-                cotangents.extend(torch.randn_like(output.detach()) for output in outputs)
-            grads = torch.autograd.grad(outputs, inputs, cotangents, create_graph=True, allow_unused=True)
+                cotangents.extend(scale * torch.randn_like(output.detach()) for output in outputs)
+            with self.phase.loop():
+                grads = torch.autograd.grad(outputs, inputs, cotangents, create_graph=True, allow_unused=True)
             return [torch.zeros_like(p) if g is None else g for p, g in zip(points, grads, strict=True)]
 
         return pulled
@@ -118,6 +127,28 @@ class _Call:
             return _same(*values) and _same(*slopes)
 
         return bool(self._attempt(compare)) and disagreement(self.pullback(self.true), self.point) is None
+
+    def is_surrogate(self) -> bool:
+        """Whether the backward of a saved result can be differentiated where that is no result of its own."""
+
+        def both(given: Sequence[Any]) -> Any:
+            return Surrogate(self.cls)(self.phase, *given)
+
+        return disagreement(self.pullback(both), self.point) is None and self._follows_forward()
+
+    def is_linear(self) -> bool:
+        """Whether the backward takes gradients of any size alike; one that clips them is no derivative of anything."""
+
+        def compare() -> bool:
+            slopes = self._at_point(self.pullback(self.own))
+            for scale in _SCALES:
+                scaled = [slope / scale for slope in self._at_point(self.pullback(self.own, scale))]
+                # What is not finite, in half precision, tells nothing.
+                if all(bool(slope.isfinite().all()) for slope in scaled) and not _same(scaled, slopes):
+                    return False
+            return True
+
+        return self._attempt(compare) is not False
 
     def refuse_hidden(self) -> None:
         """Raise if the function's gradient is another where its arguments are equal, but other tensors."""
@@ -145,13 +176,16 @@ class _Call:
 
     def refuse_without_forward(self) -> None:
         """Raise if autograd does not have the derivative of the forward."""
-        if not self._attempt(lambda: disagreement(self.values_of(self.true), self.point) is None):
+        if not self._follows_forward():
             raise CaptureError(
                 f"the backward of {self.cls.__name__} (a torch.autograd.Function) is not the derivative of its "
                 "forward, and its forward is not made of operations that torch can differentiate. The loop's gradients "
                 "need the one and the hypergradient the other. Write the forward with torch operations, without "
                 "`detach` and numpy."
             )
+
+    def _follows_forward(self) -> bool:
+        return bool(self._attempt(lambda: disagreement(self.values_of(self.true), self.point) is None))
 
     @property
     def point(self) -> list[Tensor]:
@@ -170,6 +204,13 @@ class _Call:
                 return ask()
         except Exception:  # noqa: BLE001 (whatever a user's function may raise)
             return None
+
+
+def _drawn(function: Callable[[Sequence[Any]], Any], given: Sequence[Any]) -> list[Tensor]:
+    """The results of a call that draws the same random numbers each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        return floating(function(given))
 
 
 def _variable(value: Tensor) -> Tensor:

@@ -94,8 +94,8 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
         result = {}
         for name in rule.settings:
             number = rule.number(group, name)
-            if isinstance(number, torch.Tensor) and number.requires_grad:
-                continue  # the loop's own, which is followed as it is
+            if _is_followed(number):
+                continue
             link = self._links.get(place, {}).get(name)
             if link is not None:
                 link.last = follow(self, (place, name), link, number)
@@ -128,8 +128,10 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
                 rule.check(name, new)
                 if old is None:
                     assign(group, rule.settings[name], Followed(new, 1.0, origin, self._owner))
+                elif _is_followed(found := rule.number(group, name)):
+                    shift(self, origin, new - old, search=search)
                 else:
-                    number = follow(self, origin, link, rule.number(group, name))
+                    number = follow(self, origin, link, found)
                     assign(group, rule.settings[name], number)
                     shift(self, origin, new - old, search=search)
                     if number.origin == origin and float(number) == number.slope * old:
@@ -166,6 +168,11 @@ class DifferentiableOptimizer(torch.optim.Optimizer):
         for group, slopes in zip(self.param_groups, state_dict.get("link_slopes", ()), strict=False):
             group.update({key: restored(group[key], entry) for key, entry in slopes.items()})
         self.go_back((state_dict.get("schedule_step", 0), state_dict.get("link_bases", {})))
+
+
+def _is_followed(number: Any) -> bool:
+    """Whether a group's number is a tensor of the loop's own, which is followed as it is."""
+    return isinstance(number, Tensor) and number.requires_grad
 
 
 def _follow(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
