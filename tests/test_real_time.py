@@ -309,6 +309,66 @@ def test_many_hyperparameters_are_told_of_the_other_mode() -> None:
         optimizer.step()
 
 
+MADE: dict[str, Callable[[Tensor], Tensor]] = {
+    "Variable": lambda x: torch.autograd.Variable(x + 0.1, requires_grad=True),
+    "Parameter": lambda x: nn.Parameter(torch.randn(x.shape)),
+    "requires_grad_": lambda x: torch.empty(x.shape).copy_(x).requires_grad_(),
+    "requires_grad": lambda x: torch.zeros(x.shape, requires_grad=True),
+    "detach": lambda x: x.detach().requires_grad_(),
+}
+
+
+def penalised(
+    watch: Callable[..., Any], make: Callable[[Tensor], Tensor], weight: Tensor
+) -> tuple[Any, Tensor, list[Tensor]]:
+    """Train with a penalty on the gradients at leaves that the loop makes."""
+    x, y, x_val, y_val = data()
+    model, made = mlp(5, 6, 3), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    torch.manual_seed(0)
+    with watch(optimizer) as run:
+        for _ in range(3):
+            made.append(make(x))
+            (slope,) = torch.autograd.grad(model(made[-1]).sum(), made[-1], create_graph=True)
+            optimizer.zero_grad()
+            (F.cross_entropy(model(x), y) + weight * slope.square().sum()).backward()
+            optimizer.step()
+    return run, F.cross_entropy(model(x_val), y_val), made
+
+
+@pytest.mark.parametrize("directions", [None, 8])
+@pytest.mark.parametrize("how", MADE)
+def test_leaves_that_the_loop_makes_to_take_gradients_at_are_no_hyperparameters(how: str, directions: int) -> None:
+    """``Variable(x, requires_grad=True)`` got a column for each of its entries, in each iteration anew."""
+    weight = torch.tensor(0.01, requires_grad=True)
+    run, outer, made = penalised(partial(metaopt.stream, directions=directions), MADE[how], weight)
+    assert [leaf is weight for leaf in run._columns.leaves()] == [True]
+    assert not any(leaf is external.tensor for leaf in made for external in run._loop.tape.externals.values())
+    gradient = run.hypergradient(outer, wrt=weight)[0]
+    with pytest.raises(metaopt.SweepError, match="made inside the context"):
+        run.hypergradient(outer, wrt=made[0])
+    run, outer, _ = penalised(metaopt.record, MADE[how], weight)
+    torch.testing.assert_close(gradient, run.hypergradient(outer, wrt=weight)[0], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_leaves_made_inside_are_no_hyperparameters_to_ask_for(mode: Callable[..., Any]) -> None:
+    """Reverse mode gave 0 for what the loop took for its own."""
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with mode(optimizer) as run:
+        weight, known = torch.tensor(0.3, requires_grad=True), nn.Parameter(torch.zeros(3))
+        for _ in range(2):
+            optimizer.zero_grad()
+            (weight * F.cross_entropy(model(x) + known, y)).backward()
+            optimizer.step()
+    outer = F.cross_entropy(model(x_val), y_val)
+    assert run.hypergradient(outer, wrt=known)[0].count_nonzero()
+    with pytest.raises(metaopt.SweepError, match="before the `with` block"):
+        run.hypergradient(outer, wrt=weight)
+
+
 def test_chunks_give_the_same_number() -> None:
     gradients = []
     for chunk in (None, 1, 5):

@@ -259,8 +259,11 @@ class Watcher(TorchFunctionMode):
         for target in targets:
             self.tape.before_write(target)
         result = func(*args, **kwargs)
-        if kwargs.get("requires_grad") and isinstance(result, Tensor):
-            made.inner_leaf(self, result)
+        if isinstance(result, Tensor):
+            if kwargs.get("requires_grad"):
+                made.inner_leaf(self, result)
+            elif not (targets or result._is_view() or any(result is argument for argument in args)):
+                self.tape.externals.note_made(result)
         return result
 
     def _escaped(self, func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:

@@ -20,7 +20,7 @@ from metaopt.modes.adjoint import Adjoint
 from metaopt.modes.carried import Carried
 from metaopt.modes.columns import Columns, Directions, coordinates
 from metaopt.modes.compiled import CompiledPush
-from metaopt.modes.hypergradients import accumulate, collect, tensors_of
+from metaopt.modes.hypergradients import accumulate, collect, made_inside, tensors_of
 from metaopt.modes.outer import Objective
 from metaopt.modes.pullback import PullBack
 from metaopt.modes.resuming import Saved, load, save
@@ -152,7 +152,7 @@ class Streaming(Run):
             self._check_finite()
 
     def _discover(self, segment: Segment) -> None:
-        self._columns.discover(external.tensor for external in segment.externals)
+        self._columns.discover(external.tensor for external in segment.externals if not external.inner)
         count = self._columns.count
         self._carried.widen(count)
         if count > _MANY and not self._warned:
@@ -203,14 +203,19 @@ class Streaming(Run):
             One tensor for each entry of ``wrt``, of its shape.
 
         Raises:
-            SweepError: as for `backward`; or if ``wrt`` has a trained weight.
+            SweepError: as for `backward`; or if ``wrt`` has a trained weight, or a tensor that the loop made.
         """
         wanted = tensors_of(wrt)
-        if any(self._loop.tape.find(tensor) is not None for tensor in wanted):
+        found = [binding for tensor in wanted if (binding := self._loop.tape.find(tensor)) is not None]
+        if any(binding.key < 0 for binding in found):
+            raise made_inside()
+        if found:
             raise SweepError(
                 "forward mode would need a tangent for every weight to differentiate with respect to the initial "
                 "weights. Use `metaopt.record`."
             )
+        if any(self._loop.tape.externals.is_inner(tensor) for tensor in wanted):
+            raise made_inside()
         with self._loop.paused():
             return collect(self._evaluate(outer), wanted)
 
