@@ -299,13 +299,18 @@ def test_the_memory_of_forward_mode_does_not_grow() -> None:
 
 
 def test_many_hyperparameters_are_told_of_the_other_mode() -> None:
-    model = nn.Linear(5, 3)
+    """They are named: a teacher that is frozen by omission alone is among them."""
+    model, teacher = nn.Linear(5, 3), nn.Linear(3, 40)
     weights = torch.ones(1200, requires_grad=True)
-    optimizer = metaopt.optim.SGD(model.parameters(), lr=0.1)
+    hyper = metaopt.Hyperparameters(rate=metaopt.positive(0.1))
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=hyper.rate)
     x = torch.randn(1200, 5)
-    seen = pytest.warns(metaopt.MetaoptWarning, match=r"metaopt\.record")
-    with seen, metaopt.stream(optimizer, chunk=100):
-        (weights * model(x).sum(1)).mean().backward()
+    said = (
+        r"1361 entries.*metaopt\.record.*They are Tensor \(1200,\), Parameter \(40, 3\), Parameter \(40,\), rate \(\):"
+        r".*requires_grad_\(False\)"
+    )
+    with pytest.warns(metaopt.MetaoptWarning, match=said), metaopt.stream(optimizer, chunk=100):
+        (weights * teacher(model(x)).square().sum(1)).mean().backward()
         optimizer.step()
 
 
