@@ -309,7 +309,8 @@ def test_many_hyperparameters_are_told_of_the_other_mode() -> None:
         r"1361 entries.*metaopt\.record.*They are Tensor \(1200,\), Parameter \(40, 3\), Parameter \(40,\), rate \(\):"
         r".*requires_grad_\(False\)"
     )
-    with pytest.warns(metaopt.MetaoptWarning, match=said), metaopt.stream(optimizer, chunk=100):
+    seen = pytest.warns(metaopt.MetaoptWarning, match=said)
+    with seen, metaopt.stream(optimizer, chunk=100):
         (weights * teacher(model(x)).square().sum(1)).mean().backward()
         optimizer.step()
 
