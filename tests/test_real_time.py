@@ -357,6 +357,14 @@ def test_leaves_that_the_loop_makes_to_take_gradients_at_are_no_hyperparameters(
     torch.testing.assert_close(gradient, run.hypergradient(outer, wrt=weight)[0], rtol=1e-9, atol=0)
 
 
+def test_constants_that_are_gone_are_forgotten() -> None:
+    optimizer = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1)
+    with metaopt.stream(optimizer) as run:
+        for _ in range(1000):
+            torch.rand(3)
+        assert len(run._loop.tape.externals._made) < 300
+
+
 @pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
 def test_leaves_made_inside_are_no_hyperparameters_to_ask_for(mode: Callable[..., Any]) -> None:
     """Reverse mode gave 0 for what the loop took for its own."""

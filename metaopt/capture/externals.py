@@ -105,6 +105,7 @@ class Externals(dict[int, External]):
         self._behind: dict[int, Tensor] = {}
         # The memory of the constants that this iteration made, and the leaves in such that the loop took gradients at.
         self._made: dict[int, StorageWeakRef] = {}
+        self._purge_at = 256
         self._inner: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     def present(self, tensor: Tensor) -> External | None:
@@ -170,9 +171,13 @@ class Externals(dict[int, External]):
 
     def note_made(self, constant: Tensor) -> None:
         """The loop made a constant: a leaf in its memory, made out of sight (``Variable(x)``), was made after it."""
-        if constant.layout is torch.strided:
-            storage = constant.untyped_storage()
-            self._made[storage._cdata] = StorageWeakRef(storage)
+        if not self.moving or constant.layout is not torch.strided:
+            return  # in reverse mode it costs nothing to take such a leaf for a hyperparameter
+        if len(self._made) >= self._purge_at:
+            self._made = {key: known for key, known in self._made.items() if not known.expired()}
+            self._purge_at = max(256, 2 * len(self._made))
+        storage = constant.untyped_storage()
+        self._made[storage._cdata] = StorageWeakRef(storage)
 
     def differentiate(self, leaf: Tensor) -> None:
         """The loop takes gradients at a leaf: if it made it in this iteration, it made it for that."""
