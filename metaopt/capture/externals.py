@@ -106,6 +106,8 @@ class Externals(dict[int, External]):
         # The memory of the constants that this iteration made, and the leaves in such that the loop took gradients at.
         self._made: dict[int, StorageWeakRef] = {}
         self._purge_at = 256
+        # Leaves that the loop made of constants in sight.
+        self.made_leaves: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._inner: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     def present(self, tensor: Tensor) -> External | None:

@@ -64,6 +64,8 @@ def inner_leaf(watcher: Watcher, tensor: Tensor) -> None:
         tape.read_binding(binding, tensor)
         binding.leaves = [binding.value]
         return
+    if binding is None:
+        tape.externals.made_leaves[id(tensor)] = tensor
     value = tape.read_binding(binding, tensor) if binding is not None else tape.iteration.read_constant(tensor)
     (number,) = tape.trace.emit(leaf, Val(value))
     tape.define(tensor, number, inner=1, leaf=True)

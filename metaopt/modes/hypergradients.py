@@ -56,6 +56,14 @@ def accumulate(adjoint: Adjoint) -> None:
     if not gradients:
         raise _nothing(adjoint.loop)
     _warn_unused(adjoint, {id(leaf) for leaf, _ in gradients})
+    for leaf in adjoint.loop.tape.kept_leaves():
+        warn(
+            f"a leaf of shape {tuple(leaf.shape)} that was made inside the context (`requires_grad=True`), and is used "
+            "by later iterations as it was, gets no hypergradient: it is taken for one of the loop's own, and its "
+            "`.grad` is the training's. If it is a hyperparameter, make it before the `with` block; if not, "
+            "`requires_grad_(False)` says so.",
+            UnusedHyperparameterWarning,
+        )
     adjoint.loop.give(leaf for leaf, _ in gradients)
     for leaf, grad in gradients:
         grad = grad.detach().to(leaf.dtype)
