@@ -6,6 +6,7 @@ import re
 import types
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,33 @@ def test_the_first_page_has_the_readmes_example() -> None:
 
 def test_checking() -> None:
     exec(compile(blocks("docs/checking.md"), "docs/checking.md", "exec"), {"__name__": "checking"})
+
+
+@pytest.mark.parametrize("kind", ["norm", "value"])
+def test_thresholds_for_clipping(kind: str) -> None:
+    """They are torch's functions, and followed; torch's own are not, and the warning names the page."""
+    names: dict[str, Any] = {"__name__": "gotchas"}
+    exec(compile(blocks("docs/gotchas.md"), "docs/gotchas.md", "exec"), names)
+    theirs = getattr(torch.nn.utils, f"clip_grad_{kind}_")
+    limit = torch.tensor(0.3, requires_grad=True)
+
+    def train(watch: Any, clip: Any = names[f"clip_by_{kind}_"]) -> torch.nn.Module:
+        torch.manual_seed(0)
+        model, x = torch.nn.Linear(4, 2), torch.randn(9, 4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with watch(optimizer):
+            for _ in range(2):
+                optimizer.zero_grad()
+                (model(x) - x[:, :2]).square().sum().backward()
+                clip(model.parameters(), limit)
+                optimizer.step()
+        return model
+
+    with pytest.warns(metaopt.HeldConstantWarning, match="A threshold for clipping"):
+        clipped = train(metaopt.record, theirs)
+    torch.testing.assert_close(list(train(metaopt.record).parameters()), list(clipped.parameters()))
+    outer = lambda model: model.weight.square().sum()  # noqa: E731
+    assert metaopt.check.hypergradcheck(train, outer, {"limit": limit})
 
 
 def test_coming_from() -> None:

@@ -299,14 +299,92 @@ def test_the_memory_of_forward_mode_does_not_grow() -> None:
 
 
 def test_many_hyperparameters_are_told_of_the_other_mode() -> None:
-    model = nn.Linear(5, 3)
+    """They are named: a teacher that is frozen by omission alone is among them."""
+    model, teacher = nn.Linear(5, 3), nn.Linear(3, 40)
     weights = torch.ones(1200, requires_grad=True)
-    optimizer = metaopt.optim.SGD(model.parameters(), lr=0.1)
+    hyper = metaopt.Hyperparameters(rate=metaopt.positive(0.1))
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=hyper.rate)
     x = torch.randn(1200, 5)
-    seen = pytest.warns(metaopt.MetaoptWarning, match=r"metaopt\.record")
+    said = (
+        r"1361 entries.*metaopt\.record.*They are Tensor \(1200,\), Parameter \(40, 3\), Parameter \(40,\), rate \(\):"
+        r".*requires_grad_\(False\)"
+    )
+    seen = pytest.warns(metaopt.MetaoptWarning, match=said)
     with seen, metaopt.stream(optimizer, chunk=100):
-        (weights * model(x).sum(1)).mean().backward()
+        (weights * teacher(model(x)).square().sum(1)).mean().backward()
         optimizer.step()
+
+
+MADE: dict[str, Callable[[Tensor], Tensor]] = {
+    "Variable": lambda x: torch.autograd.Variable(x + 0.1, requires_grad=True),
+    "Parameter": lambda x: nn.Parameter(torch.randn(x.shape)),
+    "requires_grad_": lambda x: torch.empty(x.shape).copy_(x).requires_grad_(),
+    "requires_grad": lambda x: torch.zeros(x.shape, requires_grad=True),
+    "detach": lambda x: x.detach().requires_grad_(),
+}
+
+
+def penalised(
+    watch: Callable[..., Any], make: Callable[[Tensor], Tensor], weight: Tensor
+) -> tuple[Any, Tensor, list[Tensor]]:
+    """Train with a penalty on the gradients at leaves that the loop makes."""
+    x, y, x_val, y_val = data()
+    model, made = mlp(5, 6, 3), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    torch.manual_seed(0)
+    with watch(optimizer) as run:
+        for _ in range(3):
+            made.append(make(x))
+            (slope,) = torch.autograd.grad(model(made[-1]).sum(), made[-1], create_graph=True)
+            optimizer.zero_grad()
+            (F.cross_entropy(model(x), y) + weight * slope.square().sum()).backward()
+            optimizer.step()
+    return run, F.cross_entropy(model(x_val), y_val), made
+
+
+@pytest.mark.parametrize("directions", [None, 8])
+@pytest.mark.parametrize("how", MADE)
+def test_leaves_that_the_loop_makes_to_take_gradients_at_are_no_hyperparameters(how: str, directions: int) -> None:
+    """``Variable(x, requires_grad=True)`` got a column for each of its entries, in each iteration anew."""
+    weight = torch.tensor(0.01, requires_grad=True)
+    run, outer, made = penalised(partial(metaopt.stream, directions=directions), MADE[how], weight)
+    assert [leaf is weight for leaf in run._columns.leaves()] == [True]
+    assert not any(leaf is external.tensor for leaf in made for external in run._loop.tape.externals.values())
+    gradient = run.hypergradient(outer, wrt=weight)[0]
+    with pytest.raises(metaopt.SweepError, match="made inside the context"):
+        run.hypergradient(outer, wrt=made[0])
+    run, outer, _ = penalised(metaopt.record, MADE[how], weight)
+    torch.testing.assert_close(gradient, run.hypergradient(outer, wrt=weight)[0], rtol=1e-9, atol=0)
+
+
+def test_constants_that_are_gone_are_forgotten() -> None:
+    optimizer = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1)
+    with metaopt.stream(optimizer) as run:
+        for _ in range(1000):
+            torch.rand(3)
+        assert len(run._loop.tape.externals._made) < 300
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_leaves_made_inside_are_no_hyperparameters_to_ask_for(mode: Callable[..., Any]) -> None:
+    """Reverse mode gave 0 for what the loop took for its own."""
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with mode(optimizer) as run:
+        weight, known = torch.tensor(0.3, requires_grad=True), nn.Parameter(torch.zeros(3))
+        for _ in range(2):
+            optimizer.zero_grad()
+            (weight * F.cross_entropy(model(x) + known, y)).backward()
+            optimizer.step()
+    outer = F.cross_entropy(model(x_val), y_val)
+    with pytest.warns(metaopt.UnusedHyperparameterWarning, match="made inside the context"):
+        run.backward(outer, **({"retain": True} if mode is metaopt.record else {}))
+    outer = F.cross_entropy(model(x_val), y_val)
+    with pytest.raises(metaopt.SweepError, match="before the `with` block"):
+        run.hypergradient(outer, wrt=weight, **({"retain": True} if mode is metaopt.record else {}))
+    assert known.grad is not None
+    assert known.grad.count_nonzero()
 
 
 def test_chunks_give_the_same_number() -> None:

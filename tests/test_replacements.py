@@ -436,6 +436,8 @@ def test_a_norm_in_half_precision(torchs: Callable[..., Tensor], dtype: torch.dt
     ("torchs", "options"),
     [
         (Tensor.norm, {"dim": 1}),
+        (Tensor.norm, {"p": 3, "dim": 1}),
+        (torch.linalg.vector_norm, {"ord": 1.5, "dim": (1,)}),
         (F.normalize, {}),
         (F.cosine_similarity, {"x2": torch.ones(4, 3, dtype=torch.float64)}),
         *((torch.cdist, {"x2": torch.zeros(n, 3, dtype=torch.float64)}) for n in (2, 30)),
@@ -449,3 +451,87 @@ def test_a_norm_of_zero_has_finite_derivatives(torchs: Callable[..., Tensor], op
     assert bool(second.isfinite().all())
     assert not second[1::2].any()
     assert second[::2].any() or torchs is F.normalize
+
+
+_ROUGH: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+    (Tensor.pow, {"exponent": 1.5}),
+    (Tensor.pow, {"exponent": torch.tensor([1.5, 2.0, 2.5])}),
+    (Tensor.float_power, {"exponent": 1.5}),
+    (Tensor.std, {"dim": 1}),
+    (torch.std_mean, {"dim": 1, "unbiased": False}),
+    (torch.renorm, {"p": 2, "dim": 0, "maxnorm": 0.7}),
+    (torch.renorm, {"p": 3, "dim": -1, "maxnorm": 0.7}),
+]
+
+
+@pytest.mark.parametrize(("torchs", "options"), _ROUGH)
+def test_powers_and_deviations(torchs: Callable[..., Any], options: dict[str, Any]) -> None:
+    """As torch's, with its gradient at zero too, and with finite derivatives of that gradient."""
+    x, ours = torch.rand(4, 3, requires_grad=True), replacements.REPLACEMENTS[torchs]
+    assert torch.autograd.gradgradcheck(lambda x: ours(x, **options), x)
+    rows = x * torch.tensor([[1.0], [0.0], [1.0], [0.0]])
+    results = [func(rows, **options) for func in (ours, torchs)]
+    torch.testing.assert_close(*results)
+    gradients = []
+    for result in results:
+        y = sum(part.sin().sum() for part in (result if isinstance(result, tuple) else (result,)))
+        gradients.append(torch.autograd.grad(y, rows, create_graph=True)[0])
+    torch.testing.assert_close(*gradients)
+    assert bool(torch.autograd.grad(gradients[0].sum(), x)[0].isfinite().all())
+
+
+def test_a_hypotenuse_of_zero() -> None:
+    x = torch.tensor([3.0, 0.0], requires_grad=True)
+    (gradient,) = torch.autograd.grad(replacements.REPLACEMENTS[torch.hypot](x, x * 2).sum(), x, create_graph=True)
+    torch.testing.assert_close(gradient, torch.tensor([5.0, 0.0]).sqrt())
+    assert bool(torch.autograd.grad(gradient.sum(), x)[0].isfinite().all())
+
+
+def rough(watch: Any, weight: Tensor, way: str) -> nn.Module:
+    """Train on data with a dead column, by what is rough at zero."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1, bias=False)
+    x = torch.randn(20, 4) * torch.tensor([1.0, 1.0, 0.0, 1.0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    v = torch.zeros(1, 4)
+    with watch(optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            y = x * model.weight
+            loss = (y.sum(1) - x.sum(1)).square().mean()
+            if way == "power":
+                loss = loss + weight * (y.abs() ** 1.5).sum(1).mean()
+            elif way == "deviation":
+                loss = loss + weight * y.std(0).sum()
+            elif way in ("linspace", "logspace"):
+                ends = (weight - 1.0, model.weight[0, 0].detach())
+                loss = loss + (getattr(torch, way)(*ends, steps=4) * model.weight.sin()).sum()
+            loss.backward()
+            if way == "written out":
+                grad = model.weight.grad
+                assert grad is not None
+                with torch.no_grad():
+                    v = 0.9 * v + 0.1 * grad**2
+                    grad.div_(v.sqrt() + weight)
+            optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("way", ["power", "deviation", "linspace", "logspace", "written out"])
+def test_loops_that_are_rough_at_zero(way: str) -> None:
+    weight = torch.tensor(0.3, requires_grad=True)
+    outer = lambda model: (model.weight - 0.5).square().sum()  # noqa: E731
+    assert metaopt.check.hypergradcheck(lambda watch: rough(watch, weight, way), outer, {"weight": weight})
+
+
+def test_a_root_of_a_hyperparameter_that_is_zero_has_no_derivative() -> None:
+    """It is infinite there, and no zero is made of it."""
+    model, noise = nn.Linear(3, 1), torch.tensor(0.0, requires_grad=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with metaopt.record(optimizer, verify="never") as run:
+        with torch.no_grad():
+            x = torch.ones(5, 3) * (1.0 + (noise * 2.0).sqrt())
+        model(x).square().mean().backward()
+        optimizer.step()
+    with pytest.raises(metaopt.SweepError, match="infinite"):
+        run.hypergradient(model.weight.sum(), wrt=noise)

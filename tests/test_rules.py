@@ -787,3 +787,11 @@ def test_a_learned_schedule_is_read_step_by_step(optimizer: type[torch.optim.Opt
         assert torch.equal(plain, linked)
     with pytest.raises(metaopt.DomainError, match="4 entries"):
         mine.step()
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "SparseAdam", "Optimizer", "Nonsense"])
+def test_what_has_no_drop_in_says_what_to_use(name: str) -> None:
+    cure = {"LBFGS": r"metaopt\.wrap", "SparseAdam": r"dense gradients", "Optimizer": r"metaopt\.wrap"}
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'.*{cure.get(name, '')}"):
+        getattr(metaopt.optim, name)
+    assert not hasattr(metaopt.optim, name)

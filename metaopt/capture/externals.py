@@ -8,6 +8,7 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from metaopt.capture.bindings import leaves_of
@@ -23,9 +24,9 @@ class External:
     One that changes is a new external from then on; what used the old value keeps the old one.
     """
 
-    __slots__ = ("behind", "cell", "copy", "epoch", "led", "moving", "tensor", "value", "version")
+    __slots__ = ("behind", "cell", "copy", "epoch", "inner", "led", "moving", "tensor", "value", "version")
 
-    def __init__(self, tensor: Tensor, cell: Cell, *, moving: bool, led: bool = False) -> None:
+    def __init__(self, tensor: Tensor, cell: Cell, *, moving: bool, led: bool = False, inner: bool = False) -> None:
         self.tensor = tensor
         self.cell = cell
         self.version = version_of(tensor)
@@ -33,6 +34,8 @@ class External:
         self.epoch = -1
         self.moving = moving
         self.led = led
+        # Whether the loop made it to take gradients at: a constant, that nobody asks for.
+        self.inner = inner
         self.behind: list[tuple[Tensor, _Value]] = []
         # Writes through `.data` leave no trace in the version.
         self.copy = tensor.detach().clone() if tensor.numel() <= _COPIED_AT_MOST and not moving else None
@@ -100,6 +103,12 @@ class Externals(dict[int, External]):
         self._led: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         # Those of which `.data` was taken in this iteration, by their memory.
         self._behind: dict[int, Tensor] = {}
+        # The memory of the constants that this iteration made, and the leaves in such that the loop took gradients at.
+        self._made: dict[int, StorageWeakRef] = {}
+        self._purge_at = 256
+        # Leaves that the loop made of constants in sight.
+        self.made_leaves: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self._inner: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     def present(self, tensor: Tensor) -> External | None:
         """What stands for a tensor, if its value is still the one that was seen."""
@@ -118,7 +127,8 @@ class Externals(dict[int, External]):
 
     def meet(self, tensor: Tensor, cell: Cell) -> External:
         """A tensor is taken for a hyperparameter from here on, or has another value than before."""
-        external = self[id(tensor)] = External(tensor, cell, moving=self.moving, led=self.is_led(tensor))
+        led, inner = self.is_led(tensor), self.is_inner(tensor)
+        external = self[id(tensor)] = External(tensor, cell, moving=self.moving, led=led, inner=inner)
         if tensor.grad_fn is not None:
             external.behind = self._behind_it(tensor)
         return external
@@ -161,6 +171,29 @@ class Externals(dict[int, External]):
         """Whether a leaf was moved along a gradient that depends on the weights, which is not followed."""
         return id(leaf) in self._led
 
+    def note_made(self, constant: Tensor) -> None:
+        """The loop made a constant: a leaf in its memory, made out of sight (``Variable(x)``), was made after it."""
+        if not self.moving or constant.layout is not torch.strided:
+            return  # in reverse mode it costs nothing to take such a leaf for a hyperparameter
+        if len(self._made) >= self._purge_at:
+            self._made = {key: known for key, known in self._made.items() if not known.expired()}
+            self._purge_at = max(256, 2 * len(self._made))
+        storage = constant.untyped_storage()
+        self._made[storage._cdata] = StorageWeakRef(storage)
+
+    def differentiate(self, leaf: Tensor) -> None:
+        """The loop takes gradients at a leaf: if it made it in this iteration, it made it for that."""
+        external = self.get(id(leaf))
+        if external is not None and leaf.is_leaf and leaf.layout is torch.strided:
+            made = self._made.get(leaf.untyped_storage()._cdata)
+            if made is not None and not made.expired():
+                external.inner = True
+                self._inner[id(leaf)] = leaf
+
+    def is_inner(self, leaf: Tensor) -> bool:
+        """Whether the loop made a leaf to take gradients at."""
+        return id(leaf) in self._inner
+
     def note_behind(self, leaf: Tensor) -> None:
         """Somebody took ``.data`` of a leaf that is a hyperparameter so far."""
         self._behind[leaf.untyped_storage()._cdata] = leaf
@@ -174,11 +207,11 @@ class Externals(dict[int, External]):
 
     def begin(self, epoch: int) -> None:
         """A new iteration begins."""
-        self._behind = {}
+        self._behind, self._made = {}, {}
         if self.moving:
-            # What was computed from a hyperparameter that has moved since is not used again.
+            # What was computed from a hyperparameter that has moved since is not used again; nor are most inner leaves.
             for key, external in list(self.items()):
-                if external.tensor.grad_fn is not None and external.epoch <= epoch - 4:
+                if external.inner or (external.tensor.grad_fn is not None and external.epoch <= epoch - 4):
                     del self[key]
 
 

@@ -148,6 +148,11 @@ class Following:
         """Whether a leaf is trained: by a watched optimizer, or by the loop itself."""
         return id(leaf) in self.trained or self.externals.is_moved(leaf)
 
+    def kept_leaves(self) -> list[Tensor]:
+        """Leaves that an iteration made of constants and that later ones read as they were."""
+        made = [(leaf, self.find(leaf)) for leaf in self.externals.made_leaves.values() if not self.is_moved(leaf)]
+        return [leaf for leaf, binding in made if binding is not None and binding.leaf and not binding.fresh]
+
     def views(self, tensor: Tensor) -> list[Tensor]:
         """The other living tensors that are followed and lie in this one's memory, weights aside."""
         living = [binding.ref() for binding in self.bindings()]

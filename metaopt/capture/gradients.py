@@ -192,6 +192,8 @@ def autograd_grad(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs
         Group(list, tuple(tape.read(tensor) for tensor in inputs)),
         bool(given.get("is_grads_batched")),
     )
+    for tensor in inputs:
+        tape.externals.differentiate(tensor)
     with watcher.backward():
         result = func(*args, **kwargs)
     grads = [result] if isinstance(result, Tensor) else list(result)

@@ -6,7 +6,18 @@ the values all the same.
 
 from __future__ import annotations
 
-__all__ = ["arange", "as_tensor", "deepcopy", "full", "gathered", "inner_leaf", "new", "requires_grad", "tensor"]
+__all__ = [
+    "arange",
+    "as_tensor",
+    "deepcopy",
+    "full",
+    "gathered",
+    "inner_leaf",
+    "new",
+    "requires_grad",
+    "spaced",
+    "tensor",
+]
 
 from collections.abc import Callable, Sequence
 from numbers import Number
@@ -53,6 +64,8 @@ def inner_leaf(watcher: Watcher, tensor: Tensor) -> None:
         tape.read_binding(binding, tensor)
         binding.leaves = [binding.value]
         return
+    if binding is None:
+        tape.externals.made_leaves[id(tensor)] = tensor
     value = tape.read_binding(binding, tensor) if binding is not None else tape.iteration.read_constant(tensor)
     (number,) = tape.trace.emit(leaf, Val(value))
     tape.define(tensor, number, inner=1, leaf=True)
@@ -161,8 +174,29 @@ def new(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) 
     return watcher.call(func, args, kwargs)
 
 
+def spaced(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """``torch.linspace`` and ``torch.logspace``, which follow their ends, and whose gradients don't."""
+    names = ("start", "end", "steps", *(("base",) if func is torch.logspace else ()))
+    given = dict(zip(names, args, strict=False)) | kwargs
+    result = func(*args, **kwargs)
+    start, end = given["start"], given["end"]
+    if any(watcher.tape.is_live(x) for x in flatten([start, end])) and result.is_floating_point():
+        base = given.get("base", 10.0) if func is torch.logspace else None
+        watcher.record(between, (start, end, len(result), base, result.dtype), {}, result, grad=False)
+    return result
+
+
+def between(start: Tensor | float, end: Tensor | float, steps: int, base: float | None, dtype: torch.dtype) -> Tensor:
+    """Numbers at equal distances from ``start`` to ``end``, or the powers of ``base`` with such exponents."""
+    device = next((end.device for end in (start, end) if isinstance(end, Tensor)), None)
+    part = torch.linspace(0.0, 1.0, steps, dtype=dtype, device=device)
+    # Its ends are exact, whatever it lies between.
+    exponents = start * (1.0 - part) + end * part
+    return exponents if base is None else torch.pow(base, exponents)
+
+
 def arange(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
-    """``torch.linspace`` and its kin, whose ends may be tensors and have no derivative in torch."""
+    """``torch.arange``, whose ends may be tensors: they have no derivative in torch, and decide how many there are."""
     if any(watcher.tape.is_live(end) for end in flatten([*args, *kwargs.values()]) if end.is_floating_point()):
         watcher.say_constant(name_of(func))
         return func(*args, **kwargs)

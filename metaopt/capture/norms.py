@@ -40,6 +40,17 @@ def _euclidean(x: Tensor, dim: Dims = None, keepdim: bool = False, dtype: torch.
     return length(x if dtype is None else x.to(dtype), dim, keepdim)
 
 
+def _other(x: Tensor, order: float, dim: Dims, keepdim: bool) -> Tensor:
+    """A norm of another order, likewise 0 with all its derivatives at zero, where it is a root."""
+    if not 1 < order < float("inf"):
+        return torch.linalg.vector_norm(x, order, dim, keepdim)
+    axes = tuple(range(x.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim)
+    zero = (x != 0).sum(axes, keepdim=True) == 0
+    lengths = torch.linalg.vector_norm(torch.where(zero, 1.0, x), order, axes, keepdim=True)
+    lengths = torch.where(zero, 0.0, lengths)
+    return lengths if keepdim else lengths.squeeze(axes)
+
+
 def _is_euclidean(order: Any) -> bool:
     return order is None or order in (2, "fro")
 
@@ -53,9 +64,9 @@ def norm(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``torch.norm``."""
-    if not _is_euclidean(p):
+    if isinstance(p, str) and p != "fro":
         return torch.norm(input, p, dim, keepdim, dtype=dtype)
-    return _euclidean(input, dim, keepdim, dtype)
+    return vector_norm(input, 2.0 if p is None or p == "fro" else p, dim, keepdim, dtype=dtype)  # type: ignore[arg-type]
 
 
 def vector_norm(
@@ -68,7 +79,7 @@ def vector_norm(
 ) -> Tensor:
     """``torch.linalg.vector_norm``."""
     if not _is_euclidean(ord):
-        return torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype)
+        return _other(x if dtype is None else x.to(dtype), ord, dim, keepdim)
     return _euclidean(x, dim, keepdim, dtype)
 
 

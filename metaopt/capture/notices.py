@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Notices", "name_of"]
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
 
@@ -15,6 +15,15 @@ from metaopt.errors import EagerWarning, HeldConstantWarning, user_frame, warn
 def name_of(func: Callable[..., Any]) -> str:
     """A function's plain name."""
     return getattr(func, "__name__", None) or type(func).__name__
+
+
+# What to do in place of functions of torch that take numbers out of what they are given, by module.
+_INSTEAD = {
+    "torch.nn.utils.clip_grad": (
+        " A threshold for clipping that is a hyperparameter is followed where the loop scales the gradients itself: "
+        "docs, gotchas, 'A threshold for clipping' has the lines."
+    )
+}
 
 
 class Notices:
@@ -37,11 +46,13 @@ class Notices:
     def number_taken(self, name: str) -> None:
         """A value that depends on the weights became a Python number."""
         if self._is_new():
+            callers = {frame.f_globals.get("__name__") for frame in _frames(user_frame())}
             warn(
                 f"`{name}` took a Python number out of a tensor that depends on the weights or hyperparameters; "
                 "metaopt holds that number constant. This is right for logging; if it goes back into the training, "
                 "keep it a tensor (`x.detach()`). To silence: "
-                "`warnings.simplefilter('ignore', metaopt.HeldConstantWarning)`.",
+                "`warnings.simplefilter('ignore', metaopt.HeldConstantWarning)`."
+                + "".join(cure for module, cure in _INSTEAD.items() if module in callers),
                 HeldConstantWarning,
             )
 
@@ -64,3 +75,13 @@ class Notices:
         new = place not in self._said
         self._said.add(place)
         return new
+
+
+def _frames(count: int) -> Iterator[FrameType]:
+    """The frames above the caller, so many of them."""
+    frame = sys._getframe(1)
+    for _ in range(count):
+        if frame is None or frame.f_back is None:
+            return
+        frame = frame.f_back
+        yield frame

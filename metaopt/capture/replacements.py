@@ -26,7 +26,7 @@ version counters, and whose backward leaves in the gradient of what is overwritt
 ``Tensor.view`` needs the memory that the loop's kernels laid out; those of the replay (attention with a second
 derivative) may lay it out otherwise.
 
-Norms and distances: see `norms`.
+Norms and distances: see `norms`; powers and deviations: see `powers`.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaopt.capture.norms import NORMS
+from metaopt.capture.powers import POWERS
 from metaopt.capture.steps import FOREACH
 from metaopt.errors import CaptureError
 
@@ -256,4 +257,5 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.view: view,
     Tensor.view_as: view_as,
     **NORMS,
+    **POWERS,
 }

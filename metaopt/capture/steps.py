@@ -6,7 +6,7 @@ Two things that training loops rarely do and optimizers always: roots of what ma
 
 from __future__ import annotations
 
-__all__ = ["FOREACH", "in_step"]
+__all__ = ["FOREACH", "ROOTS", "in_step"]
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -155,7 +155,7 @@ def _named(name: str, func: Callable[..., Any]) -> Callable[..., Any]:
     return func
 
 
-_ROOTS: dict[Callable[..., Any], Callable[..., Any]] = {
+ROOTS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((torch.sqrt, Tensor.sqrt), sqrt),
     **dict.fromkeys((torch.sqrt_, Tensor.sqrt_), sqrt_),
     **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), power),
@@ -190,7 +190,7 @@ FOREACH = {
 
 def in_step(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any] | None:
     """What the replay calls in place of a function, if anything."""
-    root = _ROOTS.get(func)
+    root = ROOTS.get(func)
     if root is not None:
         return root
     factors = [kwargs.get(name) for name in ("alpha", "value", "scalars", "weight", "other")]

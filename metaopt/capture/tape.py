@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Tape"]
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from metaopt.capture.bindings import BASE, Binding, Unseen, View
 from metaopt.capture.cells import Cell, Cells, version_of
 from metaopt.capture.following import Following
 from metaopt.capture.iteration import Iteration
-from metaopt.capture.primitives import leaf, overwrite, stop
+from metaopt.capture.primitives import flatten, leaf, overwrite, stop
 from metaopt.capture.segment import Segment
 from metaopt.capture.trace import Instruction, Num, Val
 from metaopt.errors import CaptureError
@@ -83,6 +83,10 @@ class Tape(Following):
 
     def _is_of_state(self, binding: Binding) -> bool:
         return binding.epoch != self.epoch or self.iteration.is_of_state(binding.value)
+
+    def are_of_state(self, arguments: Sequence[Any]) -> bool:
+        """Whether all of these tensors depend on what is carried, and not on hyperparameters and data alone."""
+        return all((binding := self.find(x)) is not None and self._is_of_state(binding) for x in flatten(arguments))
 
     def adopt_behind(self, tensor: Tensor) -> None:
         """A write through ``.data`` or ``detach`` reaches a leaf that was taken for a hyperparameter."""

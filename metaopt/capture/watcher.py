@@ -23,7 +23,7 @@ from metaopt.capture.notices import Notices, name_of
 from metaopt.capture.overwrites import OVERWRITES, last_written
 from metaopt.capture.primitives import flatten
 from metaopt.capture.replacements import REPLACEMENTS
-from metaopt.capture.steps import in_step
+from metaopt.capture.steps import ROOTS, in_step
 from metaopt.capture.surroundings import generators, surroundings
 from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Instruction
@@ -232,6 +232,8 @@ class Watcher(TorchFunctionMode):
             replaced = in_step(func, args, kwargs)
             if replaced is not None:
                 return replaced
+        if func in ROOTS and not torch.is_grad_enabled() and self.tape.are_of_state(args[:1]):
+            return ROOTS[func]  # an optimizer that the loop has written out
         if func in OVERWRITES and not kwargs and len(args) > 2:
             sources = flatten(args)
             loops_own = torch.is_grad_enabled() and any(self.tape.inner_of(tensor) for tensor in sources)
@@ -259,8 +261,11 @@ class Watcher(TorchFunctionMode):
         for target in targets:
             self.tape.before_write(target)
         result = func(*args, **kwargs)
-        if kwargs.get("requires_grad") and isinstance(result, Tensor):
-            made.inner_leaf(self, result)
+        if isinstance(result, Tensor):
+            if kwargs.get("requires_grad"):
+                made.inner_leaf(self, result)
+            elif not (targets or result._is_view() or any(result is argument for argument in args)):
+                self.tape.externals.note_made(result)
         return result
 
     def _escaped(self, func: Callable[..., Any], args: tuple[Any, ...], result: Any) -> None:

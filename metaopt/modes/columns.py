@@ -48,10 +48,14 @@ class Columns:
         self._places[id(leaf)] = (leaf, self.count)
         self.count += _size(leaf)
 
+    def _known(self, external: Tensor) -> list[Tensor]:
+        """The leaves behind a tensor, without those that were not to be discovered: they are constants."""
+        return [leaf for leaf in leaves_of(external) if id(leaf) in self._shapes]
+
     def tangent(self, external: Tensor, rows: slice) -> Tensor:
         """``d external / dλ`` along some columns: the identity for a leaf, else the transform's derivative."""
         whole = external.new_zeros((self.count, *external.shape))
-        for leaf in leaves_of(external):
+        for leaf in self._known(external):
             _, start = self._places[id(leaf)]
             derivative = _derivative(external, leaf)
             whole[start : start + len(derivative)] = derivative
@@ -107,7 +111,7 @@ class Directions(Columns):
     def tangent(self, external: Tensor, rows: slice) -> Tensor:
         """``(d external / dλ) v`` for some of the directions."""
         whole = external.new_zeros((self.count, *external.shape))
-        for leaf in leaves_of(external):
+        for leaf in self._known(external):
             _, drawn = self._drawn[id(leaf)]
             if external is leaf:
                 return drawn[rows]

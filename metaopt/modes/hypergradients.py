@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["accumulate", "collect", "leaves_behind", "tensors_of"]
+__all__ = ["accumulate", "collect", "leaves_behind", "made_inside", "tensors_of"]
 
 from collections.abc import Iterable
 
@@ -57,6 +57,14 @@ def accumulate(adjoint: Adjoint) -> None:
         raise _nothing(adjoint.loop)
     _warn_unused(adjoint, {id(leaf) for leaf, _ in gradients})
     _warn_strayed(leaf for leaf, _ in gradients)
+    for leaf in adjoint.loop.tape.kept_leaves():
+        warn(
+            f"a leaf of shape {tuple(leaf.shape)} that was made inside the context (`requires_grad=True`), and is used "
+            "by later iterations as it was, gets no hypergradient: it is taken for one of the loop's own, and its "
+            "`.grad` is the training's. If it is a hyperparameter, make it before the `with` block; if not, "
+            "`requires_grad_(False)` says so.",
+            UnusedHyperparameterWarning,
+        )
     adjoint.loop.give(leaf for leaf, _ in gradients)
     for leaf, grad in gradients:
         grad = grad.detach().to(leaf.dtype)
@@ -91,6 +99,8 @@ def collect(adjoint: Adjoint, wanted: list[Tensor]) -> tuple[Tensor, ...]:
         binding = adjoint.loop.tape.find(tensor)
         if binding is not None:
             grad = adjoint.carried.get(binding.key)
+            if grad is None and binding.key < 0:
+                raise made_inside()
         elif tensor.grad_fn is None:
             grad = gradients.get(id(tensor))
             if grad is None:
@@ -100,6 +110,14 @@ def collect(adjoint: Adjoint, wanted: list[Tensor]) -> tuple[Tensor, ...]:
         shape = tensor.shape if adjoint.batch is None else (adjoint.batch, *tensor.shape)
         results.append(tensor.new_zeros(shape) if grad is None else grad.detach())
     return tuple(results)
+
+
+def made_inside() -> SweepError:
+    """The error for a tensor that an iteration made, and that had no value before it."""
+    return SweepError(
+        "`wrt` has a tensor that was made inside the context, and was taken for one of the loop's own (a leaf to take "
+        "gradients at), so its hypergradient is not known. Make hyperparameters before the `with` block."
+    )
 
 
 def _nothing(loop: Loop) -> SweepError:

@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
 from metaopt.errors import MetaoptWarning, SweepError, warn, whole
+from metaopt.hyperparameters import name_of
 from metaopt.modes.adjoint import Adjoint
 from metaopt.modes.carried import Carried
 from metaopt.modes.columns import Columns, Directions, coordinates
 from metaopt.modes.compiled import CompiledPush
-from metaopt.modes.hypergradients import accumulate, collect, tensors_of
+from metaopt.modes.hypergradients import accumulate, collect, made_inside, tensors_of
 from metaopt.modes.outer import Objective
 from metaopt.modes.pullback import PullBack
 from metaopt.modes.resuming import Saved, load, save
 from metaopt.modes.run import Run, Watchable
 
 _MANY = 1000
+_NAMED = 5
 _CHECK_EVERY = 10
 
 
@@ -152,18 +154,11 @@ class Streaming(Run):
             self._check_finite()
 
     def _discover(self, segment: Segment) -> None:
-        self._columns.discover(external.tensor for external in segment.externals)
-        count = self._columns.count
-        self._carried.widen(count)
-        if count > _MANY and not self._warned:
+        self._columns.discover(external.tensor for external in segment.externals if not external.inner)
+        if self._columns.count > _MANY and not self._warned:
             self._warned = True
-            warn(
-                f"the hyperparameters have {count} entries, and forward mode carries a tangent of the whole state "
-                "for each. With thousands of them `metaopt.record` is the right mode: its cost does not depend on "
-                f"their number. (The largest has the shape {_largest(segment)}. If the loop made it to take gradients "
-                "at, `Variable(x, requires_grad=True)`, write `x.requires_grad_()`, which says so.)",
-                MetaoptWarning,
-            )
+            warn(_many(self._columns), MetaoptWarning)  # before there is no memory for them
+        self._carried.widen(self._columns.count)
 
     def _check_finite(self) -> None:
         for z in self._carried.tangents.values():
@@ -203,14 +198,19 @@ class Streaming(Run):
             One tensor for each entry of ``wrt``, of its shape.
 
         Raises:
-            SweepError: as for `backward`; or if ``wrt`` has a trained weight.
+            SweepError: as for `backward`; or if ``wrt`` has a trained weight, or a tensor that the loop made.
         """
         wanted = tensors_of(wrt)
-        if any(self._loop.tape.find(tensor) is not None for tensor in wanted):
+        found = [binding for tensor in wanted if (binding := self._loop.tape.find(tensor)) is not None]
+        if any(binding.key < 0 for binding in found):
+            raise made_inside()
+        if found:
             raise SweepError(
                 "forward mode would need a tangent for every weight to differentiate with respect to the initial "
                 "weights. Use `metaopt.record`."
             )
+        if any(self._loop.tape.externals.is_inner(tensor) for tensor in wanted):
+            raise made_inside()
         with self._loop.paused():
             return collect(self._evaluate(outer), wanted)
 
@@ -239,5 +239,16 @@ class Streaming(Run):
         self._carried.begin({})
 
 
-def _largest(segment: Segment) -> tuple[int, ...]:
-    return tuple(max((external.tensor for external in segment.externals), key=Tensor.numel).shape)
+def _many(columns: Columns) -> str:
+    """What is said of hyperparameters with many entries: which they are, and what they may be instead."""
+    leaves = sorted(columns.leaves(), key=Tensor.numel, reverse=True)
+    named = [f"{name_of(leaf) or type(leaf).__name__} {tuple(leaf.shape)}" for leaf in leaves[:_NAMED]]
+    more = f" and {len(leaves) - _NAMED} more" if len(leaves) > _NAMED else ""
+    return (
+        f"the hyperparameters have {columns.count} entries, and forward mode carries a tangent of the whole state for "
+        "each. With thousands of them `metaopt.record` is the right mode: its cost does not depend on their number. "
+        f"They are {', '.join(named)}{more}: what the loop uses, that requires grad, and that no watched optimizer "
+        "trains. The weights of a fixed network (a feature extractor, a teacher) are no hyperparameters after "
+        "`network.requires_grad_(False)`; a leaf that the loop makes to take gradients at, "
+        "`Variable(x, requires_grad=True)`, after `x.requires_grad_()` instead."
+    )

@@ -27,6 +27,8 @@ __all__ = [
     "ScheduleFreeSGD",
 ]
 
+from typing import NoReturn
+
 import torch
 
 from metaopt.optim.adam import Adam, Adamax, AdamW, NAdam, RAdam
@@ -35,11 +37,19 @@ from metaopt.optim.drop_in import DifferentiableOptimizer
 from metaopt.optim.momentum import SGD, RMSprop
 from metaopt.optim.other import ASGD, Rprop
 from metaopt.optim.published import LAMB, LARS, Lion, ScheduleFreeAdamW, ScheduleFreeSGD
+from metaopt.rules import why_without_rule
 
 if hasattr(torch.optim, "Muon"):
     from metaopt.optim.other import Muon
 
     __all__ += ["Muon"]
+
+
+def __getattr__(name: str) -> NoReturn:
+    why = why_without_rule(name)
+    if why is None and isinstance(getattr(torch.optim, name, None), type):
+        why = f"Follow `torch.optim.{name}` as it runs, `metaopt.wrap(optimizer)`."
+    raise AttributeError(f"module 'metaopt.optim' has no attribute '{name}'." + (f" {why}" if why else ""))
 
 
 def __dir__() -> list[str]:

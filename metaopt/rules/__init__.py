@@ -58,6 +58,11 @@ def register(rule: Rule) -> Rule:
     return rule
 
 
+def why_without_rule(name: str) -> str | None:
+    """Why the optimizer of torch with this name can't have a rule, and what to use; None if it is none of these."""
+    return next((why for kind, why in _WITHOUT_RULE.items() if kind.__name__ == name), None)
+
+
 def rule_of(optimizer: torch.optim.Optimizer) -> Rule:
     """The rule that describes an optimizer's step.
 

@@ -1,0 +1,77 @@
+"""Powers, deviations and lengths whose second derivative torch does not have at zero, where it is infinite times zero.
+
+``|x| ** 1.5`` has the gradient 0 at ``x = 0``, and so has, in torch, the standard deviation of equal numbers; the
+derivative of that gradient is not a number. What is exactly zero is so because it always is (a mask, a dead unit,
+padding), so that 0 is the derivative of the training there, as for `norms`.
+"""
+
+from __future__ import annotations
+
+__all__ = ["POWERS", "deviation", "deviation_mean", "float_power", "hypot", "power", "renorm"]
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metaopt.capture.norms import vector_norm
+
+Number = Tensor | float
+
+
+def power(x: Number, exponent: Number) -> Tensor:
+    """``x ** exponent``: with an exponent above 1 that is not whole, all derivatives are 0 at zero."""
+    if not isinstance(x, Tensor):
+        return torch.pow(x, exponent)  # type: ignore[arg-type]  # which takes numbers too
+    if isinstance(exponent, Tensor):
+        if not exponent.is_floating_point():
+            return torch.pow(x, exponent)
+        zero = (x == 0) & (exponent > 1) & (exponent != exponent.round())
+    elif isinstance(exponent, complex) or exponent <= 1 or exponent == round(exponent):
+        return torch.pow(x, exponent)
+    else:
+        zero = x == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).pow(exponent))
+
+
+def float_power(x: Number, exponent: Number) -> Tensor:
+    """``torch.float_power``, in double precision."""
+    if isinstance(x, Tensor) and not x.is_complex():
+        return power(x.double(), exponent.double() if isinstance(exponent, Tensor) else exponent)
+    return torch.float_power(x, exponent)  # type: ignore[arg-type]  # which takes numbers too
+
+
+def hypot(input: Tensor, other: Tensor) -> Tensor:  # noqa: A002 (torch's name for it)
+    """``torch.hypot``."""
+    zero = (input == 0) & (other == 0)
+    return torch.where(zero, 0.0, torch.hypot(*(torch.where(zero, 1.0, x) for x in (input, other))))
+
+
+def deviation(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``x.std()``."""
+    variance = torch.var(x, *args, **kwargs)
+    zero = variance == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, variance).sqrt())
+
+
+def deviation_mean(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """``torch.std_mean``."""
+    return deviation(x, *args, **kwargs), torch.var_mean(x, *args, **kwargs)[1]
+
+
+def renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:  # noqa: A002 (torch's name for it)
+    """``torch.renorm``: slices along an axis that are longer than ``maxnorm`` are scaled down to it."""
+    axes = [axis for axis in range(input.dim()) if axis != dim % input.dim()]
+    lengths = vector_norm(input, p, axes, keepdim=True)
+    return input * torch.where(lengths > maxnorm, maxnorm / (lengths + 1e-7), 1.0)
+
+
+POWERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), power),
+    **dict.fromkeys((torch.float_power, Tensor.float_power), float_power),
+    **dict.fromkeys((torch.hypot, Tensor.hypot), hypot),
+    **dict.fromkeys((torch.std, Tensor.std), deviation),
+    torch.std_mean: deviation_mean,
+    **dict.fromkeys((torch.renorm, Tensor.renorm), renorm),
+}
