@@ -51,7 +51,7 @@ class Settings:
         hyper_lr: of the hyperparameter, RMSprop; it falls to zero along the run.
         batch: examples in a batch.
         antithetic: whether perturbations come in pairs of opposite sign.
-        scale: σ of the perturbations, which stays.
+        scale: σ of the perturbations, which stays; 1 is where the authors' code begins.
         start: the unconstrained hyperparameter at first.
         seeds: runs of each kind.
     """
@@ -63,7 +63,7 @@ class Settings:
     hyper_lr: float = 0.05
     batch: int = 64
     antithetic: bool = True
-    scale: float = 0.5
+    scale: float = 1.0
     start: float = 2.0
     seeds: int = 3
 
