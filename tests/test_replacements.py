@@ -535,3 +535,11 @@ def test_a_root_of_a_hyperparameter_that_is_zero_has_no_derivative() -> None:
         optimizer.step()
     with pytest.raises(metaopt.SweepError, match="infinite"):
         run.hypergradient(model.weight.sum(), wrt=noise)
+
+
+@pytest.mark.parametrize("torchs", [Tensor.norm, torch.linalg.vector_norm, torch.std, F.normalize, torch.cdist])
+def test_what_is_not_a_number_stays_none(torchs: Callable[..., Tensor]) -> None:
+    """The norm of what has diverged was 0 in the replay."""
+    x = torch.full((3, 2), float("nan"))
+    given = (x, x) if torchs is torch.cdist else (x,)
+    assert bool(replacements.REPLACEMENTS[torchs](*given).isnan().all())

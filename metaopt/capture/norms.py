@@ -9,7 +9,7 @@ Vectors are exactly zero where they always are (padding, dropped features, weigh
 
 from __future__ import annotations
 
-__all__ = ["NORMS", "distances", "length"]
+__all__ = ["NORMS", "distances", "length", "root", "vector_norm"]
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,6 +23,12 @@ _HALVES = (torch.float16, torch.bfloat16)
 _MANY = 25  # vectors, from which on torch computes distances by products of matrices
 
 
+def root(x: Tensor) -> Tensor:
+    """``√x``, all derivatives of which are 0 at zero; what is not a number stays none."""
+    zero = x <= 0  # a square that was computed as a difference may come out below
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
+
+
 def length(x: Tensor, dim: Dims = None, keepdim: bool = False) -> Tensor:
     """The Euclidean norm, all derivatives of which are 0 at zero."""
     dtype = x.dtype
@@ -30,9 +36,7 @@ def length(x: Tensor, dim: Dims = None, keepdim: bool = False) -> Tensor:
         x = x.float()
     square = (x * x.conj()).real if x.is_complex() else x * x
     axes = range(x.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim
-    square = square.sum(tuple(axes), keepdim=keepdim)
-    apart = square > 0
-    found = torch.where(apart, torch.where(apart, square, 1.0).sqrt(), 0.0)
+    found = root(square.sum(tuple(axes), keepdim=keepdim))
     return found.to(dtype) if dtype in _HALVES else found
 
 
@@ -144,9 +148,7 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str = "use_mm_fo
     squares = (x.square().sum(-1, keepdim=True) for x in (x1, x2))
     ones = (torch.ones_like(x[..., :1]) for x in (x1, x2))
     (first, second), (left, right) = squares, ones
-    square = torch.cat([-2 * x1, first, left], -1) @ torch.cat([x2, right, second], -1).mT
-    near = square <= 0
-    return torch.where(near, 0.0, torch.where(near, 1.0, square).sqrt())
+    return root(torch.cat([-2 * x1, first, left], -1) @ torch.cat([x2, right, second], -1).mT)
 
 
 def distances(x1: Tensor, x2: Tensor, p: float = 2.0) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.capture.norms import vector_norm
+from metaopt.capture.norms import root, vector_norm
 
 Number = Tensor | float
 
@@ -50,9 +50,7 @@ def hypot(input: Tensor, other: Tensor) -> Tensor:  # noqa: A002 (torch's name f
 
 def deviation(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``x.std()``."""
-    variance = torch.var(x, *args, **kwargs)
-    zero = variance == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, variance).sqrt())
+    return root(torch.var(x, *args, **kwargs))
 
 
 def deviation_mean(x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
