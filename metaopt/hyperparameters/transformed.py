@@ -7,6 +7,7 @@ __all__ = ["General", "Integer", "Interval", "Positive", "Simplex", "Transformed
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,11 +37,11 @@ class Transformed(Domain):
 
     def to_leaf(self, value: Tensor) -> Tensor:
         # The inverse is taken in float64: close to a bound a logit or a log would lose digits of float32.
-        leaf: Tensor = _transform(self.constraint).inv(self.admit(value))
+        leaf: Tensor = _transform(self).inv(self.admit(value))
         return leaf.to(value)
 
     def to_value(self, leaf: Tensor) -> Tensor:
-        value: Tensor = _transform(self.constraint)(leaf)
+        value: Tensor = _transform(self)(leaf)
         return value
 
 
@@ -231,7 +232,8 @@ class General(Transformed):
         return f"constrained({self.rule})"
 
 
-def _transform(constraint: constraints.Constraint) -> Transform:
-    # Looked up at each use, which costs microseconds: so a domain is no more than its bounds.
-    transform: Transform = transform_to(constraint)
+@lru_cache(maxsize=256)
+def _transform(domain: Transformed) -> Transform:
+    # Kept beside the domains, each of which is no more than its bounds.
+    transform: Transform = transform_to(domain.constraint)
     return transform

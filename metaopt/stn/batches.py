@@ -22,6 +22,8 @@ def count(args: Any, kwargs: Any, dim: int) -> int:
     Raises:
         ResponseError: if no tensor has that axis, or sequences are packed already.
     """
+    if args and not kwargs and all(type(a) is Tensor for a in args) and args[0].ndim > dim:
+        return args[0].shape[dim]  # without the time that it takes to look into other things
     for value in pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, PackedSequence)):
         if isinstance(value, PackedSequence):
             raise ResponseError(

@@ -14,7 +14,10 @@ from torch import Tensor
 from metaopt.errors import DomainError
 from metaopt.hyperparameters import Hyperparameters
 from metaopt.hyperparameters.domains import Domain
-from metaopt.stn.generators import random_state, set_random_state
+
+
+# From which the seed of a pass is drawn, far from the end of the numbers that a generator takes.
+SEEDS = 2**62
 
 
 class Values(dict[str, Tensor]):
@@ -40,31 +43,44 @@ class Values(dict[str, Tensor]):
 
 
 class Noise:
-    """The uniform numbers that one pass drew, for the next pass on the same examples.
+    """The uniform numbers that one pass draws, for the next pass on the same examples.
 
-    A number is taken again only if the generator is where it was, and the generator then moves on as if it had been
-    drawn: so the passes agree with what drawing again would give, in a fraction of the time.
+    They come from a generator of their own, which gets a seed from torch's when the first of them is drawn. A pass
+    that starts where another did finds the same seed, and takes the other's numbers, which costs less than to draw
+    them.
     """
 
     def __init__(self, kept: Noise | None = None) -> None:
-        self._old = iter([] if kept is None else kept._drawn)
-        self._drawn: list[tuple[Any, Tensor | None, Any]] = []
+        self._kept = kept
+        self._seed: int | None = None
+        self._drawn: list[Tensor] = []
 
     def uniform(self, shape: torch.Size, like: Tensor) -> Tensor:
         """Uniform numbers in [0, 1) of a shape."""
-        before = random_state(like.device)
-        kept, numbers, after = next(self._old, (before, None, before))
-        if (
-            numbers is not None
-            and numbers.shape == shape
-            and numbers.dtype == like.dtype
-            and all(a is None or b is None or torch.equal(a, b) for a, b in zip(kept, before, strict=True))
-        ):
-            set_random_state(like.device, after)
-            return numbers
-        numbers = torch.rand(shape, dtype=like.dtype, device=like.device)
-        self._drawn.append((before, numbers, random_state(like.device)))
+        if self._seed is None:
+            self._seed = int(torch.randint(SEEDS, (), device="cpu"))
+            if self._kept is not None and self._kept._seed != self._seed:
+                self._kept = None
+        index = len(self._drawn)
+        if self._kept is not None and index < len(self._kept._drawn):
+            numbers = self._kept._drawn[index]
+            if numbers.shape == shape and numbers.dtype == like.dtype and numbers.device == like.device:
+                self._drawn.append(numbers)
+                return numbers
+        # A seed for each draw: it does not matter which of the others were drawn.
+        generator = torch.Generator(like.device).manual_seed(self._seed + index)
+        numbers = torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
+        self._drawn.append(numbers)
         return numbers
+
+    def place(self) -> tuple[int | None, int]:
+        """Where the pass is, to come back to."""
+        return self._seed, len(self._drawn)
+
+    def back(self, place: tuple[int | None, int]) -> None:
+        """Come back to a place; torch's generator is put back too."""
+        self._seed = place[0]
+        del self._drawn[place[1] :]
 
 
 @dataclass

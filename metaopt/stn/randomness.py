@@ -77,8 +77,8 @@ def _shape(func: Any, x: Tensor) -> torch.Size:
 
 def _kept(noise: Tensor, rates: Tensor) -> Tensor:
     """1 where an entry is kept, and 0."""
-    # Compared in place, which gives numbers: booleans that become numbers take several times longer.
-    return (noise - rates).ge_(0)
+    # Numbers at once: booleans that become numbers take several times longer.
+    return torch.ge(noise, rates, out=torch.empty_like(noise))
 
 
 def _apply(run: Pass, x: Tensor, factor: Tensor, shift: Tensor | None, inplace: bool) -> Tensor:
@@ -109,7 +109,7 @@ def dropout(
         # The same draw as torch's own, seen through ones.
         return _apply(run, input, func(torch.ones_like(input), p, training), None, inplace)
     noise = run.noise.uniform(_shape(func, input), input)
-    return _apply(run, input, _kept(noise, rates).div_(1 - rates), None, inplace)
+    return _apply(run, input, _kept(noise, rates).div_(torch.rsub(rates, 1)), None, inplace)
 
 
 @register(F.alpha_dropout, F.feature_alpha_dropout)

@@ -80,50 +80,67 @@ def affine(
     """
     if not p.marks and not p.linearised:
         return y
-    terms = [dy]
-    if weight is not None:
-        tangent = p.tangent(weight)
-        if tangent is not None:
-            terms.append(op(x, tangent))
-        active = p.mark_of(weight)
-        if active is not None:
-            terms += _weight(p, func, op, x, active, y, feature % y.ndim, rows)
+    change = dy
     if bias is not None:
         tangent = p.tangent(bias)
         if tangent is not None:
-            terms.append(_along(tangent, y.ndim, feature))
+            change = plus(change, _along(tangent, y.ndim, feature))
         active = p.mark_of(bias)
+        layout = None if active is None else p.layout(active, func, x)
+        if active is not None and layout is not None:
+            change = plus(change, layout.spread(active.coefficients[0], y.ndim, feature))
+    if weight is not None:
+        tangent = p.tangent(weight)
+        if tangent is not None:
+            change = plus(change, op(x, tangent))
+        active = p.mark_of(weight)
         if active is not None:
-            layout = p.layout(active, func, x)
-            if layout is not None:
-                terms.append(layout.spread(active.coefficients[0], y.ndim, feature))
-    return p.join(y, plus(*terms))
+            change = _weight(p, func, op, x, active, y, feature % y.ndim, rows, change)
+    return p.join(y, change)
 
 
 def _weight(
-    p: Pass, func: Any, op: Operation, x: Tensor, active: Active, y: Tensor, feature: int, rows: int | None
-) -> list[Tensor]:
+    p: Pass,
+    func: Any,
+    op: Operation,
+    x: Tensor,
+    active: Active,
+    y: Tensor,
+    feature: int,
+    rows: int | None,
+    change: Tensor | None,
+) -> Tensor | None:
+    """The change with what a weight's response adds to it."""
     ndim, layout = y.ndim, p.layout(active, func, x)
     if layout is None:
-        return []
-    axis, found = active.entry.structure.axis, []
+        return change
+    axis = active.entry.structure.axis
     for coefficients, base, mixer in active.terms():
         if base is None:
             if active.entry.structure.rows != y.shape[feature]:
                 raise NeedsGroups(active.entry.name, f"`{func.__name__}` has no rule for a weight that is a vector")
             # A vector: every entry is a row, and `op` with ones is the function of x alone.
             ones = coefficients.new_ones(active.entry.structure.view)
-            found.append(layout.spread(coefficients, ndim, feature) * op(x, ones))
+            change = _plus_product(change, layout.spread(coefficients, ndim, feature), op(x, ones))
+        elif axis == rows and mixer is None:
+            change = _plus_product(change, layout.spread(coefficients, ndim, feature), op(x, base))
         elif axis == rows:
             scaled = layout.spread(coefficients, ndim, feature) * op(x, base)
-            found.append(scaled if mixer is None else F.linear(scaled.movedim(feature, -1), mixer).movedim(-1, feature))
+            change = plus(change, F.linear(scaled.movedim(feature, -1), mixer).movedim(-1, feature))
         elif rows is not None and axis == 1 - rows and base.ndim == 2 and func is not F.embedding:
             # Rows along the input axis: a decoder that is tied to a table of words, a matrix behind `@`.
             columns = x if mixer is None else x @ mixer
-            found.append(op(columns * layout.spread(coefficients, x.ndim, -1), base))
+            change = plus(change, op(columns * layout.spread(coefficients, x.ndim, -1), base))
         else:
             raise NeedsGroups(active.entry.name, f"`{func.__name__}` has no rule for rows along its axis {axis}")
-    return found
+    return change
+
+
+def _plus_product(change: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """A change and a product, in one pass over the numbers where they are of one type."""
+    if change is None:
+        return a * b
+    return torch.addcmul(change, a, b) if change.dtype == a.dtype == b.dtype else change + a * b
 
 
 def _along(vector: Tensor, ndim: int, feature: int) -> Tensor:

@@ -24,6 +24,11 @@ CLOSED = (Tensor, nn.Module, type, ModuleType, FunctionType, MethodType, str, by
 
 def leaves(value: Any) -> list[Any]:
     """All that lies within, objects opened: tensors, numbers and what can't be opened."""
+    if isinstance(value, Tensor):
+        return [value]
+    if type(value) in (tuple, list) and all(isinstance(leaf, Tensor) for leaf in value):
+        # What most models and loaders give, without the time that it takes to look for anything else.
+        return list(value)
     return [leaf for leaf, _ in _open(value, ())]
 
 

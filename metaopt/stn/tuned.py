@@ -211,10 +211,11 @@ class Tuned(Compared):
             self._compare(z, values, args, kwargs, engines)
             self._compared.add(self.model.training)
         while True:
-            state = random_state(self.device, self.draws is not False)
+            state, place = random_state(self.device, self.draws is not False), at.noise.place()
             try:
                 return ENGINES[engines[0]](run, z)
             except Unsupported as reason:
                 # Only a failed attempt takes its randomness back.
                 set_random_state(self.device, state)
+                at.noise.back(place)
                 self._fall_back(engines, reason)
