@@ -132,7 +132,10 @@ def test_statistics_move_once_an_iteration_and_never_in_validation() -> None:
             assert torch.equal(norm.running_mean, kept)  # type: ignore[arg-type]
 
 
-def test_both_steps_see_the_same_dropout_masks() -> None:
+@pytest.mark.filterwarnings("ignore:.*can't be linearised by hand:metaopt.FallbackWarning")
+@pytest.mark.parametrize("retried", [False, True])
+def test_both_steps_see_the_same_dropout_masks(retried: bool) -> None:
+    """Also where an engine gives up after they were drawn, and the next one begins anew."""
     seen: list[Tensor] = []
 
     class Watching(nn.Module):
@@ -144,8 +147,8 @@ def test_both_steps_see_the_same_dropout_masks() -> None:
             a = self.drop(torch.ones(len(x), 200))
             b = self.free(torch.ones(len(x), 200))
             seen.append(torch.cat([a, b], 1).detach() > 0)
-            y: Tensor = self.layer(x).sum(1)
-            return y
+            y: Tensor = self.layer(x)
+            return (y.view(-1, 50).mul_(2) if retried else y).sum(1)
 
     tuned = transform(Watching(), metaopt.Hyperparameters(drop=metaopt.interval(0.5, 0, 0.9, scale=1e-9)), verify=False)
     loss: Callable[..., Tensor] = lambda model, batch, values: model(batch[0]).mean()  # noqa: E731

@@ -38,17 +38,16 @@ class History(dict[str, list[Any]]):
             gradient: its leaf's gradient, if any.
             full: keep all the entries of a large tensor, too.
         """
-        wide = widen(value).cpu()
-        if wide.numel() == 1:
-            self._extend(name, wide.item())
+        if value.numel() == 1:
+            self._extend(name, value.item())
         else:
+            wide = widen(value).cpu()
             for key, number in _summary(wide.numpy()).items():
                 self._extend(f"{name}.{key}", number)
             if full:
                 # `widen` returns float64 CPU tensors as they are, and the leaf will move.
                 self._extend(f"{name}.full", wide.clone())
-        norm = math.nan if gradient is None else widen(gradient).norm().item()
-        self._extend(f"{name}.grad_norm", norm)
+        self._extend(f"{name}.grad_norm", math.nan if gradient is None else _norm(gradient))
 
     @property
     def names(self) -> list[str]:
@@ -83,6 +82,12 @@ class History(dict[str, list[Any]]):
 
     def _extend(self, key: str, entry: object) -> None:
         self.setdefault(key, []).append(entry)
+
+
+def _norm(gradient: Tensor) -> float:
+    if gradient.numel() == 1:
+        return abs(float(gradient))
+    return widen(gradient).norm().item()
 
 
 def _summary(values: np.ndarray[Any, Any]) -> dict[str, float]:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 __all__ = ["keep_inside"]
 
+import math
 
 import torch
 
 from metaopt.errors import SaturatedWarning, warn
 from metaopt.hyperparameters import Hyperparameters
+from metaopt.hyperparameters.domains import Domain
 from metaopt.hyperparameters.transformed import Integer, Interval, Positive
 
 # An interval's leaf is kept where its sigmoid still has a slope: a thousandth of the width from the bounds.
 LEAF = 6.9
+
+
+def _safe(domain: Domain, dtype: torch.dtype) -> float:
+    """The size up to which no leaf is near a bound."""
+    if isinstance(domain, (Interval, Integer)):
+        return LEAF
+    # That of the least number whose reciprocal is finite too, with a margin for rounding.
+    return -math.log(torch.finfo(dtype).tiny) - 1 if isinstance(domain, Positive) else math.inf
 
 
 @torch.no_grad()
@@ -25,6 +35,8 @@ def keep_inside(hyper: Hyperparameters, warned: set[str]) -> None:
     """
     for name, domain in hyper.domains.items():
         leaf = hyper.get_leaf(name)
+        if not leaf.numel() or float(leaf.abs().max()) <= _safe(domain, leaf.dtype):
+            continue
         if isinstance(domain, (Interval, Integer)):
             beyond = leaf.abs() > LEAF
             leaf.clamp_(-LEAF, LEAF)

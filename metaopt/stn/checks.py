@@ -204,10 +204,11 @@ def _uses_directly(loss: Tensor, leaves: Iterable[Tensor], aliases: Iterable[Ten
 @contextmanager
 def evaluation(tuned: Tuned) -> Iterator[None]:
     """Evaluation mode, and back to the mode of each module."""
-    modes = [(module, module.training) for module in tuned.model.modules()]
-    tuned.model.eval()
+    trained = [module for module in tuned.model.modules() if module.training]
+    if trained:
+        tuned.model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in trained:
+            module.training = True

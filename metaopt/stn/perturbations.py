@@ -5,8 +5,8 @@ from __future__ import annotations
 __all__ = ["Coordinates", "Noise", "Perturbation", "Values", "draw", "entropy", "inverse_softplus"]
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from torch import Tensor
 from metaopt.errors import DomainError
 from metaopt.hyperparameters import Hyperparameters
 from metaopt.hyperparameters.domains import Domain
-
 
 # From which the seed of a pass is drawn, far from the end of the numbers that a generator takes.
 SEEDS = 2**62
@@ -121,6 +120,30 @@ class Perturbation:
         return self.aliases[-1]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Hyperparameters that one transform gives the values of: numbers, or one that is a tensor.
+
+    Args:
+        domain: theirs.
+        names: theirs.
+        columns: where they are among the coordinates.
+        shape: of the one.
+    """
+
+    domain: Domain
+    names: tuple[str, ...]
+    columns: list[int]
+    shape: tuple[int, ...] = ()
+
+    def values(self, points: Tensor) -> Tensor:
+        """The values at points ``(B, H)``: of shape ``(B, *shape)``, or with a column for each of the numbers."""
+        whole = len(self.columns) == points.shape[1]
+        # A copy in any case: what a loss function writes into its values must not reach the points.
+        picked = points.clone() if whole else points[:, self.columns]
+        return self.domain.to_value(picked.reshape(-1, *self.shape) if self.shape else picked).detach()
+
+
 class Coordinates:
     """The unconstrained hyperparameters as one vector ``λ`` of H entries.
 
@@ -155,11 +178,27 @@ class Coordinates:
             )
         self.per_batch = frozenset(per_batch)
         self.shared = [i for name in per_batch for i in range(size)[self.slices[name]]]
-        self._present: tuple[Tensor, Values] | None = None
+        self._parts = self._split()
+        self._present: tuple[Tensor, list[Tensor]] | None = None
+
+    def _split(self) -> list[Part]:
+        # Numbers of one domain are transformed as one: looking the transform up costs more than it does.
+        numbers: dict[Domain, list[str]] = {}
+        parts = []
+        for name, domain in self.hyper.domains.items():
+            shape = self.hyper.get_leaf(name).shape
+            if shape:
+                parts.append(Part(domain, (name,), list(range(self.size)[self.slices[name]]), shape))
+            else:
+                numbers.setdefault(domain, []).append(name)
+        return parts + [Part(d, tuple(n), [self.slices[name].start for name in n]) for d, n in numbers.items()]
 
     def leaf(self) -> Tensor:
         """``λ``, shape ``(H,)``, differentiable by the leaves."""
-        return torch.cat([self.hyper.get_leaf(name).reshape(-1) for name in self.slices])
+        leaves: list[Tensor] = [self.hyper.get_leaf(name) for name in self.slices]
+        if self.size == len(leaves) and not any(leaf.ndim for leaf in leaves):
+            return torch.stack(leaves)
+        return torch.cat([leaf.reshape(-1) for leaf in leaves])
 
     def scales(self) -> Tensor:
         """The initial ``σ``, shape ``(H,)``."""
@@ -169,28 +208,23 @@ class Coordinates:
     @torch.no_grad()
     def values(self, points: Tensor) -> Values:
         """The constrained values at points of shape ``(B, H)``, each of shape ``(B, *shape)``."""
-        found: dict[str, Tensor] = {}
-        together: dict[Domain, list[str]] = {}
-        for name, where in self.slices.items():
-            domain, shape = self.hyper.domains[name], self.hyper.get_leaf(name).shape
-            if not shape:
-                # Numbers of one domain are transformed as one: looking the transform up costs more than it does.
-                together.setdefault(domain, []).append(name)
-            else:
-                found[name] = domain.to_value(points[:, where].reshape(-1, *shape)).detach()
-        for domain, names in together.items():
-            columns = torch.stack([points[:, self.slices[name].start] for name in names])
-            found |= zip(names, domain.to_value(columns).detach().unbind(), strict=True)
-        return Values({name: found[name] for name in self.slices})
+        return self._named([part.values(points) for part in self._parts])
 
+    @torch.no_grad()
     def present(self, examples: int) -> Values:
         """The values at ``λ0``, the same for each example."""
         leaf = self.leaf().detach()
         if self._present is None or not torch.equal(self._present[0], leaf):
             # Hyperparameters move once in many steps of the weights. Compared by value: a leaf may be set in any way.
-            self._present = leaf.clone(), self.values(leaf.unsqueeze(0))
+            self._present = leaf.clone(), [part.values(leaf.unsqueeze(0)) for part in self._parts]
         # A copy: what a loss function writes into its values must not stay.
-        return Values({n: v.clone().expand(examples, *v.shape[1:]) for n, v in self._present[1].items()})
+        return self._named([v.clone().expand(examples, *v.shape[1:]) for v in self._present[1]])
+
+    def _named(self, found: Sequence[Tensor]) -> Values:
+        named: dict[str, Tensor] = {}
+        for part, value in zip(self._parts, found, strict=True):
+            named.update(zip(part.names, (value,) if part.shape else value.unbind(1), strict=True))
+        return Values({name: named[name] for name in self.slices})
 
 
 def draw(

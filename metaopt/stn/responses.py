@@ -165,6 +165,7 @@ class Responses(nn.Module):
             if entry.rank is not None:
                 self.mixers.extend(Parameter(_mixer(parameter, structure.rows, entry.rank)) for _ in range(count))
             self._slots.append(tuple(range(first, len(self.bases))))
+        self._widths = [entry.width for entry in self.entries for _ in range(entry.banks)]
         dtype, device = kinds.pop()
         self.weight = Parameter(torch.zeros(rows, width, dtype=dtype, device=device))
 
@@ -181,8 +182,8 @@ class Responses(nn.Module):
         # A step under autocast must not round the perturbations. Made contiguous, which is cheap: the backward of a
         # product with a transposed view is several times slower.
         with unrounded(weight):
-            spread = z.to(weight.dtype) @ weight.t().contiguous()
-        pieces = iter(spread.split([e.width for e in self.entries for _ in range(e.banks)], 1))
+            spread = torch.mm(z.to(weight.dtype), weight.t().contiguous())
+        pieces = iter(torch.split_with_sizes(spread, self._widths, 1))
         mixers = iter(self.mixers)
         for entry, slots in zip(self.entries, self._slots, strict=True):
             coefficients = tuple(next(pieces) for _ in range(entry.banks))

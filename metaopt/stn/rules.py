@@ -81,6 +81,13 @@ def affine(
     if not p.marks and not p.linearised:
         return y
     change = dy
+    if weight is not None:
+        tangent = p.tangent(weight)
+        if tangent is not None:
+            change = plus(change, op(x, tangent))
+        active = p.mark_of(weight)
+        if active is not None:
+            change = _weight(p, func, op, x, active, y, feature % y.ndim, rows, change)
     if bias is not None:
         tangent = p.tangent(bias)
         if tangent is not None:
@@ -89,13 +96,6 @@ def affine(
         layout = None if active is None else p.layout(active, func, x)
         if active is not None and layout is not None:
             change = plus(change, layout.spread(active.coefficients[0], y.ndim, feature))
-    if weight is not None:
-        tangent = p.tangent(weight)
-        if tangent is not None:
-            change = plus(change, op(x, tangent))
-        active = p.mark_of(weight)
-        if active is not None:
-            change = _weight(p, func, op, x, active, y, feature % y.ndim, rows, change)
     return p.join(y, change)
 
 
@@ -124,7 +124,7 @@ def _weight(
             change = _plus_product(change, layout.spread(coefficients, ndim, feature), op(x, ones))
         elif axis == rows and mixer is None:
             change = _plus_product(change, layout.spread(coefficients, ndim, feature), op(x, base))
-        elif axis == rows:
+        elif axis == rows and mixer is not None:
             scaled = layout.spread(coefficients, ndim, feature) * op(x, base)
             change = plus(change, F.linear(scaled.movedim(feature, -1), mixer).movedim(-1, feature))
         elif rows is not None and axis == 1 - rows and base.ndim == 2 and func is not F.embedding:

@@ -72,7 +72,7 @@ class Running(nn.Module):
         """The model at one set of weights for all examples, with the dropout rates of the present hyperparameters."""
         replaced = {name: self.slots.parameter(name) + change for name, change in changes.items()}
         # All examples have the same rates: one number each.
-        p = Pass({}, {}, {name: value.flatten()[0] for name, value in self._rates(values)})
+        p = Pass({}, {}, {name: _first(value) for name, value in self._rates(values)})
         p.noise = Noise() if at is None else at.noise
         p.moves_statistics = True
         masked = self._masked(p, replaced, values)
@@ -161,7 +161,7 @@ class Running(nn.Module):
         # A rate that has one draw for a minibatch, or for a group, is one number, wherever the examples are.
         grouped = bool(self.fallback) and (at is None or at.groups is not None)
         shared = set(self.bound.values()) if grouped else self.coordinates.per_batch
-        rates = {n: value.flatten()[0] if n in shared else value for n, value in self._rates(values)}
+        rates = {n: _first(value) if n in shared else value for n, value in self._rates(values)}
         found = self._layouts.get(self.model.training, Found({}, {}))
         orders = Orders(found.reads, len(z)) if found.reads and not kind.recording else None
         p = kind(marks, found.layouts, rates, found.calls, orders)
@@ -183,3 +183,7 @@ class Running(nn.Module):
         p.require_joined(output)
         self._note(p, at)
         return output, p
+
+
+def _first(value: Tensor) -> Tensor:
+    return value[0] if value.ndim == 1 else value.flatten()[0]

@@ -6,6 +6,7 @@ __all__ = ["Slots", "attributes", "rate_attribute", "set_attributes", "substitut
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,6 +74,8 @@ def attributes(modules: Sequence[nn.Module]) -> Attributes:
 def set_attributes(kept: Attributes) -> None:
     """Put back what they kept."""
     for now, before in kept:
+        if list(now) == list(before) and all(map(is_, now.values(), before.values())):
+            continue
         if now.keys() != before.keys():
             for key in now.keys() - before.keys():
                 del now[key]
