@@ -72,6 +72,8 @@ class Layout:
             values = values.repeat_interleave(self.repeat, 0) if self.outer else values.repeat(sizes)
         if ndim == 2 and self.axis == 0 and feature in (1, -1):
             return values  # (examples, features), as they are: the common case
+        if ndim == 2 and self.axis == 0 and values.ndim == 1:
+            return values.unsqueeze(1)
         if feature is None:
             return values.reshape([-1 if d == self.axis else 1 for d in range(ndim)])
         feature %= ndim

@@ -190,7 +190,7 @@ class Pass(TorchFunctionMode):
     def layout(self, active: Active, func: Any, value: Tensor) -> Layout | None:
         """Where the examples are in what ``func`` is given; None where that is being found out."""
         self.used.add(active.entry.name)
-        return self.fixed or self.locate((active.entry.name, func.__name__), value, len(active.coefficients[0]))
+        return self.fixed or self.locate((active.entry.name, func.__name__), value, active.coefficients[0].shape[0])
 
     def locate(self, site: Site, value: Tensor, examples: int) -> Layout | None:
         """The layout of a site, with the number of examples and their order checked."""
@@ -221,7 +221,7 @@ class Pass(TorchFunctionMode):
         held, active = self.held.get(id(tensor)), self.marks.get(id(tensor))
         if held is not None or active is None:
             return held
-        name, examples = active.entry.name, len(active.coefficients[0])
+        name, examples = active.entry.name, active.coefficients[0].shape[0]
         if examples * tensor.numel() > LARGEST:
             raise NeedsGroups(name, "it is too large to be made for each example")
         held = Instances(name, name, self.join(tensor.expand(examples, *tensor.shape), active.changes()))
@@ -272,7 +272,7 @@ class Pass(TorchFunctionMode):
     def like(self, change: Tensor, value: Tensor) -> Tensor:
         """A change in the precision of what changes, which autocast may have lowered; the lowest is noted."""
         self.epsilon = max(self.epsilon, torch.finfo(value.dtype).eps)
-        return change.to(value.dtype)
+        return change if change.dtype == value.dtype else change.to(value.dtype)
 
     def overwrite(self, target: Tensor, value: Tensor, change: Tensor | None) -> Tensor:
         """Write a function's result in place."""

@@ -60,7 +60,7 @@ def _rates(run: Pass, func: Any, x: Tensor, rate: float) -> Tensor | None:
     values = run.rates[rate.hyper].to(x.dtype)
     if values.ndim == 0:
         return values
-    layout = run.fixed or run.locate((f"dropout {rate.module}", func.__name__), x, len(values))
+    layout = run.fixed or run.locate((f"dropout {rate.module}", func.__name__), x, values.shape[0])
     return values[0] if layout is None else layout.spread(values, x.ndim)
 
 

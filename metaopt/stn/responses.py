@@ -184,14 +184,19 @@ class Responses(nn.Module):
         with unrounded(weight):
             spread = torch.mm(z.to(weight.dtype), weight.t().contiguous())
         pieces = iter(torch.split_with_sizes(spread, self._widths, 1))
-        mixers = iter(self.mixers)
+        # Read from where they are: an index into a list of parameters is looked up as an attribute, by name.
+        bases, mixers = (
+            [p.detach() if frozen else p for p in held._parameters.values() if p is not None]
+            for held in (self.bases, self.mixers)
+        )
+        mixing = iter(mixers)
         for entry, slots in zip(self.entries, self._slots, strict=True):
-            coefficients = tuple(next(pieces) for _ in range(entry.banks))
-            bases: tuple[Tensor | None, ...] = tuple(
-                self.bases[slot].detach() if frozen else self.bases[slot] for slot in slots
+            yield Active(
+                entry,
+                tuple([next(pieces) for _ in range(entry.banks)]),
+                tuple([bases[slot] for slot in slots]) or (None,),
+                () if entry.rank is None else tuple([next(mixing) for _ in range(entry.banks)]),
             )
-            mixing = tuple(next(mixers) for _ in range(entry.banks)) if entry.rank is not None else ()
-            yield Active(entry, coefficients, bases or (None,), tuple(m.detach() for m in mixing) if frozen else mixing)
 
     def changes(self, z: Tensor) -> dict[str, Tensor]:
         """``ΔP`` for one point ``z`` of shape ``(H,)``, by each parameter's first name."""

@@ -54,6 +54,7 @@ class Running(nn.Module):
     model: nn.Module
     coordinates: Coordinates
     responses: Responses
+    rho: nn.Parameter
     slots: Slots
     bound: dict[str, str]
     fallback: dict[str, str]
@@ -64,7 +65,7 @@ class Running(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the response is."""
-        return self.responses.weight.device
+        return self.rho.device
 
     def _plain(
         self, changes: Mapping[str, Tensor], values: Any, args: Any, kwargs: Any, at: Perturbation | None
@@ -163,7 +164,7 @@ class Running(nn.Module):
         shared = set(self.bound.values()) if grouped else self.coordinates.per_batch
         rates = {n: _first(value) if n in shared else value for n, value in self._rates(values)}
         found = self._layouts.get(self.model.training, Found({}, {}))
-        orders = Orders(found.reads, len(z)) if found.reads and not kind.recording else None
+        orders = Orders(found.reads, z.shape[0]) if found.reads and not kind.recording else None
         p = kind(marks, found.layouts, rates, found.calls, orders)
         p.modules = self.slots.responding
         if isinstance(p, Tracer):

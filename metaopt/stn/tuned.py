@@ -172,22 +172,22 @@ class Tuned(Compared):
     def _responding(self, at: Perturbation, args: Any, kwargs: Any) -> Any:
         assert at.z is not None
         examples = count(args, kwargs, self.batch_dim)
-        if examples != len(at.z):
+        if examples != at.z.shape[0]:
             raise ResponseError(
-                f"the model is called with {examples} examples in a step whose batch has {len(at.z)}: each example has "
+                f"the model is called with {examples} examples in a step whose batch has {at.z.shape[0]}: each example has "
                 "its own perturbation, so call it on the batch (once for each view, where examples have several: "
                 "`model(one), model(two)` and not `model(torch.cat([one, two]))`), with the examples along axis "
                 f"{self.batch_dim} (`transform(..., batch_dim=...)` says which), and let the first tensor of a "
                 "batch of data be one with its examples."
             )
         self._prepare(args, kwargs)
-        if self.fallback and len(at.z) > 1 and (at.groups is None or (self.mixes and at.groups > 1)):
+        if self.fallback and at.z.shape[0] > 1 and (at.groups is None or (self.mixes and at.groups > 1)):
             raise NeedsGroups(*next(iter(self.fallback.items())))
         if not self.fallback or at.groups in (None, 1):
             return self._whole(at, at.z, at.values, args, kwargs)
         outputs = []
-        for part in torch.arange(len(at.z), device=at.z.device).tensor_split(at.groups):
-            inputs = split(args, kwargs, part, self.batch_dim, len(at.z))
+        for part in torch.arange(at.z.shape[0], device=at.z.device).tensor_split(at.groups):
+            inputs = split(args, kwargs, part, self.batch_dim, at.z.shape[0])
             values = {name: value[part] for name, value in at.values.items()}
             outputs.append(self._whole(at, at.z[part], values, *inputs))
         kinds = objects(outputs[0])
