@@ -74,7 +74,7 @@ def attributes(modules: Sequence[nn.Module]) -> Attributes:
 def set_attributes(kept: Attributes) -> None:
     """Put back what they kept."""
     for now, before in kept:
-        if list(now) == list(before) and all(map(is_, now.values(), before.values())):
+        if len(now) == len(before) and all(map(is_, now, before)) and all(map(is_, now.values(), before.values())):
             continue
         if now.keys() != before.keys():
             for key in now.keys() - before.keys():
