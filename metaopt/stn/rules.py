@@ -240,3 +240,16 @@ def prelu(p: Pass, func: Any, input: Tensor, weight: Tensor) -> Tensor:  # noqa:
         change = None if layout is None else layout.spread(active.coefficients[0][:, 0], input.ndim)
         return p.join(y, plus(dy, None if change is None else change * input.clamp(max=0)))
     return affine(p, func, op, y, input, weight, None, feature=1, rows=0, dy=dy)
+
+
+@register(Tensor.register_hook)
+def register_hook(p: Pass, func: Any, x: Tensor, hook: Any) -> Any:
+    """A hook on a gradient."""
+    return p.hook(x, hook)
+
+
+@register(Tensor.retain_grad)
+def retain_grad(p: Pass, func: Any, x: Tensor) -> None:
+    """A gradient that is looked at after a backward pass; there is none where the value has no gradient."""
+    if x.requires_grad:
+        func(x)

@@ -29,6 +29,7 @@ from metaopt.stn.checks import (
 )
 from metaopt.stn.descent import Descent
 from metaopt.stn.generators import random_state, set_random_state
+from metaopt.stn.guards import unchanged
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy
 from metaopt.stn.substitution import attributes, set_attributes
@@ -136,9 +137,12 @@ class Tuner:
         """
         self.steps += 1
         state = self._state()
+        watch = unchanged(self.tuned.model.named_parameters()) if self.steps == 1 else nullcontext()
         if self.tuned.method == "stn":
-            return self._attempt(lambda: self._joint(batch), state)
-        loss = self._weights(batch)
+            with watch:
+                return self._attempt(lambda: self._joint(batch), state)
+        with watch:
+            loss = self._weights(batch)
         after = self._state()
         self._set_state(state)
         self._attempt(lambda: self._response(batch), state)
