@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -171,6 +172,22 @@ def changed(tuned: Tuned, model: nn.Module, x: Tensor, z: Tensor, still: bool = 
     return torch.cat(rows)
 
 
+def gradients(tuned: Tuned, smooth: nn.Module, x: Tensor, z: Tensor) -> tuple[Tensor, ...]:
+    """Those of the response; ``smooth`` has the derivative of the values."""
+    theta, parts = list(tuned.responses.parameters()), []
+    if tuned.method != "delta":
+        return torch.autograd.grad(changed(tuned, tuned.model, x, z).square().mean(), theta)
+    smooth.load_state_dict(tuned.model.state_dict())
+    weights = {n: p.detach() for n, p in smooth.named_parameters()}
+    for b in range(len(x)):
+        changes = {n: c.detach() for n, c in tuned.responses.changes(z[b]).items()}
+        call = partial(functional_call, smooth, args=(x[b : b + 1],))
+        parts.append(torch.add(*jvp(call, (weights,), (changes,))))
+    output = torch.cat(parts).requires_grad_()
+    cotangent = torch.autograd.grad(output.square().mean(), output)
+    return torch.autograd.grad(changed(tuned, tuned.model, x, z, still=True), theta, cotangent)
+
+
 @pytest.mark.filterwarnings("ignore::metaopt.UnusedHyperparameterWarning")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", list(CASES))
@@ -182,22 +199,8 @@ def test_the_response_is_trained_by_the_backward_and_tuned_by_the_values(name: s
         tuner._perturb = lambda n: drawn.append(perturb(n)) or drawn[-1]  # type: ignore[assignment, func-returns-value]
         tuner.train_step(x)
         tuner.valid_step(x)
-    theta = list(tuned.responses.parameters())
     z = (drawn[0][1] if method == "stn" else drawn[0][0] / tuned.reference).detach()
-    if method == "delta":
-        smooth, parts = Model(true), []
-        smooth.load_state_dict({n.replace("function.", ""): p for n, p in tuned.model.state_dict().items()})
-        weights = {n: p.detach() for n, p in smooth.named_parameters()}
-        for b in range(len(x)):
-            changes = {n: c.detach() for n, c in tuned.responses.changes(z[b]).items()}
-            parts.append(
-                torch.add(*jvp(lambda w, b=b: functional_call(smooth, w, (x[b : b + 1],)), (weights,), (changes,)))
-            )
-        output = torch.cat(parts).requires_grad_()
-        cotangent = torch.autograd.grad(output.square().mean(), output)
-        expected = torch.autograd.grad(changed(tuned, tuned.model, x, z, still=True), theta, cotangent)
-    else:
-        expected = torch.autograd.grad(changed(tuned, tuned.model, x, z).square().mean(), theta)
+    theta, expected = list(tuned.responses.parameters()), gradients(tuned, Model(true), x, z)
     for found, right in zip(theta, expected, strict=True):
         torch.testing.assert_close(found.grad, right, rtol=1e-9, atol=1e-12)
     # λ descends the validation loss as it is, but for steps.
@@ -250,3 +253,44 @@ def test_steps_with_a_backward_that_can_not_be_differentiated_are_refused() -> N
     tuned, x = problem(lambda: Model(Stepped.apply)), torch.randn(6, 4)
     with train(tuned, train_loss, valid_loss) as tuner, pytest.raises(ResponseError, match="the other engines were"):
         tuner.train_step(x)
+
+
+class Words(nn.Module):
+    """Words with padding, whose table may be that of a decoder too."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.words, self.decoder = nn.Embedding(7, 4, padding_idx=2), nn.Linear(4, 7, bias=False)
+        if tied:
+            self.decoder.weight = self.words.weight
+        with torch.no_grad():
+            self.words.weight[2] = 0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.decoder(torch.tanh(self.words(x)).mean(1))
+        return y
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("method", ["stn", "centered", "manual", "forward", "double"])
+def test_padding_has_no_response_but_that_of_a_tied_decoder(method: str, rank: int | None, tied: bool) -> None:
+    """A look-up does not train it; it responded by what the table's other words had learnt."""
+    engine = {"engine": method} if method in ("manual", "forward", "double") else {}
+    tuned = problem(lambda: Words(tied), "delta" if engine else method, rank=rank, banks=2, **engine)
+    x = torch.randint(7, (5, 3))
+    x[1] = 2
+    with train(tuned, lambda m, b, v: valid_loss(m, b), valid_loss, **FIXED) as tuner:
+        for _ in range(2):
+            tuner.train_step(x)
+        drawn, perturb = [], tuner._perturb
+        tuner._perturb = lambda n: drawn.append(perturb(n)) or drawn[-1]  # type: ignore[assignment, func-returns-value]
+        tuner.optimizer.param_groups[0]["lr"] = tuner.response_optimizer.param_groups[0]["lr"] = 0.0
+        tuner.train_step(x)
+    z = (drawn[0][1] if method == "stn" else drawn[0][0] / tuned.reference).detach()
+    padding = tuned.responses.changes(z[0])["words.weight"][2]
+    assert bool(padding.any()) == tied
+    theta = list(tuned.responses.parameters())
+    for found, right in zip(theta, gradients(tuned, Words(tied), x, z), strict=True):
+        torch.testing.assert_close(found.grad, right, rtol=1e-9, atol=1e-12)
