@@ -533,6 +533,32 @@ def test_an_engine_that_was_asked_for_is_compared_too(monkeypatch: pytest.Monkey
         output(tuned, torch.randn(4, 3), at(tuned, torch.randn(4, 2), linearised=True))
 
 
+class Discrete(nn.Module):
+    """Samples one of a few values, in evaluation too; or calls what torch's second derivatives have no number for."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.two, self.three, self.function = nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 2), function
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.three(self.drop(torch.tanh(self.two(self.function(torch.tanh(self.one(x)))))))
+        return y
+
+
+@pytest.mark.parametrize(
+    "function", [partial(F.gumbel_softmax, tau=0.7, hard=True), partial(torch.logcumsumexp, dim=1)], ids=["one", "scan"]
+)
+def test_functions_that_were_taken_for_wrong_ones_keep_the_examples_apart(function: Callable[[Tensor], Tensor]) -> None:
+    """Samples that another example may have too had moved; an engine that gives NaN was believed."""
+    tuned, x = problem(lambda: Discrete(function)), torch.randn(6, 4)
+    with train(tuned, train_loss, valid_loss) as tuner:
+        tuner.train_step(x)
+        tuner.valid_step(x)
+    assert not tuned.fallback
+    assert tuner.skipped == 0
+
+
 def test_a_value_that_is_written_beneath_a_view_of_it_is_right() -> None:
     class Seen(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
