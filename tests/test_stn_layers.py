@@ -285,7 +285,8 @@ def test_a_sequence_as_long_as_the_batch_is_not_taken_for_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["bare", "vision", "queries", "language", "written", "weights", "functions", "windows", "standardised"]
+    "name",
+    ["bare", "vision", "queries", "language", "written", "computed", "weights", "functions", "windows", "standardised"],
 )
 @modes
 def test_parameters_that_join_the_batch_have_one_perturbation_for_each_example(name: str, training: bool) -> None:
@@ -307,7 +308,7 @@ def test_parameters_that_join_the_batch_have_one_perturbation_for_each_example(n
         (lambda x, p: x * F.dropout(p, 0.1)[0], "dropout"),
         (lambda x, p: x.index_add(0, torch.arange(len(x)).flip(0), (x * 0 + 1) * p[1]), "another output than at"),
         (lambda x, p: x.clone().index_put_((torch.arange(len(x)),), p[1]), "of other examples"),
-        (lambda x, p: x * p.clone().mul_(2)[0], "writes on it"),
+        (lambda x, p: x * p.clone().view(-1).mul_(2)[0], "writes on it"),
         (lambda x, p: (x * p[0], p.norm()), "returns what was computed from it alone"),
         (lambda x, p: (x * p[0], p), "returns what was computed from it alone"),
     ],

@@ -137,6 +137,11 @@ def double(run: Runner, z: Tensor) -> Any:
                     if pulled is not None:
                         pushed = torch.autograd.grad(pulled, adjoints, z, create_graph=True, allow_unused=True)
             except RuntimeError as error:
+                if "modified by an inplace operation" in str(error):
+                    raise Unsupported(
+                        "it writes in place on a value that a gradient needs (where it keeps a state or a cache in "
+                        "evaluation mode, switch that off, as by `use_cache=False`)"
+                    ) from error
                 if "not implemented" not in str(error) and "once_differentiable" not in str(error):
                     raise
                 raise Unsupported(str(error).splitlines()[0]) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CHECKPOINT", "differentiate", "guarded", "unchanged", "unhooked", "unrepeated"]
+__all__ = ["CHECKPOINT", "WRITTEN", "differentiate", "guarded", "unchanged", "unhooked", "unrepeated"]
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +23,12 @@ RECOMPUTED = (
     "itself, {}, while the response is learnt."
 )
 CHECKPOINT = RECOMPUTED.format("`torch.utils.checkpoint`", "`block(x)` and not `checkpoint(block, x)`")
+
+WRITTEN = (
+    "the model writes in place on a value that a gradient needs. A validation step takes gradients too, in evaluation "
+    "mode: where the model keeps a state or a cache there, switch that off (such as `use_cache=False`); else let it "
+    "compute a new tensor, as `x = x + y` and not `x += y`."
+)
 
 
 @contextmanager
@@ -155,4 +161,6 @@ def differentiate(loss: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | Non
     except RuntimeError as error:
         if "torch.utils.checkpoint" in str(error) and not isinstance(error, ResponseError):
             raise ResponseError(CHECKPOINT) from error
+        if "modified by an inplace operation" in str(error):
+            raise ResponseError(WRITTEN) from error
         raise

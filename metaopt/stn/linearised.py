@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils import _pytree as pytree
 
-from metaopt.stn.calls import out_of_place, written_in_place
+from metaopt.stn.calls import has_views, out_of_place, written_in_place
 from metaopt.stn.forward_mode import dual_level
 from metaopt.stn.functions import Call, by_value, pushed
 from metaopt.stn.layouts import NeedsGroups
@@ -120,8 +120,7 @@ class LinearisedPass(Pass):
         Raises:
             Unsupported: if another tensor lies on the same storage: its tangent would be stale, or missing.
         """
-        # One of the two is the handle that is asked.
-        if target._is_view() or torch._C._storage_Use_Count(target.untyped_storage()._cdata) > 2:
+        if has_views(target):
             raise Unsupported("an in-place operation on a tensor that has views")
         if tangent is None:
             target.__dict__.pop(_ATTRIBUTE, None)
