@@ -491,13 +491,32 @@ def test_a_batch_begins_with_its_examples() -> None:
 )
 def test_a_copy_runs_as_the_original_does(way: Callable[[Tuned], Tuned]) -> None:
     tuned = problem(Siamese, bind={"drop": ["drop", "net.0.weight"]})
-    twin, batch, found = way(tuned), torch.randn(6, 4), []
+    batch, found = torch.randn(6, 4), []
+    with train(tuned, train_loss, valid_loss) as tuner:
+        tuner.train_step(batch)
+    twin = way(tuned)
     for one in (tuned, twin):
         torch.manual_seed(2)
         with train(one, train_loss, valid_loss, seed=3) as tuner:
             found.append([tuner.train_step(batch), tuner.train_step(batch), tuner.valid_step(batch)])
     assert found[0] == found[1]
     assert twin.model.get_submodule("net.0") is not tuned.model.get_submodule("net.0")
+
+
+@pytest.mark.parametrize("name", ["decay", "scale"])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_a_hyperparameter_that_is_frozen_in_the_middle_stays(name: str, method: str) -> None:
+    """Its optimizer went on by the gradient that it had had."""
+    tuned, batch = problem(Siamese, method), torch.randn(6, 4)
+    leaf = tuned.rho if name == "scale" else tuned.hyper.get_leaf(name)
+    with train(tuned, train_loss, valid_loss, optimizer=still) as tuner:
+        for free in (True, False, False, True):
+            leaf.requires_grad_(free)
+            before = [leaf.detach().clone(), tuned.hyper.get_leaf("drop").detach().clone()]
+            tuner.train_step(batch)
+            tuner.valid_step(batch)
+            assert torch.equal(before[0], leaf) != free
+            assert not torch.equal(before[1], tuned.hyper.get_leaf("drop"))
 
 
 class Noisy(nn.Module):
