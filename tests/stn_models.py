@@ -365,6 +365,21 @@ class Standardised(nn.Module):
         return F.conv2d(x, weight, self.conv.bias)
 
 
+class Computed(nn.Module):
+    """A bias that is computed from parameters alone, with functions that write in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Sequential(nn.Linear(2, 5), nn.ReLU(inplace=True), nn.Linear(5, 4))
+        self.places = nn.Buffer(torch.randn(6, 2))
+        self.table, self.layer = nn.Parameter(torch.randn(6, 4)), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias(self.places)
+        bias.mul_(bias.exp()).add_(torch.tanh_(self.table.clone()))
+        return torch.tanh(self.layer(x) + bias.mean(0))
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, an input, and how they are used.
@@ -420,6 +435,7 @@ CASES: dict[str, Case] = {
     ),
     "tied": Case(Tied, (B, 4), classes=7, exact=False),
     "reused": Case(Reused, (B, 4)),
+    "computed": Case(Computed, (B, 3)),
     "bare": Case(Bare, (B, 3)),
     "kept": Case(Kept, (B, 3), grouped=True),
     "cells": Case(Cells, (B, 3, 3), exact=False),

@@ -491,13 +491,32 @@ def test_a_batch_begins_with_its_examples() -> None:
 )
 def test_a_copy_runs_as_the_original_does(way: Callable[[Tuned], Tuned]) -> None:
     tuned = problem(Siamese, bind={"drop": ["drop", "net.0.weight"]})
-    twin, batch, found = way(tuned), torch.randn(6, 4), []
+    batch, found = torch.randn(6, 4), []
+    with train(tuned, train_loss, valid_loss) as tuner:
+        tuner.train_step(batch)
+    twin = way(tuned)
     for one in (tuned, twin):
         torch.manual_seed(2)
         with train(one, train_loss, valid_loss, seed=3) as tuner:
             found.append([tuner.train_step(batch), tuner.train_step(batch), tuner.valid_step(batch)])
     assert found[0] == found[1]
     assert twin.model.get_submodule("net.0") is not tuned.model.get_submodule("net.0")
+
+
+@pytest.mark.parametrize("name", ["decay", "scale"])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_a_hyperparameter_that_is_frozen_in_the_middle_stays(name: str, method: str) -> None:
+    """Its optimizer went on by the gradient that it had had."""
+    tuned, batch = problem(Siamese, method), torch.randn(6, 4)
+    leaf = tuned.rho if name == "scale" else tuned.hyper.get_leaf(name)
+    with train(tuned, train_loss, valid_loss, optimizer=still) as tuner:
+        for free in (True, False, False, True):
+            leaf.requires_grad_(free)
+            before = [leaf.detach().clone(), tuned.hyper.get_leaf("drop").detach().clone()]
+            tuner.train_step(batch)
+            tuner.valid_step(batch)
+            assert torch.equal(before[0], leaf) != free
+            assert not torch.equal(before[1], tuned.hyper.get_leaf("drop"))
 
 
 class Noisy(nn.Module):
@@ -531,6 +550,32 @@ def test_an_engine_that_was_asked_for_is_compared_too(monkeypatch: pytest.Monkey
     tuned = problem(lambda: nn.Sequential(nn.Linear(3, 2), nn.Tanh()), engine="manual")
     with pytest.raises(ResponseError, match=r"differ from torch's own.*engine=\"auto\""):
         output(tuned, torch.randn(4, 3), at(tuned, torch.randn(4, 2), linearised=True))
+
+
+class Discrete(nn.Module):
+    """Samples one of a few values, in evaluation too; or calls what torch's second derivatives have no number for."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.two, self.three, self.function = nn.Linear(4, 6), nn.Linear(6, 4), nn.Linear(4, 2), function
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.three(self.drop(torch.tanh(self.two(self.function(torch.tanh(self.one(x)))))))
+        return y
+
+
+@pytest.mark.parametrize(
+    "function", [partial(F.gumbel_softmax, tau=0.7, hard=True), partial(torch.logcumsumexp, dim=1)], ids=["one", "scan"]
+)
+def test_functions_that_were_taken_for_wrong_ones_keep_the_examples_apart(function: Callable[[Tensor], Tensor]) -> None:
+    """Samples that another example may have too had moved; an engine that gives NaN was believed."""
+    tuned, x = problem(lambda: Discrete(function)), torch.randn(6, 4)
+    with train(tuned, train_loss, valid_loss) as tuner:
+        tuner.train_step(x)
+        tuner.valid_step(x)
+    assert not tuned.fallback
+    assert tuner.skipped == 0
 
 
 def test_a_value_that_is_written_beneath_a_view_of_it_is_right() -> None:

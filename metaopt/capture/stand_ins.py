@@ -6,10 +6,11 @@ purpose no derivative of its forward. Both fail silently, so both are looked for
 
 from __future__ import annotations
 
-__all__ = ["stand_in"]
+__all__ = ["Nature", "nature", "stand_in"]
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,6 +63,30 @@ def stand_in(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> Plain | 
         "needs its derivative. Write `backward` with torch operations on saved inputs and outputs (not on saved "
         "intermediates, numpy or detached values), or replace the function by torch operations."
     )
+
+
+@dataclass(frozen=True)
+class Nature:
+    """What the backward of a custom function is to its forward.
+
+    Args:
+        steps: whether the forward is constant about a point, as one that rounds is.
+        own: whether the backward is the derivative of the forward.
+        linear: whether the backward takes gradients of any size alike.
+        forward: whether torch has the derivative of the forward's own operations.
+    """
+
+    steps: bool
+    own: bool
+    linear: bool
+    forward: bool
+
+
+def nature(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> Nature:
+    """Find out what the backward of a user's ``autograd.Function`` is to its forward, from one call of it."""
+    call = _Call(cls, args, kwargs)
+    own = disagreement(call.values_of(call.own), call.point) is None
+    return Nature(call.has_steps(), own, call.is_linear(), call._follows_forward())
 
 
 class _Call:
@@ -149,6 +174,23 @@ class _Call:
             return True
 
         return self._attempt(compare) is not False
+
+    def has_steps(self) -> bool:
+        """Whether the results stay as they are where one of the arguments moves a little."""
+
+        def compare() -> bool:
+            point = [p.double() for p in self.point]
+            values = self.values_of(self.own)
+            here = values(point)
+            for place, p in enumerate(point):
+                torch.manual_seed(0)
+                step = 1e-7 * float(p.norm()) / max(1, p.numel()) ** 0.5
+                near = values([*point[:place], p + (step or 1e-9) * torch.randn_like(p), *point[place + 1 :]])
+                if all(bool(torch.equal(a, b)) for a, b in zip(here, near, strict=True)):
+                    return True
+            return False
+
+        return self._attempt(compare) is True
 
     def refuse_hidden(self) -> None:
         """Raise if the function's gradient is another where its arguments are equal, but other tensors."""

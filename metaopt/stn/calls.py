@@ -7,7 +7,18 @@ for each example, and each can have a parameter of its own (`metaopt.stn.instanc
 
 from __future__ import annotations
 
-__all__ = ["Call", "Noted", "Place", "confirmed", "flat", "follow", "out_of_place", "plain_sizes", "written_in_place"]
+__all__ = [
+    "Call",
+    "Noted",
+    "Place",
+    "confirmed",
+    "flat",
+    "follow",
+    "has_views",
+    "out_of_place",
+    "plain_sizes",
+    "written_in_place",
+]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,6 +83,12 @@ def written_in_place(name: str) -> bool:
     if last.endswith("__"):
         return last == "__setitem__" or (last.startswith("__i") and last not in ("__invert__", "__int__", "__index__"))
     return last.endswith("_")
+
+
+def has_views(target: Tensor) -> bool:
+    """Whether another tensor lies on the same storage, or this one on another's."""
+    # One of the two is the handle that is asked.
+    return target._is_view() or torch._C._storage_Use_Count(target.untyped_storage()._cdata) > 2
 
 
 def out_of_place(name: str) -> Any:

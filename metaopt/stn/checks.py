@@ -119,9 +119,15 @@ def groups_of(tuned: Tuned, examples: int) -> int | None:
         tuned.warned.update(new)
         why = "; ".join(dict.fromkeys(tuned.fallback[name] for name in new))
         warn(
-            f"parameters that can't respond per example ({why}): {', '.join(new)}. Each group of examples has one "
-            "perturbation and is run by itself, which takes longer and makes the response noisier. `groups` in "
-            "`transform` says how many there are.",
+            f"parameters that can't respond per example ({why}): {', '.join(new)}. "
+            + (
+                "A batch has one perturbation, which makes the response noisier: the model's output depends on other "
+                "examples, or has no axis of examples, as a loss has (let the model return its output, and compute the "
+                "loss from that)."
+                if tuned.mixes
+                else "Each group of examples has one perturbation and is run by itself, which takes longer and makes "
+                "the response noisier. `groups` in `transform` says how many there are."
+            ),
             FallbackWarning,
         )
     coupled = any(isinstance(m, _BatchNorm) and m.training for m in tuned.model.modules())

@@ -46,7 +46,9 @@ class Compared(Prepared):
         with same_randomness(self.device):
             weight = torch.randn_like(self.responses.weight).requires_grad_()
 
-        found, passes, unable = [], [], []
+        found: list[Any] = []
+        passes: list[Pass] = []
+        unable: list[str] = []
 
         def run(point: Tensor, kind: type[Pass]) -> tuple[Any, Pass]:
             output, p = self._run(point, kind, values, args, kwargs, response=False, weight=weight)
@@ -58,7 +60,11 @@ class Compared(Prepared):
                 try:
                     output = ENGINES[engine](run, z.detach())
                     with unrepeated(self.slots.responding):
-                        found.append((output, _gradient(output, weight)))
+                        pair = output, _gradient(output, weight)
+                    if found and _finite(found[0]) and not _finite(pair):
+                        # Torch's own derivatives have gaps; where they are NaN they tell nothing of ours.
+                        raise Unsupported("derivatives that are not finite")
+                    found.append(pair)
                 except Unsupported as reason:
                     unable.append(engine)
                     if engine == engines[0]:
@@ -74,6 +80,10 @@ class Compared(Prepared):
             raise ResponseError(f'{differ}; {why} Use `engine="auto"`, which takes another engine then.')
         engines[:] = [engine for engine in engines[1:] if engine not in unable]
         warn(f"{differ}, which are used from now on; {why}", FallbackWarning)
+
+
+def _finite(values: Any) -> bool:
+    return all(bool(v.isfinite().all()) for v in leaves(values) if isinstance(v, Tensor))
 
 
 def _gradient(output: Any, weight: Tensor) -> Tensor | None:

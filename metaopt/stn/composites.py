@@ -244,8 +244,8 @@ def _bag(
     """A look-up and a sum: torch's own has no forward mode and no second derivative."""
     settings = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
     arguments = (input, weight, *settings, include_last_offset, padding_idx)
-    if offsets is not None or max_norm is not None or mode == "max" or input.ndim != 2:
-        return untouched(p, func, arguments, "`embedding_bag` with offsets or a maximum has no rule")
+    if offsets is not None or max_norm is not None or scale_grad_by_freq or mode == "max" or input.ndim != 2:
+        return untouched(p, func, arguments, "`embedding_bag` with offsets, frequencies or a maximum has no rule")
     if not written_out(p, func, input, 0, [weight], [per_sample_weights]):
         return func(*arguments)
     with inside(p, 0):

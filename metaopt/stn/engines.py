@@ -13,12 +13,14 @@ from __future__ import annotations
 __all__ = ["ENGINES", "Runner", "combine"]
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -51,6 +53,28 @@ def manual(run: Runner, z: Tensor) -> Any:
     return mapped(lambda y: combine(y, p.tangent(y)), output)
 
 
+class _Differentiated(Pass):
+    """A nonlinear pass that torch differentiates: by the model's own backward, which must be its derivative."""
+
+    def custom(self, cls: type, own: Any, args: Any, kwargs: Any) -> Any:
+        if cls is BackwardHookFunction:
+            raise Unsupported("a hook on a gradient")
+        known = self.nature(cls, args, kwargs) if torch.is_grad_enabled() else None
+        if self.trained and known is not None and not (known.linear and (known.own or known.steps)):
+            raise Unsupported(f"`{cls.__name__}`, whose backward is no derivative of its forward")
+        return super().custom(cls, own, args, kwargs)
+
+    def hook(self, tensor: Tensor, hook: Any) -> Any:
+        if self.trained:
+            raise Unsupported("a hook on a gradient")
+        return super().hook(tensor, hook)
+
+    def begin(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        if self.trained and any(m._backward_hooks or m._backward_pre_hooks for m in modules):
+            raise Unsupported("a module with a hook on gradients")
+        return super().begin(modules)
+
+
 class _Spelt(TorchFunctionMode):
     """Functions of which torch's own derivatives have gaps are written in terms of others."""
 
@@ -80,7 +104,7 @@ def forward(run: Runner, z: Tensor) -> Any:
         dual = forward_ad.make_dual(torch.zeros_like(z), z)
         try:
             with _ForwardMode(), sdpa_kernel(SDPBackend.MATH):
-                output, _ = run(dual, Pass)
+                output, _ = run(dual, _Differentiated)
         except (NotImplementedError, RuntimeError) as error:
             text = str(error).lower()
             # Under autocast a dual weight's tangent keeps its precision, and its type is not "the same".
@@ -101,7 +125,7 @@ def double(run: Runner, z: Tensor) -> Any:
     """Two backward passes: the derivative by ``v`` of ``vᵀ J`` is ``J``, applied to ε."""
     zero = torch.zeros_like(z).requires_grad_()
     with torch.enable_grad(), _Spelt(), sdpa_kernel(SDPBackend.MATH):
-        output, p = run(zero, Pass)
+        output, p = run(zero, _Differentiated)
         live = [y for y in leaves(output) if isinstance(y, Tensor) and y.requires_grad]
         tangents: dict[int, Tensor] = {}
         if live:
@@ -113,6 +137,11 @@ def double(run: Runner, z: Tensor) -> Any:
                     if pulled is not None:
                         pushed = torch.autograd.grad(pulled, adjoints, z, create_graph=True, allow_unused=True)
             except RuntimeError as error:
+                if "modified by an inplace operation" in str(error):
+                    raise Unsupported(
+                        "it writes in place on a value that a gradient needs (where it keeps a state or a cache in "
+                        "evaluation mode, switch that off, as by `use_cache=False`)"
+                    ) from error
                 if "not implemented" not in str(error) and "once_differentiable" not in str(error):
                     raise
                 raise Unsupported(str(error).splitlines()[0]) from error

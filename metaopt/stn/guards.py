@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["CHECKPOINT", "differentiate", "guarded", "unrepeated"]
+__all__ = ["CHECKPOINT", "WRITTEN", "differentiate", "guarded", "unchanged", "unhooked", "unrepeated"]
 
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -22,6 +23,12 @@ RECOMPUTED = (
     "itself, {}, while the response is learnt."
 )
 CHECKPOINT = RECOMPUTED.format("`torch.utils.checkpoint`", "`block(x)` and not `checkpoint(block, x)`")
+
+WRITTEN = (
+    "the model writes in place on a value that a gradient needs. A validation step takes gradients too, in evaluation "
+    "mode: where the model keeps a state or a cache there, switch that off (such as `use_cache=False`); else let it "
+    "compute a new tensor, as `x = x + y` and not `x += y`."
+)
 
 
 @contextmanager
@@ -56,6 +63,20 @@ def guarded(*inputs: Any, recomputes: bool = False) -> Iterator[None]:
 
 
 @contextmanager
+def unhooked(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Without the hooks of modules on gradients, which belong to training."""
+    hooked = [m for m in modules if m._backward_hooks or m._backward_pre_hooks]
+    kept = [(m._backward_hooks, m._backward_pre_hooks) for m in hooked]
+    try:
+        for module in hooked:
+            module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
+        yield
+    finally:
+        for module, (hooks, before) in zip(hooked, kept, strict=True):
+            module._backward_hooks, module._backward_pre_hooks = hooks, before
+
+
+@contextmanager
 def unrepeated(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Take gradients, while no module may be called: its parameters are its own again, without a response.
 
@@ -85,6 +106,45 @@ def unrepeated(modules: Sequence[nn.Module]) -> Iterator[None]:
         handle.remove()
 
 
+@contextmanager
+def unchanged(named: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
+    """Take gradients of parameters, while hooks on these may look at them and not change them.
+
+    Raises:
+        ResponseError: if one does, or is called when a gradient is accumulated.
+    """
+    changed: list[str] = []
+
+    def noted(name: str, hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+        def call(gradient: Tensor) -> Tensor | None:
+            result = hook(gradient)
+            changed.extend([name] if result is not None else [])
+            return result
+
+        return call
+
+    undo: list[tuple[Any, dict[int, Any]]] = []
+    try:
+        for name, parameter in named:
+            if parameter._post_accumulate_grad_hooks:
+                changed.append(name)
+            hooks = parameter._backward_hooks
+            if hooks:
+                undo.append((hooks, dict(hooks)))
+                hooks.update({key: noted(name, hook) for key, hook in hooks.items()})
+        yield
+    finally:
+        for hooks, before in undo:
+            hooks.update(before)
+    if changed:
+        raise ResponseError(
+            f"the parameter {changed[0]!r} has a hook that changes its gradient, which the gradient of its response "
+            "does not go through: the response would be that of other weights. Remove the hook; freeze a parameter "
+            "that should stay before `transform`, multiply one of which some entries should stay with a mask in "
+            "`forward` (as `torch.nn.utils.prune` does), and clip by `clip` in `metaopt.stn.train`."
+        )
+
+
 def differentiate(loss: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """The gradients of a loss, None where it does not depend on a tensor.
 
@@ -101,4 +161,6 @@ def differentiate(loss: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | Non
     except RuntimeError as error:
         if "torch.utils.checkpoint" in str(error) and not isinstance(error, ResponseError):
             raise ResponseError(CHECKPOINT) from error
+        if "modified by an inplace operation" in str(error):
+            raise ResponseError(WRITTEN) from error
         raise

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from metaopt.stn.calls import Call, out_of_place, plain_sizes, written_in_place
+from metaopt.stn.calls import Call, has_views, out_of_place, plain_sizes, written_in_place
 from metaopt.stn.layouts import Layout, NeedsGroups
 from metaopt.stn.spelt import SPELT_OUT
 
@@ -73,15 +73,17 @@ def apply(p: Pass, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     Raises:
         NeedsGroups: if it can't be told where the examples are, or the function can't be vectorised.
     """
-    target = None
-    if written_in_place(name):
+    target, own, wanted = None, None, bool(kwargs.get("inplace"))
+    if wanted or written_in_place(name):
         # A new tensor is computed, and written.
-        target, func = args[0], out_of_place(name)
+        target, func = args[0], func if wanted else out_of_place(name)
         own = p.instances(target)
-        if own is not None:
+        if own is not None and (func is None or id(target) in p.marks or has_views(target)):
             raise NeedsGroups(own.name, f"`{name}` writes on it, or on what was computed from it")
-        with p:
-            args = (target.clone(), *args[1:])
+        kwargs = {**kwargs, "inplace": False} if wanted else kwargs
+        if own is None:
+            with p:
+                args = (target.clone(), *args[1:])
     leaves, spec = pytree.tree_flatten(plain_sizes((args, kwargs)))
     if func in LAYERS:
         with suppress(NeedsGroups):
@@ -98,6 +100,8 @@ def apply(p: Pass, func: Any, name: str, args: Any, kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         # Forward mode ignores `no_grad`.
         mapped = pytree.tree_map_only(Tensor, torch.detach, mapped)
+    if target is not None and own is not None:
+        return _held(p, target.copy_(func(*args, **kwargs)), mapped, first, name)
     if target is not None:
         y = _joined(p, mapped, call.inputs[0], first, name)
         return p.overwrite(target, y, p.tangent(y))

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 __all__ = ["LinearisedPass", "carry", "kept_tangent"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils import _pytree as pytree
 
-from metaopt.stn.calls import out_of_place, written_in_place
+from metaopt.stn.calls import has_views, out_of_place, written_in_place
 from metaopt.stn.forward_mode import dual_level
+from metaopt.stn.functions import Call, by_value, pushed
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.passes import Pass, Unsupported, function_name, reads_no_values
 from metaopt.stn.spelt import SPELT_OUT
@@ -60,6 +63,41 @@ class LinearisedPass(Pass):
         if self._carries(args, kwargs) and not reads_no_values(func):
             raise Unsupported("a custom autograd.Function that uses a value which it isn't given")
 
+    def custom(self, cls: type, own: Any, args: Any, kwargs: Any) -> Any:
+        if not self._carries(args, kwargs) or not torch.is_grad_enabled():
+            return own(*args, **kwargs)
+        tangents = [self.tangent(a) for a in args]
+        if cls is BackwardHookFunction:
+            # The identity, of which a module's hooks take hold.
+            values = tuple(a.view_as(a) for a in args)
+            given = [torch.zeros_like(a) if t is None else t for a, t in zip(args, tangents, strict=True)]
+            with torch._C.DisableTorchFunction():
+                found = own(*given)
+            return tuple(v if t is None else carry(self, v, f) for v, t, f in zip(values, tangents, found, strict=True))
+        with torch._C.DisableTorchFunction():
+            graph = any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if graph:
+            # A loss may differentiate the values by the model's input.
+            return self.plain(own, args, kwargs)
+        known = self.nature(cls, args, kwargs)
+        if not self.trained and not (known.own and known.linear) and not known.steps:
+            return by_value(known, cls, own, args, kwargs)
+        result, changed = pushed(Call(cls, args, kwargs, tangents), known, own)
+        for value, tangent in changed:
+            carry(self, value, tangent)
+        return result
+
+    def hook(self, tensor: Tensor, hook: Any) -> Any:
+        tangent = self.tangent(tensor)
+        if tangent is None or not (self.trained and tangent.requires_grad):
+            return super().hook(tensor, hook)
+        return tangent.register_hook(hook)
+
+    def begin(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        if any(m._backward_hooks and not m._is_full_backward_hook for m in modules):
+            raise Unsupported("a backward hook of the old kind; `register_full_backward_hook` has the right gradients")
+        return super().begin(modules)
+
     def differentiated(self, func: Any, values: tuple[Tensor, ...]) -> Any:
         return self.by_forward_ad(func, values, {})
 
@@ -82,8 +120,7 @@ class LinearisedPass(Pass):
         Raises:
             Unsupported: if another tensor lies on the same storage: its tangent would be stale, or missing.
         """
-        # One of the two is the handle that is asked.
-        if target._is_view() or torch._C._storage_Use_Count(target.untyped_storage()._cdata) > 2:
+        if has_views(target):
             raise Unsupported("an in-place operation on a tensor that has views")
         if tangent is None:
             target.__dict__.pop(_ATTRIBUTE, None)

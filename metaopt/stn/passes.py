@@ -8,17 +8,22 @@ from __future__ import annotations
 
 __all__ = ["Pass", "Unsupported", "function_name", "reads_no_values"]
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import RemovableHandle
 
+from metaopt.capture.stand_ins import Nature
 from metaopt.errors import ResponseError
 from metaopt.stn.calls import Call, Place
-from metaopt.stn.guards import CHECKPOINT
+from metaopt.stn.functions import Unsupported, by_value, nature_of
+from metaopt.stn.guards import CHECKPOINT, unhooked
 from metaopt.stn.instances import LARGEST, Instances, apply
 from metaopt.stn.layouts import Layout, NeedsGroups, Site
 from metaopt.stn.orders import Orders
@@ -38,10 +43,6 @@ PLAIN_METHODS |= {"is_signed", "is_inference", "__format__"}
 
 # Why an example can't be told from its place.
 MOVED = "it is given examples that the model sorts or selects by their values"
-
-
-class Unsupported(Exception):
-    """This engine can't differentiate a function."""
 
 
 class Pass(TorchFunctionMode):
@@ -86,6 +87,8 @@ class Pass(TorchFunctionMode):
         self.moves_statistics = False
         # The modules that respond: not to be called while a gradient of this pass is taken.
         self.modules: Sequence[nn.Module] = ()
+        # Whether gradients are those of training, and not of a validation loss.
+        self.trained = False
         self.fixed: Layout | None = None
         self.epsilon = 0.0
         # Parameters of which every example has an instance.
@@ -153,10 +156,32 @@ class Pass(TorchFunctionMode):
                 self._within = within
 
         own.__name__, own.__module__ = name, cls.__module__
-        result = own(*args, **kwargs) if within else self.plain(own, args, kwargs)
+        result = own(*args, **kwargs) if within else self.custom(cls, own, args, kwargs)
         if self.orders is not None and not within:
             self.orders.follow(own, args, kwargs, result)
         return result
+
+    def custom(self, cls: type, own: Any, args: Any, kwargs: Any) -> Any:
+        """Call a custom function: its own backward is what training goes by, and a validation loss by its values."""
+        if self.trained or not torch.is_grad_enabled():
+            return self.plain(own, args, kwargs)
+        return by_value(self.nature(cls, args, kwargs), cls, own, args, kwargs)
+
+    def nature(self, cls: type, args: Any, kwargs: Any) -> Nature:
+        """What a custom function's backward is to its forward."""
+        within, self._within = self._within, True
+        try:
+            return nature_of(cls, args, kwargs)
+        finally:
+            self._within = within
+
+    def hook(self, tensor: Tensor, hook: Any) -> Any:
+        """A hook of the model's on the gradient of a value; it belongs to training, as custom backwards do."""
+        return tensor.register_hook(hook) if self.trained and tensor.requires_grad else RemovableHandle(OrderedDict())
+
+    def begin(self, modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """Run the model; the hooks of its modules on gradients belong to training too."""
+        return nullcontext() if self.trained else unhooked(modules)
 
     def within(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Look at what a custom function calls."""

@@ -35,6 +35,8 @@ class Values(dict[str, Tensor]):
         return super().__getitem__(name)
 
     def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("__") or name == "read":  # while it is copied
+            raise AttributeError(name)
         try:
             return self[name]
         except KeyError:

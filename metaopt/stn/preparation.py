@@ -146,7 +146,15 @@ class Prepared(Running):
         except Inseparable:
             # It insists on an order, such as sequences of falling length: then it keeps the one that it is given.
             return {}
-        return reordered(known, given, permuted, order)
+        found = reordered(known, given, permuted, order)
+        if found:
+            # Few values that are drawn at random may be those of other examples; drawn anew they are others.
+            with same_randomness(self.device):
+                torch.rand(7, device=self.device)
+                part = split(args, kwargs, first, self.batch_dim, whole)
+                again = self._recorded(*part, len(first), Recorder).seen
+            found = {s: why for s, why in found.items() if all(map(torch.equal, given[s], again.get(s, ())))}
+        return found
 
     def _mixes(self, args: Any, kwargs: Any, epsilon: float) -> bool:
         """Whether groups of examples have another output than all at once, as with negatives from the batch."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 __all__ = ["Active", "Entry", "Responses", "unrounded"]
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,12 +59,14 @@ class Active:
         coefficients: a tensor ``(B, o)`` for each bank: ``s = ε Uᵀ``.
         bases: ``V`` of each bank, or None where it is 1; ``C`` of a response of low rank.
         mixers: ``A`` of each bank of a response of low rank, ``(o, r)``; else empty.
+        constant: makes the same response with a ``Θ`` that has no gradient; None where it is not at hand.
     """
 
     entry: Entry
     coefficients: tuple[Tensor, ...]
     bases: tuple[Tensor | None, ...]
     mixers: tuple[Tensor, ...] = ()
+    constant: Callable[[], Active] | None = None
 
     def terms(self) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
         """Coefficients, base and mixer of each bank."""
@@ -82,9 +85,9 @@ class Active:
 
     def masked(self, mask: Tensor) -> Active:
         """The response of ``m ⊙ P``: the mask of the weights multiplies ``V`` too."""
-        return Active(
-            self.entry, self.coefficients, tuple(mask if base is None else mask * base for base in self.bases)
-        )
+        bases, constant = tuple(mask if base is None else mask * base for base in self.bases), self.constant
+        same = None if constant is None else lambda: constant().masked(mask)
+        return Active(self.entry, self.coefficients, bases, constant=same)
 
     def change(self, example: int = 0) -> Tensor:
         """``ΔP`` of one example, of the parameter's shape."""
@@ -141,7 +144,7 @@ class Responses(nn.Module):
         whole: Collection[str] = (),
     ) -> None:
         super().__init__()
-        found = _parameters(model)
+        found, padding = _parameters(model), _padding(model)
         kinds = {(p.dtype, p.device) for p, _, _ in found}
         if len(kinds) != 1:
             raise ResponseError(
@@ -165,6 +168,10 @@ class Responses(nn.Module):
             if entry.rank is not None:
                 self.mixers.extend(Parameter(_mixer(parameter, structure.rows, entry.rank)) for _ in range(count))
             self._slots.append(tuple(range(first, len(self.bases))))
+            if names[0] in padding and structure.axis == 1:
+                # A look-up trains no padding, so that its response is zero, unless a tied decoder's is not.
+                for base in list(self.bases)[first:]:
+                    base.data[padding[names[0]]] = 0
         self._widths = [entry.width for entry in self.entries for _ in range(entry.banks)]
         dtype, device = kinds.pop()
         self.weight = Parameter(torch.zeros(rows, width, dtype=dtype, device=device))
@@ -191,12 +198,19 @@ class Responses(nn.Module):
         )
         mixing = iter(mixers)
         for entry, slots in zip(self.entries, self._slots, strict=True):
-            yield Active(
-                entry,
-                tuple([next(pieces) for _ in range(entry.banks)]),
-                tuple([bases[slot] for slot in slots]) or (None,),
-                () if entry.rank is None else tuple([next(mixing) for _ in range(entry.banks)]),
-            )
+            own: tuple[Tensor | None, ...] = tuple([bases[slot] for slot in slots]) or (None,)
+            mixed = () if entry.rank is None else tuple([next(mixing) for _ in range(entry.banks)])
+            constant = partial(self._constant, entry, z, weight, own, mixed)
+            yield Active(entry, tuple([next(pieces) for _ in range(entry.banks)]), own, mixed, constant)
+
+    @staticmethod
+    def _constant(
+        entry: Entry, z: Tensor, weight: Tensor, bases: tuple[Tensor | None, ...], mixers: tuple[Tensor, ...]
+    ) -> Active:
+        with unrounded(weight):
+            spread = z.to(weight.dtype) @ weight[entry.start : entry.stop].detach().t()
+        fixed = tuple(None if base is None else base.detach() for base in bases)
+        return Active(entry, spread.split(entry.width, 1), fixed, tuple(m.detach() for m in mixers))
 
     def changes(self, z: Tensor) -> dict[str, Tensor]:
         """``ΔP`` for one point ``z`` of shape ``(H,)``, by each parameter's first name."""
@@ -244,6 +258,13 @@ def _parameters(model: nn.Module) -> list[tuple[Parameter, tuple[str, ...], Stru
         structure = max(given, key=lambda s: s.axis or 0, default=None)
         found.append((parameter, tuple(names), structure or _bare(parameter)))
     return found
+
+
+def _padding(model: nn.Module) -> dict[str, int]:
+    """The rows that look-ups don't train, by the first names of tables."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tables = (m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+    return {names[id(m.weight)]: m.padding_idx for m in tables if m.padding_idx is not None and id(m.weight) in names}
 
 
 def _bare(parameter: Tensor) -> Structure:

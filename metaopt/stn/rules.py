@@ -63,6 +63,7 @@ def affine(
     feature: int,
     rows: int | None,
     dy: Tensor | None = None,
+    still: Tensor | None = None,
 ) -> Tensor:
     """Add the responses of ``weight`` and ``bias`` to ``y = op(x, weight) + bias``.
 
@@ -77,6 +78,7 @@ def affine(
         feature: the axis of output features in ``y``.
         rows: the axis of the weight whose rows are output features; None where each entry is.
         dy: the tangent by ``x``, in a linearised pass.
+        still: where the gradient by the weight is no gradient of ``y``.
     """
     if not p.marks and not p.linearised:
         return y
@@ -87,7 +89,11 @@ def affine(
             change = plus(change, op(x, tangent))
         active = p.mark_of(weight)
         if active is not None:
-            change = _weight(p, func, op, x, active, y, feature % y.ndim, rows, change)
+            found = _weight(p, func, op, x, active, y, feature % y.ndim, rows, change)
+            if still is not None and active.constant is not None and found is not None:
+                fixed = _weight(p, func, op, x, active.constant(), y, feature % y.ndim, rows, change)
+                found = found if fixed is None else torch.where(still, fixed, found)
+            change = found
     if bias is not None:
         tangent = p.tangent(bias)
         if tangent is not None:
@@ -224,19 +230,25 @@ def embedding(
     weight: Tensor,
     padding_idx: int | None = None,
     max_norm: float | None = None,
-    *args: Any,
-    **kwargs: Any,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
 ) -> Tensor:
-    """A look-up of rows; the response scales the columns."""
-    active = p.mark_of(weight)
+    """A look-up of rows; the response scales the columns. Padding has no gradient there."""
+    active, options = p.mark_of(weight), (norm_type, scale_grad_by_freq, sparse)
     if active is not None and max_norm is not None:
         raise NeedsGroups(active.entry.name, "`embedding` with max_norm writes on its table")
+    if active is not None and scale_grad_by_freq:
+        raise NeedsGroups(active.entry.name, "`embedding` with scale_grad_by_freq has another gradient")
 
     def op(index: Tensor, w: Tensor) -> Tensor:
-        return func(index, w, padding_idx, None, *args, **kwargs)
+        return func(index, w, padding_idx, None, *options)
 
-    y = func(input, weight, padding_idx, max_norm, *args, **kwargs)
-    return affine(p, func, op, y, input, weight, None, feature=-1, rows=1)
+    y = func(input, weight, padding_idx, max_norm, *options)
+    if padding_idx is None:
+        return affine(p, func, op, y, input, weight, None, feature=-1, rows=1)
+    padded = (input == padding_idx % len(weight)).unsqueeze(-1)
+    return affine(p, func, op, y, input, weight, None, feature=-1, rows=1, still=padded)
 
 
 @register(torch.prelu, F.prelu)
@@ -257,3 +269,16 @@ def prelu(p: Pass, func: Any, input: Tensor, weight: Tensor) -> Tensor:  # noqa:
         change = None if layout is None else layout.spread(active.coefficients[0][:, 0], input.ndim)
         return p.join(y, plus(dy, None if change is None else change * input.clamp(max=0)))
     return affine(p, func, op, y, input, weight, None, feature=1, rows=0, dy=dy)
+
+
+@register(Tensor.register_hook)
+def register_hook(p: Pass, func: Any, x: Tensor, hook: Any) -> Any:
+    """A hook on a gradient."""
+    return p.hook(x, hook)
+
+
+@register(Tensor.retain_grad)
+def retain_grad(p: Pass, func: Any, x: Tensor) -> None:
+    """A gradient that is looked at after a backward pass; there is none where the value has no gradient."""
+    if x.requires_grad:
+        func(x)

@@ -166,7 +166,7 @@ class Running(nn.Module):
         found = self._layouts.get(self.model.training, Found({}, {}))
         orders = Orders(found.reads, z.shape[0]) if found.reads and not kind.recording else None
         p = kind(marks, found.layouts, rates, found.calls, orders)
-        p.modules = self.slots.responding
+        p.modules, p.trained = self.slots.responding, response or weight is not None
         if isinstance(p, Tracer):
             p.originals = {id(self.slots.parameter(name)): name for name in replaced}
         if at is not None:
@@ -177,6 +177,7 @@ class Running(nn.Module):
         with (
             guarded(args, kwargs),
             substituted(self.slots, replaced, buffers=not p.moves_statistics, rates=True, masked=masked),
+            p.begin(self.slots.modules),
             p,
             see_functions(p),
         ):

@@ -77,6 +77,12 @@ def _detach(p: LinearisedPass, func: Any, x: Tensor) -> Tensor:
     return func(x)
 
 
+# What a model asks to know whether there is a gradient, or puts a hook on: that of the tangent, which is the value's.
+@_register(_T.requires_grad.__get__, _T.grad_fn.__get__)
+def _of_tangent(p: LinearisedPass, func: Any, x: Tensor) -> Any:
+    return func(x) or func(p.tangent(x))
+
+
 # -- elementwise -------------------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Factory", "Tuner"]
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from typing import Any
@@ -29,6 +29,7 @@ from metaopt.stn.checks import (
 )
 from metaopt.stn.descent import Descent
 from metaopt.stn.generators import random_state, set_random_state
+from metaopt.stn.guards import unchanged
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy
 from metaopt.stn.substitution import attributes, set_attributes
@@ -136,9 +137,12 @@ class Tuner:
         """
         self.steps += 1
         state = self._state()
+        watch = unchanged(self.tuned.model.named_parameters()) if self.steps == 1 else nullcontext()
         if self.tuned.method == "stn":
-            return self._attempt(lambda: self._joint(batch), state)
-        loss = self._weights(batch)
+            with watch:
+                return self._attempt(lambda: self._joint(batch), state)
+        with watch:
+            loss = self._weights(batch)
         after = self._state()
         self._set_state(state)
         self._attempt(lambda: self._response(batch), state)
@@ -207,9 +211,7 @@ class Tuner:
         if not self._validated:
             check_validation(loss, self.weights)
             self._validated = True
-        # A hyperparameter that was frozen is a constant.
-        leaves = [leaf for leaf in self.leaves if leaf.requires_grad]
-        moves = (leaves, self.hyper_optimizer), ([tuned.rho], self.scale_optimizer)
+        moves = (_moving(self.leaves), self.hyper_optimizer), (_moving([tuned.rho]), self.scale_optimizer)
         if not self.descent.step("hyperparameters", objective, *moves):
             return loss.item()
         keep_inside(tuned.hyper, self._at_bounds)
@@ -238,7 +240,8 @@ class Tuner:
                 if needs.name not in self.tuned.names:
                     raise ResponseError(
                         f"{needs.name}: {needs.why}. A dropout rate differs from example to example, so its module "
-                        "must see the examples along an axis; name its hyperparameter in `per_batch`."
+                        "must see the examples along an axis (a `VariationalDropout` of `(B, T, ...)` needs "
+                        "`batch_first=True`); name its hyperparameter in `per_batch` where it can't."
                     ) from needs
                 self.tuned.fallback[needs.name] = needs.why
                 self._set_state(state)
@@ -298,3 +301,11 @@ class Tuner:
 
     def _optimizers(self) -> list[Optimizer | None]:
         return [self.optimizer, self.response_optimizer, self.hyper_optimizer, self.scale_optimizer]
+
+
+def _moving(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Those that are tuned. One that was frozen is a constant, and an optimizer would step by the gradient it had."""
+    for leaf in leaves:
+        if not leaf.requires_grad:
+            leaf.grad = None
+    return [leaf for leaf in leaves if leaf.requires_grad]

@@ -174,8 +174,8 @@ class Tuned(Compared):
         examples = count(args, kwargs, self.batch_dim)
         if examples != at.z.shape[0]:
             raise ResponseError(
-                f"the model is called with {examples} examples in a step whose batch has {at.z.shape[0]}: each example has "
-                "its own perturbation, so call it on the batch (once for each view, where examples have several: "
+                f"the model is called with {examples} examples in a step whose batch has {at.z.shape[0]}: each example "
+                "has its own perturbation, so call it on the batch (once for each view, where examples have several: "
                 "`model(one), model(two)` and not `model(torch.cat([one, two]))`), with the examples along axis "
                 f"{self.batch_dim} (`transform(..., batch_dim=...)` says which), and let the first tensor of a "
                 "batch of data be one with its examples."
