@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["CHECKPOINT", "WRITTEN", "differentiate", "guarded", "unchanged", "unhooked", "unrepeated"]
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -32,17 +32,18 @@ WRITTEN = (
 
 
 @contextmanager
-def guarded(*inputs: Any, recomputes: bool = False) -> Iterator[None]:
+def guarded(args: Sequence[Any], kwargs: Mapping[str, Any], *, recomputes: bool = False) -> Iterator[None]:
     """Run a model once.
 
     Args:
-        inputs: its arguments.
+        args: its arguments.
+        kwargs: the same.
         recomputes: whether it may be computed again later.
 
     Raises:
         ResponseError: if it writes on its input, or saves less than its gradient needs.
     """
-    tensors = [t for t in leaves(inputs) if isinstance(t, Tensor) and not t.is_inference()]
+    tensors = [t for t in leaves((*args, *kwargs.values())) if isinstance(t, Tensor) and not t.is_inference()]
     versions = [t._version for t in tensors]
     with ExitStack() as stack:
         if not recomputes:

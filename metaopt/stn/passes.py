@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ["Pass", "Unsupported", "function_name", "reads_no_values"]
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -128,7 +128,7 @@ class Pass(TorchFunctionMode):
             self.refuse_marked(func, args, kwargs)
             return result
         except NeedsGroups as needs:
-            if self.fixed is not None or not any(_among(self.marks, args, kwargs)):
+            if self.fixed is not None or not _among(self.marks, args, kwargs):
                 raise
             return self.each(func, args, kwargs, needs)
         finally:
@@ -304,13 +304,15 @@ class Pass(TorchFunctionMode):
         return target.copy_(value)
 
 
-def _among(known: Mapping[int, Any], args: Any, kwargs: Mapping[str, Any]) -> Iterator[int]:
+def _among(known: Mapping[int, Any], args: Any, kwargs: Mapping[str, Any]) -> list[int]:
     """Which of some tensors are given to a function."""
+    found = []
     for value in (*args, *kwargs.values()) if kwargs else args:
-        if isinstance(value, (list, tuple)):
-            yield from (id(v) for v in value if id(v) in known)
-        elif id(value) in known:
-            yield id(value)
+        if id(value) in known:
+            found.append(id(value))
+        elif isinstance(value, (list, tuple)):
+            found += [id(v) for v in value if id(v) in known]
+    return found
 
 
 def reads_no_values(func: Any) -> bool:
