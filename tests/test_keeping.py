@@ -137,6 +137,14 @@ def test_memory_is_told_and_forecast() -> None:
     assert training.run.memory().states == 0
 
 
+@pytest.mark.parametrize("steps", [2, 5, 10])
+def test_a_forecast_of_a_truncated_recording_counts_the_last_steps(steps: int) -> None:
+    """It grew with the steps, as if all of them were kept."""
+    forecast = Training(steps, last=5).run.memory().forecast(100)
+    assert forecast == Training(20, last=5).run.memory().total == Training(5).run.memory().total
+    assert Training(3, last=0).run.memory().forecast(100) == 0
+
+
 def test_a_forecast_of_checkpoints_is_near_what_they_take() -> None:
     forecast = Training(100, keep="checkpoints").run.memory().forecast(400)
     actual = Training(400, keep="checkpoints").run.memory().total
@@ -238,6 +246,25 @@ def test_a_forked_process_writes_its_states_into_memory_of_its_own() -> None:
         place.tensor().fill_(7)
         os._exit(0)
     os.waitpid(child, 0)
+    assert torch.equal(place.tensor(), torch.ones(3))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_process_that_goes_on_writes_its_states_into_files_of_its_own() -> None:
+    """Both wrote into the same file, and the hypergradients were wrong."""
+    store = store_of("disk")
+    store.copy(torch.zeros(3))
+    ready, written = os.pipe()
+    child = os.fork()
+    if not child:
+        os.read(ready, 1)
+        store.copy(torch.full((3,), 7.0))
+        os._exit(0)
+    place = store.copy(torch.ones(3))
+    os.write(written, b"x")
+    os.waitpid(child, 0)
+    assert isinstance(place, Place)
     assert torch.equal(place.tensor(), torch.ones(3))
 
 

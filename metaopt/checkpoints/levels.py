@@ -88,8 +88,8 @@ class Keeping:
         """How many states may be kept at once, if there is a limit."""
         return None if self.budget is None else max(2, self.budget // max(1, self._state))
 
-    def memory(self, steps: int) -> Memory:
-        """What is kept."""
+    def memory(self, steps: int, last: int | None = None) -> Memory:
+        """What is kept of so many steps, or of the last of them."""
         states = {id(cell): cell.nbytes for segment in self.segments for cell in segment.copies()}
         inputs = {id(t): t.nbytes for segment in self.segments for t in segment.held()}
         return Memory(
@@ -101,6 +101,7 @@ class Keeping:
             values=self._values,
             inputs=sum(inputs.values()),
             budget=self.budget,
+            last=last,
         )
 
     def clear(self) -> None:

@@ -49,6 +49,7 @@ class Memory:
         values: what the steps computed on the way, kept for ``"graphs"``.
         inputs: batches and other constants of the steps. They are the loop's own tensors, alive until the sweep.
         budget: the limit on states and values, if one was given.
+        last: how many of the steps are kept at most, if ``last`` was given.
     """
 
     keep: str
@@ -59,6 +60,7 @@ class Memory:
     values: int
     inputs: int
     budget: int | None = None
+    last: int | None = None
 
     @property
     def total(self) -> int:
@@ -73,11 +75,13 @@ class Memory:
         steps = whole("steps", steps, 0)
         if not self.steps:
             return 0
-        inputs = self.inputs * steps // self.steps
+        there = self.steps if self.last is None else max(1, min(self.steps, self.last))
+        steps = steps if self.last is None else min(steps, self.last)
+        inputs = self.inputs * steps // there
         if self.keep == "checkpoints":
             few = sum(grid(steps))
             return inputs + (self.state * few if self.budget is None else min(self.state * few, self.budget))
-        kept = (self.states + self.values) * steps // self.steps
+        kept = (self.states + self.values) * steps // there
         return inputs + (kept if self.budget is None else min(kept, self.budget))
 
     def __str__(self) -> str:

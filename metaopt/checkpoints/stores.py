@@ -146,6 +146,7 @@ class Disk(Store):
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
         self.folder = folder
+        self._process = os.getpid()
         try:
             if folder is not None:
                 Path(folder).mkdir(parents=True, exist_ok=True)
@@ -157,6 +158,10 @@ class Disk(Store):
         pass
 
     def copy(self, tensor: Tensor) -> Tensor | Place:
+        process = os.getpid()
+        if process != self._process:
+            # The files are those of the process that this one was forked from, which goes on to write there too.
+            self._chunk, self._process = None, process
         return super().copy(tensor.detach().to("cpu"))
 
     def _map(self, size: int) -> memoryview:
