@@ -361,6 +361,28 @@ def test_what_was_recorded_is_freed_with_the_run() -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("collected", [False, True], ids=["dropped", "collected"])
+def test_leaves_that_the_loop_makes_are_of_their_own_step(collected: bool) -> None:
+    """Each step read the gradients of all leaves before it, so that no two were alike, and the gradients stayed."""
+    torch.manual_seed(0)
+    model, lr = nn.Linear(3, 1), torch.tensor(0.1, requires_grad=True)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=lr, momentum=0.5)
+    leaves: list[Any] = []
+    with metaopt.record(optimizer) as run:
+        for _ in range(6):
+            x = torch.randn(4, 3).requires_grad_()
+            leaves.append(x if collected else weakref.ref(x))
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+            (loss + slope.square().sum()).backward()
+            optimizer.step()
+        del x, loss, slope
+    assert len(run.programs) <= 2  # the first step has no momentum
+    assert collected or all(leaf() is None for leaf in leaves)
+    assert all(bool(leaf.grad.any()) for leaf in leaves if collected)
+
+
 def test_what_few_steps_write_is_carried_between_checkpoints() -> None:
     def train(**options: Any) -> Tensor:
         torch.manual_seed(0)
