@@ -137,6 +137,32 @@ def test_memory_is_told_and_forecast() -> None:
     assert training.run.memory().states == 0
 
 
+@pytest.mark.parametrize("batch", ["whole", "slices", "epochs", "copies"])
+def test_a_data_set_is_counted_once(batch: str) -> None:
+    """Forecasts multiplied it by the steps; slices of it were counted in every epoch."""
+    x = torch.randn(12, 4)
+
+    def memory(steps: int) -> metaopt.Memory:
+        model = nn.Linear(4, 1)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+        shuffled = x
+        with metaopt.record(optimizer) as run:
+            for t in range(steps):
+                if t % 4 == 0 and batch == "epochs":
+                    shuffled = x[torch.randperm(12)]
+                part = slice(t % 4 * 3, t % 4 * 3 + 3)
+                given = {"whole": x, "copies": x[part].clone()}.get(batch, shuffled[part])
+                optimizer.zero_grad()
+                model(given).square().mean().backward()
+                optimizer.step()
+        return run.memory()
+
+    found = memory(8)
+    expected = {"whole": 1, "slices": 1, "epochs": 2, "copies": 2}[batch] * x.nbytes
+    assert found.inputs == expected
+    assert found.forecast(16) == memory(16).total
+
+
 @pytest.mark.parametrize("steps", [2, 5, 10])
 def test_a_forecast_of_a_truncated_recording_counts_the_last_steps(steps: int) -> None:
     """It grew with the steps, as if all of them were kept."""
