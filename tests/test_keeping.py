@@ -195,6 +195,28 @@ def test_states_stay_on_disk_where_a_budget_gives_some_up(states: int) -> None:
     torch.testing.assert_close(training.gradient(), Training(20).gradient(), rtol=1e-9, atol=0)
 
 
+def test_checkpoints_on_disk_take_the_room_that_they_are_said_to_take() -> None:
+    """A file stayed as long as one checkpoint lay in it, which was the room of nearly all states."""
+    store = store_of("disk")
+    store.scatter()
+    kept = [store.copy(torch.zeros(2**18, dtype=torch.float64)) for _ in range(8)]
+    assert sum(len(place.chunk) for place in kept if isinstance(place, Place)) <= 2**25
+
+
+def test_a_folder_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of the name "~" was made."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    Training(1, offload="~/states")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["home"]
+
+
+def test_states_lie_on_disk_where_room_can_not_be_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On macOS it was an `AttributeError`, in the middle of the training."""
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    torch.testing.assert_close(Training(4, offload="disk").gradient(), Training(4).gradient(), rtol=0, atol=0)
+
+
 def test_what_a_budget_gives_up_is_freed() -> None:
     """A batch that the loop overwrites, and an average that few steps read, kept the states beside them in memory."""
     model, x, average = nn.Linear(40, 1), torch.zeros(2, 40), torch.zeros(1, 40)

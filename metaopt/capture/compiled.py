@@ -198,7 +198,7 @@ def build(function: Callable[..., Any], call: Call, backend: str) -> Compiled:
 
 def _reason(error: Exception, call: Call) -> str:
     """Why calls could not be traced."""
-    if call.varying and (isinstance(error, TypeError) or "_local_scalar_dense" in str(error)):
+    if call.varying and (isinstance(error, (IndexError, TypeError)) or "_local_scalar_dense" in str(error)):
         return (
             "a Python number that differs from step to step (a size, an index, the rate of a dropout) decides what it "
             "computes"
