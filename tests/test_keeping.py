@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import metaopt
 from metaopt.capture.cells import Cell
-from metaopt.checkpoints import bytes_of, store_of
+from metaopt.checkpoints import bytes_of, store_of, stores
 from metaopt.checkpoints.stores import Place
 from metaopt.modes import versions
 from tests.cases import CASES, Case
@@ -314,6 +314,15 @@ def test_a_forked_process_that_goes_on_writes_its_states_into_files_of_its_own()
     os.waitpid(child, 0)
     assert isinstance(place, Place)
     assert torch.equal(place.tensor(), torch.ones(3))
+
+
+def test_idle_memory_is_taken_where_it_fits_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small one took the largest, and the next training had to have another large one."""
+    large, small = mmap.mmap(-1, 2**24), mmap.mmap(-1, 2**22)
+    monkeypatch.setattr(stores, "_idle", [large, small])
+    place = store_of(None).copy(torch.ones(3))
+    assert isinstance(place, Place)
+    assert len(place.chunk) == 2**22
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="a system without this advice")

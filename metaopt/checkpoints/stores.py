@@ -111,7 +111,7 @@ class Store:
 
     def _map(self, size: int) -> memoryview:
         with _choosing:
-            chunk = next((chunk for chunk in _idle if len(chunk) >= size), None)
+            chunk = min((chunk for chunk in _idle if len(chunk) >= size), key=len, default=None)
             if chunk is not None:
                 _idle.remove(chunk)
         if chunk is None:
