@@ -19,6 +19,7 @@ from metaopt.capture.segment import nudged
 from metaopt.modes import versions
 from metaopt.modes.pullback import PullBack
 from tests.cases import CASES, Case
+from tests.optimizer_table import ROWS, Row
 from tests.test_cases import watched
 
 # Loops whose steps can't be written as aten calls, and why; all others are compiled.
@@ -89,6 +90,28 @@ def test_a_compiled_pull_back_is_the_pull_back(case: Case) -> None:
 @pytest.mark.parametrize("case", FORWARDS)
 def test_a_compiled_push_is_the_push(case: Case) -> None:
     is_compiled(metaopt.stream, case)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+def test_every_rule_is_compiled(row: Row) -> None:
+    """By one graph for all steps, also where the count of steps decides what is computed (RAdam)."""
+
+    def train(**options: Any) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)
+        weight, lr = nn.Parameter(torch.randn(3, 3)), torch.tensor(0.02, requires_grad=True)
+        optimizer = getattr(metaopt.optim, row.bare.__name__)([weight], lr=lr)
+        with metaopt.record(optimizer, **options) as run:
+            for _ in range(9):
+                optimizer.zero_grad()
+                (torch.randn(4, 3) @ weight - 1).square().sum().backward()
+                optimizer.step()
+        return run.hypergradient(weight.square().sum(), lr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", metaopt.FallbackWarning)
+        close(train(compile="aot_eager"), train())
+    assert any(known.versions for known in versions._known.values())
 
 
 # -- one loop, by every part of the machinery ------------------------------------------------------------------------
@@ -386,7 +409,7 @@ def test_a_step_that_draws_and_is_cut_by_a_number_is_left_to_autograd() -> None:
                 optimizer.step()
         return run.hypergradient(model(torch.ones(2, 3)).sum(), lr)
 
-    with pytest.warns(metaopt.FallbackWarning, match="can't be compiled"):
+    with pytest.warns(metaopt.FallbackWarning, match="a Python number that differs from step to step"):
         close(train(compile="aot_eager"), train())
 
 

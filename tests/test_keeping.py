@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import metaopt
 from metaopt.capture.cells import Cell
-from metaopt.checkpoints import bytes_of, store_of
+from metaopt.checkpoints import bytes_of, store_of, stores
 from metaopt.checkpoints.stores import Place
 from metaopt.modes import versions
 from tests.cases import CASES, Case
@@ -137,6 +137,40 @@ def test_memory_is_told_and_forecast() -> None:
     assert training.run.memory().states == 0
 
 
+@pytest.mark.parametrize("batch", ["whole", "slices", "epochs", "copies"])
+def test_a_data_set_is_counted_once(batch: str) -> None:
+    """Forecasts multiplied it by the steps; slices of it were counted in every epoch."""
+    x = torch.randn(12, 4)
+
+    def memory(steps: int) -> metaopt.Memory:
+        model = nn.Linear(4, 1)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+        shuffled = x
+        with metaopt.record(optimizer) as run:
+            for t in range(steps):
+                if t % 4 == 0 and batch == "epochs":
+                    shuffled = x[torch.randperm(12)]
+                part = slice(t % 4 * 3, t % 4 * 3 + 3)
+                given = {"whole": x, "copies": x[part].clone()}.get(batch, shuffled[part])
+                optimizer.zero_grad()
+                model(given).square().mean().backward()
+                optimizer.step()
+        return run.memory()
+
+    found = memory(8)
+    expected = {"whole": 1, "slices": 1, "epochs": 2, "copies": 2}[batch] * x.nbytes
+    assert found.inputs == expected
+    assert found.forecast(16) == memory(16).total
+
+
+@pytest.mark.parametrize("steps", [2, 5, 10])
+def test_a_forecast_of_a_truncated_recording_counts_the_last_steps(steps: int) -> None:
+    """It grew with the steps, as if all of them were kept."""
+    forecast = Training(steps, last=5).run.memory().forecast(100)
+    assert forecast == Training(20, last=5).run.memory().total == Training(5).run.memory().total
+    assert Training(3, last=0).run.memory().forecast(100) == 0
+
+
 def test_a_forecast_of_checkpoints_is_near_what_they_take() -> None:
     forecast = Training(100, keep="checkpoints").run.memory().forecast(400)
     actual = Training(400, keep="checkpoints").run.memory().total
@@ -159,6 +193,28 @@ def test_states_stay_on_disk_where_a_budget_gives_some_up(states: int) -> None:
     assert copies
     assert all(isinstance(cell.kept, Place) for cell in copies)
     torch.testing.assert_close(training.gradient(), Training(20).gradient(), rtol=1e-9, atol=0)
+
+
+def test_checkpoints_on_disk_take_the_room_that_they_are_said_to_take() -> None:
+    """A file stayed as long as one checkpoint lay in it, which was the room of nearly all states."""
+    store = store_of("disk")
+    store.scatter()
+    kept = [store.copy(torch.zeros(2**18, dtype=torch.float64)) for _ in range(8)]
+    assert sum(len(place.chunk) for place in kept if isinstance(place, Place)) <= 2**25
+
+
+def test_a_folder_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of the name "~" was made."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    Training(1, offload="~/states")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["home"]
+
+
+def test_states_lie_on_disk_where_room_can_not_be_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On macOS it was an `AttributeError`, in the middle of the training."""
+    monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    torch.testing.assert_close(Training(4, offload="disk").gradient(), Training(4).gradient(), rtol=0, atol=0)
 
 
 def test_what_a_budget_gives_up_is_freed() -> None:
@@ -239,6 +295,34 @@ def test_a_forked_process_writes_its_states_into_memory_of_its_own() -> None:
         os._exit(0)
     os.waitpid(child, 0)
     assert torch.equal(place.tensor(), torch.ones(3))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_process_that_goes_on_writes_its_states_into_files_of_its_own() -> None:
+    """Both wrote into the same file, and the hypergradients were wrong."""
+    store = store_of("disk")
+    store.copy(torch.zeros(3))
+    ready, written = os.pipe()
+    child = os.fork()
+    if not child:
+        os.read(ready, 1)
+        store.copy(torch.full((3,), 7.0))
+        os._exit(0)
+    place = store.copy(torch.ones(3))
+    os.write(written, b"x")
+    os.waitpid(child, 0)
+    assert isinstance(place, Place)
+    assert torch.equal(place.tensor(), torch.ones(3))
+
+
+def test_idle_memory_is_taken_where_it_fits_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small one took the largest, and the next training had to have another large one."""
+    large, small = mmap.mmap(-1, 2**24), mmap.mmap(-1, 2**22)
+    monkeypatch.setattr(stores, "_idle", [large, small])
+    place = store_of(None).copy(torch.ones(3))
+    assert isinstance(place, Place)
+    assert len(place.chunk) == 2**22
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="a system without this advice")
@@ -332,6 +416,28 @@ def test_what_was_recorded_is_freed_with_the_run() -> None:
         assert cell() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("collected", [False, True], ids=["dropped", "collected"])
+def test_leaves_that_the_loop_makes_are_of_their_own_step(collected: bool) -> None:
+    """Each step read the gradients of all leaves before it, so that no two were alike, and the gradients stayed."""
+    torch.manual_seed(0)
+    model, lr = nn.Linear(3, 1), torch.tensor(0.1, requires_grad=True)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=lr, momentum=0.5)
+    leaves: list[Any] = []
+    with metaopt.record(optimizer) as run:
+        for _ in range(6):
+            x = torch.randn(4, 3).requires_grad_()
+            leaves.append(x if collected else weakref.ref(x))
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+            (loss + slope.square().sum()).backward()
+            optimizer.step()
+        del x, loss, slope
+    assert len(run.programs) <= 2  # the first step has no momentum
+    assert collected or all(leaf() is None for leaf in leaves)
+    assert all(bool(leaf.grad.any()) for leaf in leaves if collected)
 
 
 def test_what_few_steps_write_is_carried_between_checkpoints() -> None:

@@ -656,8 +656,14 @@ def test_forward_mode_refuses_the_initial_weights_and_bad_options() -> None:
         run.hypergradient(F.cross_entropy(model(x), y), wrt=model.parameters())
     with pytest.raises(ValueError, match="chunk"):
         metaopt.stream(optimizer, chunk=0)
-    with pytest.raises(ValueError, match="discount"):
-        metaopt.stream(optimizer, discount=2.0)
+    for discount in (2.0, -1, float("nan"), None, "0.9"):
+        with pytest.raises(ValueError, match="discount must be a number between 0 and 1"):
+            metaopt.stream(optimizer, discount=discount)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"generator must be a torch\.Generator"):
+        metaopt.stream(optimizer, directions=2, generator=3)  # type: ignore[arg-type]
+    for tolerance in (0, "1e-6", float("nan")):
+        with pytest.raises(ValueError, match="tolerance must be a number above 0"):
+            metaopt.implicit(optimizer, tolerance=tolerance)  # type: ignore[arg-type]
 
 
 def test_an_objective_of_an_earlier_step_and_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,16 +70,11 @@ def trace(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            module = make_fx(flat)(*arguments)
-            _refuse(module)
-            if any(_mutates(node) for node in module.graph.nodes):
-                with torch.no_grad():
-                    module = make_fx(torch.func.functionalize(module, remove="mutations"))(*arguments)
-        except UntraceableError:
-            raise
-        except Exception as error:
-            raise UntraceableError((str(error).strip() or type(error).__name__).splitlines()[0]) from error
+        module = make_fx(flat)(*arguments)
+        _refuse(module)
+        if any(_mutates(node) for node in module.graph.nodes):
+            with torch.no_grad():
+                module = make_fx(torch.func.functionalize(module, remove="mutations"))(*arguments)
     _cut(module.graph, sum(there), known)
     module.graph.eliminate_dead_code()
     simplify(module.graph)

@@ -178,7 +178,7 @@ def build(function: Callable[..., Any], call: Call, backend: str) -> Compiled:
         except UntraceableError:
             raise
         except Exception as error:  # whatever a call says of a tensor where the loop had a number
-            raise UntraceableError(_first_line(error)) from error
+            raise UntraceableError(_reason(error, call)) from error
     draws = draw_all(drawing.draws, segment.seeds)
 
     def traced(given: Sequence[Tensor]) -> Any:
@@ -187,8 +187,23 @@ def build(function: Callable[..., Any], call: Call, backend: str) -> Compiled:
         return function(call, given, Phase(), supply.seeds(segment.seeds), len(draws))
 
     arguments = call.arguments(draws)
-    graph = trace(traced, arguments[: len(arguments) - len(call.known)], list(call.known.values()))
+    try:
+        graph = trace(traced, arguments[: len(arguments) - len(call.known)], list(call.known.values()))
+    except UntraceableError:
+        raise
+    except Exception as error:
+        raise UntraceableError(_reason(error, call)) from error
     return Compiled(graph, drawing.draws, _compile(graph, arguments, backend), len(arguments))
+
+
+def _reason(error: Exception, call: Call) -> str:
+    """Why calls could not be traced."""
+    if call.varying and (isinstance(error, (IndexError, TypeError)) or "_local_scalar_dense" in str(error)):
+        return (
+            "a Python number that differs from step to step (a size, an index, the rate of a dropout) decides what it "
+            "computes"
+        )
+    return _first_line(error)
 
 
 def _compile(graph: Graph, arguments: Sequence[Tensor], backend: str) -> Callable[..., Any] | None:

@@ -76,7 +76,9 @@ def _backward(
     outputs = tuple(tape.read(loss) for loss in losses)
     weights = None if given is None else Group(list, tuple(tape.trace.spec(g, tape.read_stopped) for g in given))
     present = {id(t): t.grad for t in into if t.grad is not None}
-    old = {key: tape.read_stopped(grad) for key, grad in present.items()}
+    # A tensor that this iteration has not used gets no gradient, whatever it had.
+    used = {id(t) for t in into if (known := tape.find(t) or tape.externals.get(id(t))) and known.epoch == tape.epoch}
+    old = {key: tape.read_stopped(grad) for key, grad in present.items() if key in used}
     before = {key: grad._version for key, grad in present.items()}
     for grad in present.values():
         tape.before_write(grad)

@@ -66,7 +66,8 @@ def inner_leaf(watcher: Watcher, tensor: Tensor) -> None:
         return
     if binding is None:
         tape.externals.made_leaves[id(tensor)] = tensor
-    value = tape.read_binding(binding, tensor) if binding is not None else tape.iteration.read_constant(tensor)
+    # What is kept of it for the sweep is its value, without its gradient.
+    value = tape.read_binding(binding, tensor) if binding is not None else tape.iteration.read_constant(tensor.detach())
     (number,) = tape.trace.emit(leaf, Val(value))
     tape.define(tensor, number, inner=1, leaf=True)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from metaopt.checkpoints.memory import Memory
+from metaopt.checkpoints.memory import Memory, inputs_of
 from metaopt.errors import MetaoptWarning, require, warn
 
 if TYPE_CHECKING:
@@ -88,10 +88,10 @@ class Keeping:
         """How many states may be kept at once, if there is a limit."""
         return None if self.budget is None else max(2, self.budget // max(1, self._state))
 
-    def memory(self, steps: int) -> Memory:
-        """What is kept."""
+    def memory(self, steps: int, last: int | None = None) -> Memory:
+        """What is kept of so many steps, or of the last of them."""
         states = {id(cell): cell.nbytes for segment in self.segments for cell in segment.copies()}
-        inputs = {id(t): t.nbytes for segment in self.segments for t in segment.held()}
+        inputs, lasting = inputs_of([segment.held() for segment in self.segments])
         return Memory(
             self.level,
             steps,
@@ -99,8 +99,10 @@ class Keeping:
             state=self._state,
             checkpoints=len(self.marks) if self.level == "checkpoints" else len(self.segments),
             values=self._values,
-            inputs=sum(inputs.values()),
+            inputs=inputs,
+            lasting=lasting,
             budget=self.budget,
+            last=last,
         )
 
     def clear(self) -> None:

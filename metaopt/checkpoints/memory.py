@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["Memory", "bytes_of", "grid"]
+__all__ = ["Memory", "bytes_of", "grid", "inputs_of"]
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from metaopt.errors import whole
 
@@ -36,6 +41,34 @@ def grid(steps: int) -> tuple[int, int]:
     return math.ceil(steps / stride), stride if stride > 1 else 0
 
 
+def inputs_of(held: Sequence[Iterable[Tensor]]) -> tuple[int, int]:
+    """The memory of the tensors that each step holds, and of those among them which more steps will not add to.
+
+    What early and late steps share (a full batch, a data set of which batches are slices) is there once.
+    """
+    memories: dict[int, _Held] = {}
+    for place, tensors in enumerate(held):
+        for tensor in tensors:
+            strided = tensor.layout is torch.strided
+            storage = tensor.untyped_storage() if strided else None
+            known = memories.setdefault(id(tensor) if storage is None else storage._cdata, _Held({}, set()))
+            part = (tensor.storage_offset(), tensor.shape, tensor.stride()) if strided else None
+            known.parts[part] = tensor.nbytes
+            known.size = tensor.nbytes if storage is None else storage.nbytes()
+            known.halves.add(2 * place >= len(held))
+    sizes = [(min(known.size, sum(known.parts.values())), len(known.halves) == 2) for known in memories.values()]
+    return sum(size for size, _ in sizes), sum(size for size, lasts in sizes if lasts)
+
+
+@dataclass
+class _Held:
+    """A memory that steps hold: the parts of it, its size, and whether early and late steps do."""
+
+    parts: dict[Any, int]
+    halves: set[bool]
+    size: int = 0
+
+
 @dataclass(frozen=True)
 class Memory:
     """What a recording takes, in bytes.
@@ -48,7 +81,9 @@ class Memory:
         checkpoints: how many states are kept.
         values: what the steps computed on the way, kept for ``"graphs"``.
         inputs: batches and other constants of the steps. They are the loop's own tensors, alive until the sweep.
+        lasting: the part of these that early and late steps share, such as a full batch.
         budget: the limit on states and values, if one was given.
+        last: how many of the steps are kept at most, if ``last`` was given.
     """
 
     keep: str
@@ -58,7 +93,9 @@ class Memory:
     checkpoints: int
     values: int
     inputs: int
+    lasting: int = 0
     budget: int | None = None
+    last: int | None = None
 
     @property
     def total(self) -> int:
@@ -71,13 +108,15 @@ class Memory:
         With checkpoints, the states between two of them, which the sweep computes again, are counted too.
         """
         steps = whole("steps", steps, 0)
-        if not self.steps:
+        if not self.steps or not steps:
             return 0
-        inputs = self.inputs * steps // self.steps
+        there = self.steps if self.last is None else max(1, min(self.steps, self.last))
+        steps = steps if self.last is None else min(steps, self.last)
+        inputs = self.lasting + (self.inputs - self.lasting) * steps // there
         if self.keep == "checkpoints":
             few = sum(grid(steps))
             return inputs + (self.state * few if self.budget is None else min(self.state * few, self.budget))
-        kept = (self.states + self.values) * steps // self.steps
+        kept = (self.states + self.values) * steps // there
         return inputs + (kept if self.budget is None else min(kept, self.budget))
 
     def __str__(self) -> str:

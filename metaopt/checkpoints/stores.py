@@ -73,7 +73,7 @@ class Store:
         self._chunk: memoryview | None = None
         self._address = 0
         self._used = 0
-        self._size = _FIRST
+        self._size, self._largest = _FIRST, _LARGEST
         self._together = True
 
     def copy(self, tensor: Tensor) -> Tensor | Place:
@@ -106,12 +106,12 @@ class Store:
     def _begin(self, size: int) -> memoryview:
         self._chunk, self._used = self._map(size), 0
         self._address = torch.frombuffer(self._chunk, dtype=torch.uint8).data_ptr()
-        self._size = min(2 * self._size, _LARGEST)
+        self._size = min(2 * self._size, self._largest)
         return self._chunk
 
     def _map(self, size: int) -> memoryview:
         with _choosing:
-            chunk = next((chunk for chunk in _idle if len(chunk) >= size), None)
+            chunk = min((chunk for chunk in _idle if len(chunk) >= size), key=len, default=None)
             if chunk is not None:
                 _idle.remove(chunk)
         if chunk is None:
@@ -145,18 +145,25 @@ class Disk(Store):
 
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
-        self.folder = folder
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self._process = os.getpid()
         try:
-            if folder is not None:
-                Path(folder).mkdir(parents=True, exist_ok=True)
+            if self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
             self._file().close()
         except OSError as error:
             raise self._unusable("is none that can be written to", error) from error
 
     def scatter(self) -> None:
-        pass
+        # A file stays as long as any copy in it does.
+        self._chunk = None
+        self._size = self._largest = _FIRST
 
     def copy(self, tensor: Tensor) -> Tensor | Place:
+        process = os.getpid()
+        if process != self._process:
+            # The files are those of the process that this one was forked from, which goes on to write there too.
+            self._chunk, self._process = None, process
         return super().copy(tensor.detach().to("cpu"))
 
     def _map(self, size: int) -> memoryview:
@@ -165,7 +172,7 @@ class Disk(Store):
             _advise(self._chunk.obj, "MADV_DONTNEED")  # type: ignore[arg-type]
         try:
             with self._file() as file:
-                os.posix_fallocate(file.fileno(), 0, size)
+                _reserve(file, size)
                 return memoryview(mmap.mmap(file.fileno(), size))
         except OSError as error:
             raise self._unusable(f"can't take {size / 2**20:.0f} MiB of states", error) from error
@@ -185,6 +192,14 @@ class Disk(Store):
             start = place.offset // mmap.PAGESIZE * mmap.PAGESIZE
             length = place.offset - start + place.nbytes
             _advise(place.chunk.obj, "MADV_WILLNEED", start, length)  # type: ignore[arg-type]
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Make a file so large, with room on the disk where the system can promise it."""
+    if hasattr(os, "posix_fallocate"):  # not macOS, not Windows
+        os.posix_fallocate(file.fileno(), 0, size)
+    else:
+        file.truncate(size)
 
 
 def _fits(tensor: Tensor) -> bool:

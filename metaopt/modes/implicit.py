@@ -46,6 +46,7 @@ def implicit(
 
     Raises:
         RuleError: if there is no rule for the optimizer.
+        ValueError: if an argument is of the wrong kind.
         CaptureError: as for `metaopt.record`.
 
     Source:
@@ -60,8 +61,8 @@ class Implicit(Run):
 
     def __init__(self, optimizer: Watchable, *, iterations: int, tolerance: float | None, verify: str) -> None:
         iterations = whole("iterations", iterations, 1)
-        if tolerance is not None and not tolerance > 0:
-            raise ValueError(f"tolerance must be above 0 (or None), not {tolerance:g}.")
+        if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance > 0):
+            raise ValueError(f"tolerance must be a number above 0 (or None), not {tolerance!r}.")
         super().__init__(optimizer, verify=verify)
         self._iterations = iterations
         self._tolerance = tolerance

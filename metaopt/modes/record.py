@@ -134,7 +134,7 @@ class Recording(Run):
 
     def memory(self) -> Memory:
         """What the recording takes now, and (`Memory.forecast`) what it will after more steps, in bytes."""
-        return self._keeping.memory(self._loop.steps)
+        return self._keeping.memory(self._loop.steps, self._last)
 
     # -- hypergradients -----------------------------------------------------------------------------------------------
 

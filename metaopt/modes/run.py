@@ -124,7 +124,8 @@ class Run(ABC):
         if self._freed:
             raise SweepError(
                 "what the context recorded was freed, by an earlier `backward` or because the context was left by an "
-                "exception. Pass `retain=True` to the earlier call to differentiate several objectives."
+                "exception. Pass `retain=True` to the earlier call to differentiate several objectives; where an "
+                "exception is to end the training early, catch it inside the `with` block."
             )
         return adjoint_of(outer, self._loop, self._watched)
 

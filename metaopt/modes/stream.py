@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ["Streaming", "stream"]
 
 from collections.abc import Iterable
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,8 @@ def stream(
             of the runs, so that the loop's own draws stay what they are.
         verify: as for `record`.
         compile: compile the push of the tangents, as for `record`; it begins with the eighth step of a structure, and
-            what the loop computed in a step is not computed again.
+            what the loop computed in a step is not computed again. A ``chunk`` of fewer tangents than there are is not
+            pushed by compiled code.
 
     Returns:
         A context manager whose ``as`` target gives hypergradients at any moment, inside the context or after it.
@@ -69,6 +71,7 @@ def stream(
 
     Raises:
         RuleError: if there is no rule for the optimizer.
+        ValueError: if an argument is of the wrong kind.
         CaptureError: on entering, if the optimizer is watched already; inside, if the loop does what can't be replayed.
 
     Source:
@@ -100,8 +103,10 @@ class Streaming(Run):
         backend: str | None,
     ) -> None:
         chunk = None if chunk is None else whole("chunk", chunk, 1)
-        if not 0 <= discount <= 1:
-            raise ValueError(f"discount must lie between 0 and 1, not {discount:g}.")
+        if not isinstance(discount, (int, float, Tensor)) or not 0 <= discount <= 1:
+            raise ValueError(f"discount must be a number between 0 and 1, not {discount!r}.")
+        if not isinstance(generator, (torch.Generator, NoneType)):
+            raise ValueError(f"generator must be a torch.Generator or None, not {generator!r}.")
         directions = None if directions is None else whole("directions", directions, 1)
         super().__init__(optimizer, verify=verify, moving=True)
         self._loop.tape.keeps_values = backend is not None

@@ -32,7 +32,7 @@ def update(
     """One step of Adagrad; the accumulator begins at its hyperparameter, whatever number the optimizer made of it."""
     g = decayed(w, g, weight_decay, maximize)
     s = state["sum"]
-    if s is None or (step == 1 and isinstance(initial_accumulator_value, Tensor)):
+    if s is None or (isinstance(initial_accumulator_value, Tensor) and step == 1):
         s = torch.zeros_like(w) + initial_accumulator_value
     s = s + g * g
     rate = double(lr) / (1 + (step - 1) * double(lr_decay))

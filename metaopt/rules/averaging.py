@@ -26,7 +26,8 @@ def averaged(
 ) -> tuple[Tensor, dict[str, Tensor | None]]:
     """``z' = z - lrₜ · direction``, ``x' = x + lrₜ²/Σlrᵢ² · (z' - x)``, ``y' = z' + interpolation · (x' - z')``."""
     z, x, before = state["z"], state["x"], state["weight_sum"]
-    rate = double(lr) * min(1.0, step / max(warmup_steps, 1))
+    warmth = step / max(warmup_steps, 1)
+    rate = double(lr) * (warmth.clamp(max=1.0) if isinstance(warmth, Tensor) else min(1.0, warmth))
     total = scalar(rate**2 if before is None else before + rate**2, before, torch.zeros((), device="cpu"))
     idle = total == 0
     share = torch.where(idle, 0.0, rate**2 / torch.where(idle, 1.0, total))

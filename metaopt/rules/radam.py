@@ -47,10 +47,18 @@ def update(
     limit = 2 / (1 - beta2) - 1
     length = limit - 2 * step * beta2**step / correction
     direction = m / (1 - beta1**step)
-    if length > 5:
-        rectified = ((length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)) ** 0.5
-        direction = direction / (safe_sqrt(v) + eps) * (correction**0.5 * rectified)
+    rectifies = length > 5
+    if isinstance(rectifies, Tensor):  # both ways, so that one graph of calls does for every step
+        length, limit = torch.where(rectifies, length, 6.0), torch.where(rectifies, limit + 0 * length, 7.0)
+        adapted = direction / (safe_sqrt(v) + eps) * (correction**0.5 * _rectified(length, limit))
+        direction = torch.where(rectifies, adapted, direction)
+    elif rectifies:
+        direction = direction / (safe_sqrt(v) + eps) * (correction**0.5 * _rectified(length, limit))
     return add_scaled(w, direction, -lr), {"exp_avg": m, "exp_avg_sq": v}
+
+
+def _rectified(length: Setting, limit: Setting) -> Setting:
+    return ((length - 4) * (length - 2) * limit / ((limit - 4) * (limit - 2) * length)) ** 0.5
 
 
 RAdam = Rule(

@@ -37,7 +37,8 @@ def cost(workload: str, system: str, steps: int, device: str) -> dict[str, Any]:
     """Seconds of the whole loop with its hypergradient, and peak memory above what the process held before.
 
     The loop runs again and again, as one hyper-iteration follows another. The first run tells the memory, and what
-    memory costs that is new to the process; the median of the others is the time.
+    memory costs that is new to the process; the median of the others is the time. After the last one the peak is
+    higher if a run leaves anything behind.
     """
     run = RUNS[system]
     run(make(workload, device=device), WARM_UP)
@@ -53,6 +54,7 @@ def cost(workload: str, system: str, steps: int, device: str) -> dict[str, Any]:
         answer.setdefault("bytes", _peak(device) - before)
         assert bool(result) == SYSTEMS[system].hypergradient
         problem, result = make(workload, device=device), {}
+    answer["last_bytes"] = _peak(device) - before
     if len(runs) > 1:
         answer["first_seconds"], answer["first_cpu_seconds"] = runs.pop(0)
     answer["seconds"], answer["cpu_seconds"] = (statistics.median(times) for times in zip(*runs, strict=True))

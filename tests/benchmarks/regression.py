@@ -2,7 +2,8 @@
 
 Ratios measured side by side in one run (time over plain training, memory over ``T · |s|``) against those in
 ``regression.json``. It fails when one is worse by more than half, which a busy machine does not do to a median of
-processor times. ``--write`` makes what is measured the new standard.
+processor times. The memory is the peak of several trainings in one process, so that what one leaves behind is in it.
+``--write`` makes what is measured the new standard.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def measure(repeats: int) -> dict[str, dict[str, float]]:
     return {
         system: {
             "time": statistics.median(m.cpu_seconds / plain[m.round] for m in found if m.system == system),
-            "memory": statistics.median(m.bytes / (STEPS * STATE) for m in found if m.system == system),
+            "memory": statistics.median(m.last_bytes / (STEPS * STATE) for m in found if m.system == system),
         }
         for system in SYSTEMS
     }

@@ -22,7 +22,7 @@ class FailedError(Exception):
 
 @dataclass(frozen=True)
 class Measurement:
-    """The cost of one whole run; ``first`` where it is not a repetition."""
+    """The cost of one whole run; ``first`` where it is not a repetition, ``last`` the peak after all repetitions."""
 
     workload: str
     system: str
@@ -36,6 +36,7 @@ class Measurement:
     device: str
     first_seconds: float = float("nan")
     first_cpu_seconds: float = float("nan")
+    last_bytes: int = 0
 
 
 def ask(workload: str, system: str, what: str, steps: int, device: str) -> dict[str, Any]:
