@@ -98,6 +98,8 @@ class Externals(dict[int, External]):
     def __init__(self, *, moving: bool) -> None:
         super().__init__()
         self.moving = moving
+        # The leaves whose derivative is carried along, where not all are.
+        self.named: dict[int, Tensor] | None = None
         # Leaves that the loop trains itself, and those moved out of sight along a gradient that depends on the weights.
         self._moved: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._led: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
@@ -109,6 +111,10 @@ class Externals(dict[int, External]):
         # Leaves that the loop made of constants in sight.
         self.made_leaves: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._inner: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+    def is_named(self, leaf: Tensor) -> bool:
+        """Whether the derivative with respect to a leaf is asked for: that of every one is, unless some are named."""
+        return self.named is None or id(leaf) in self.named
 
     def present(self, tensor: Tensor) -> External | None:
         """What stands for a tensor, if its value is still the one that was seen."""
