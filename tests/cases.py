@@ -787,6 +787,26 @@ def adversarial(hyper: Hyper, context: Context) -> Trained:
     return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
 
 
+@case(lr=0.3, strength=0.1, weights=weights(12))
+def adversarial_by_variables(hyper: Hyper, context: Context) -> Trained:
+    """As old code attacks: a backward pass that fills the gradients of the weights and of a `Variable`."""
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for _ in range(3):
+            near = torch.autograd.Variable(x.data, requires_grad=True)
+            for _ in range(2):
+                model.zero_grad()
+                weighted(hyper, slice(None), model(near), y).backward()
+                moved = near.data + hyper["strength"] * torch.tanh(50 * near.grad.data)
+                near = torch.autograd.Variable(moved, requires_grad=True)
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), model(torch.autograd.Variable(near)), y).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
 @case(lr=0.2, penalty=0.3, weights=weights(12))
 def gradient_penalty(hyper: Hyper, context: Context) -> Trained:
     x, y, x_val, y_val = data()

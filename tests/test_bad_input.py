@@ -55,6 +55,7 @@ def assert_torch_is_as_it_was(optimizer: torch.optim.Optimizer) -> None:
     modes = [m for m in _get_current_function_mode_stack() if type(m).__module__.startswith("metaopt")]
     assert not modes
     assert "apply" not in torch.autograd.Function.__mro__[1].__dict__
+    assert "__call__" not in type(torch.autograd.Variable).__dict__
     assert torch.compiler.is_compiling() is False
     own = [h for h in optimizer._optimizer_step_pre_hooks.values() if "Loop" in getattr(h, "__qualname__", "")]
     assert not own

@@ -178,7 +178,7 @@ class Externals(dict[int, External]):
         return id(leaf) in self._led
 
     def note_made(self, constant: Tensor) -> None:
-        """The loop made a constant: a leaf in its memory, made out of sight (``Variable(x)``), was made after it."""
+        """The loop made a constant: a leaf in its memory, made out of sight (``Parameter(x)``), was made after it."""
         if not self.moving or constant.layout is not torch.strided:
             return  # in reverse mode it costs nothing to take such a leaf for a hyperparameter
         if len(self._made) >= self._purge_at:

@@ -23,6 +23,7 @@ from metaopt.capture.custom import Plain, Surrogate
 from metaopt.capture.hooks import observe_module_hooks
 from metaopt.capture.primitives import flatten
 from metaopt.capture.replacements import FUNCTIONS, rejection_sampler
+from metaopt.capture.seams import Seam
 from metaopt.capture.stand_ins import stand_in
 from metaopt.capture.surroundings import generators
 from metaopt.errors import CaptureError
@@ -44,8 +45,6 @@ _checked: weakref.WeakKeyDictionary[type, Plain | Surrogate | None] = weakref.We
 # And in place of those that the loop's own gradients have not met so far, as under `no_grad`.
 _stopped: weakref.WeakKeyDictionary[type, Plain | Surrogate | None] = weakref.WeakKeyDictionary()
 _watchers = threading.local()
-_lock = threading.Lock()
-_users = 0
 # `Function.apply` calls `super().apply`: the next class in line is where every bound `apply` passes.
 _NEXT: Any = Function.__mro__[1]
 
@@ -58,24 +57,19 @@ def _apply(cls: type, *args: Any, **kwargs: Any) -> Any:
     return active[-1].apply(cls, original, args, kwargs)
 
 
+_SEAM = Seam(_NEXT, "apply", classmethod(_apply))
+
+
 @contextmanager
 def see_functions(watcher: _Sees) -> Iterator[None]:
     """While open, custom functions called in this thread are shown to the watcher."""
-    global _users
-    with _lock:
-        if _users == 0:
-            _NEXT.apply = classmethod(_apply)
-        _users += 1
     stack = _watchers.__dict__.setdefault("stack", [])
-    stack.append(watcher)
-    try:
-        yield
-    finally:
-        stack.remove(watcher)
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                del _NEXT.apply
+    with _SEAM.open():
+        stack.append(watcher)
+        try:
+            yield
+        finally:
+            stack.remove(watcher)
 
 
 def apply_function(

@@ -279,5 +279,5 @@ def _many(columns: Columns) -> str:
         "trains. If you ask for some of them only, name those: `metaopt.stream(optimizer, hyper=[...])`. The weights "
         "of a fixed network (a feature extractor, a teacher) are no hyperparameters after "
         "`network.requires_grad_(False)`; a leaf that the loop makes to take gradients at, "
-        "`Variable(x, requires_grad=True)`, after `x.requires_grad_()` instead."
+        "`nn.Parameter(x)`, after `x.requires_grad_()` instead."
     )
