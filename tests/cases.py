@@ -823,6 +823,27 @@ def gradient_penalty(hyper: Hyper, context: Context) -> Trained:
     return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
 
 
+@case(lr=0.3, strength=0.5, weights=weights(12))
+def views_of_constants(hyper: Hyper, context: Context) -> Trained:
+    """A view of a constant is written, or its base is: both then have the graph of what was written."""
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for _ in range(3):
+            near, logits = x.clone(), torch.zeros(12, 3)
+            patch, first, flat = near[:, :2], logits[:4], logits.view(-1)
+            patch *= hyper["strength"]
+            logits += model(near)
+            with torch.no_grad():
+                targets = first.softmax(1)
+            optimizer.zero_grad()
+            loss = weighted(hyper, slice(None), logits, y) + 0.1 * flat.square().mean()
+            (loss + F.cross_entropy(model(x[:4]), targets)).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
 @case(lr=0.3, noise=0.2, weights=weights(12))
 def augmentation(hyper: Hyper, context: Context) -> Trained:
     x, y, x_val, y_val = data()
