@@ -10,8 +10,8 @@ import copy
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -1194,6 +1194,59 @@ def backward_that_does_not_take_gradients_as_they_are(hyper: Hyper, context: Con
         return 1e5 * F.cross_entropy(model(x), y)
 
     return looping(hyper, context, loss, outer=outer)
+
+
+class Settings:
+    """As packages have them."""
+
+    clips = False
+    squashes = True
+
+    @contextmanager
+    def linear(self) -> Iterator[None]:
+        Settings.squashes = False
+        try:
+            yield
+        finally:
+            Settings.squashes = True
+
+
+class Switched(torch.autograd.Function):
+    """Flags of its class, of a package and among its arguments say what it is."""
+
+    scale = 0.0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, straight: bool) -> Tensor:
+        y = torch.tanh(x) if Settings.squashes else x.clone()
+        ctx.save_for_backward(y)
+        ctx.flags = straight, Settings.squashes, Switched.scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (y,) = ctx.saved_tensors
+        straight, squashes, scale = ctx.flags
+        grad = grad + scale * y
+        grad = grad.clamp(-5.0, 5.0) if Settings.clips else grad
+        return grad * (1 - y * y) if squashes and not straight else grad, None
+
+
+@case(lr=0.3, weights=weights(12))
+def functions_whose_flags_change(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for t in range(6):
+            Settings.clips, Switched.scale = t > 1, 0.1 * (t > 2)
+            with Settings().linear() if t > 3 else nullcontext():
+                hidden = Switched.apply(model[0](x), t > 4)
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), model[2](hidden), y).backward()
+            optimizer.step()
+    Settings.clips, Switched.scale = False, 0.0
+    return Trained(1e5 * F.cross_entropy(model(x_val), y_val), model, optimizer)
 
 
 class Noted(Clipped):

@@ -30,6 +30,7 @@ EAGER = {
     "backward_that_has_no_derivative": "is an autograd.Function",
     "backward_that_is_no_derivative": "is an autograd.Function",
     "custom_function": "is an autograd.Function",
+    "functions_whose_flags_change": "is an autograd.Function",
     "gradient_hooks": "gradient hooks run Python code",
     "hooks_on_weights_that_move_within_a_step": "gradient hooks run Python code",
     "numpy_index_shuffled_in_place": "neither a tensor nor a number",

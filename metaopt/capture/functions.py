@@ -10,7 +10,6 @@ from __future__ import annotations
 __all__ = ["apply_function", "see_functions"]
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,12 +18,12 @@ import torch
 from torch.autograd import Function
 
 from metaopt.capture.cells import version_of
-from metaopt.capture.custom import Plain, Surrogate
+from metaopt.capture.chosen import chosen
+from metaopt.capture.custom import Surrogate
 from metaopt.capture.hooks import observe_module_hooks
 from metaopt.capture.primitives import flatten
 from metaopt.capture.replacements import FUNCTIONS, rejection_sampler
 from metaopt.capture.seams import Seam
-from metaopt.capture.stand_ins import stand_in
 from metaopt.capture.surroundings import generators
 from metaopt.errors import CaptureError
 
@@ -40,10 +39,6 @@ class _Sees(Protocol):
         ...
 
 
-# What the replay calls in place of those that were seen.
-_checked: weakref.WeakKeyDictionary[type, Plain | Surrogate | None] = weakref.WeakKeyDictionary()
-# And in place of those that the loop's own gradients have not met so far, as under `no_grad`.
-_stopped: weakref.WeakKeyDictionary[type, Plain | Surrogate | None] = weakref.WeakKeyDictionary()
 _watchers = threading.local()
 # `Function.apply` calls `super().apply`: the next class in line is where every bound `apply` passes.
 _NEXT: Any = Function.__mro__[1]
@@ -86,8 +81,9 @@ def apply_function(
             "which can't be differentiated. Pass `use_reentrant=False`."
         )
     replacement = FUNCTIONS.get((cls.__module__, cls.__qualname__))
-    if replacement is None and watcher.check_functions and cls not in _checked:
-        _check(cls, args, kwargs, inner=any(tape.inner_of(tensor) for tensor in sources))
+    if replacement is None:
+        inner = any(tape.inner_of(tensor) for tensor in sources)
+        replacement = chosen(cls, args, kwargs, inner=inner, check=watcher.check_functions)
     if cls is torch.distributions.dirichlet._Dirichlet:
         raise rejection_sampler()
     if cls is torch.nn.modules._functions.BackwardHookFunction:
@@ -99,18 +95,5 @@ def apply_function(
         raise CaptureError(
             f"`{cls.__name__}` (a torch.autograd.Function) writes its arguments in place; let it return new tensors."
         )
-    called = replacement or _checked.get(cls, _stopped.get(cls)) or cls.apply  # type: ignore[attr-defined]
-    watcher.record(called, args, kwargs, result, seed, phased=isinstance(called, Surrogate))
+    watcher.record(replacement, args, kwargs, result, seed, phased=isinstance(replacement, Surrogate))
     return result
-
-
-def _check(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], *, inner: bool) -> None:
-    """Find out what the replay calls in place of a function that is seen for the first time."""
-    if inner:
-        found, known = stand_in(cls, args, kwargs), _stopped.get(cls)
-        _checked[cls] = known if type(known) is type(found) else found
-    elif cls not in _stopped:
-        try:
-            _stopped[cls] = stand_in(cls, args, kwargs)
-        except CaptureError:
-            _stopped[cls] = None  # the sweep needs the first derivative only, which it may have
