@@ -1197,6 +1197,16 @@ def backward_that_does_not_take_gradients_as_they_are(hyper: Hyper, context: Con
 
 
 @case(lr=0.3, weights=weights(12))
+def margins(hyper: Hyper, context: Context) -> Trained:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        logits = model(x)
+        labels = torch.stack([y, torch.full_like(y, -1), y], 1)
+        return F.multi_margin_loss(logits, y, p=2) + nn.MultiLabelMarginLoss()(logits.tanh(), labels)
+
+    return looping(hyper, context, loss)
+
+
+@case(lr=0.3, weights=weights(12))
 def views_turned_in_place(hyper: Hyper, context: Context) -> Trained:
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         logits = model(x)
