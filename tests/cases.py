@@ -1196,6 +1196,36 @@ def backward_that_does_not_take_gradients_as_they_are(hyper: Hyper, context: Con
     return looping(hyper, context, loss, outer=outer)
 
 
+class Both(nn.Module):
+    """Several arguments, of which one is no tensor, and several results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, squash: bool, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(torch.tanh(x) if squash else x) + y, self.second(x).square().sum()
+
+
+@case(lr=0.3, weights=weights(12))
+def hooks_of_modules_that_change_gradients(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model, both = mlp(5, 6, 3), Both()
+    weights = [*model.parameters(), *both.parameters()]
+    optimizer = sgd(hyper, momentum=0.5)(weights)
+    both.register_full_backward_hook(lambda _, given, out: (given[0].clamp(min=0.0), None, given[2] * out[1]))
+    both.register_full_backward_hook(lambda *_: None)
+    model[2].register_full_backward_pre_hook(lambda _, out: (out[0] + 0.1 * out[0].tanh(),))  # type: ignore[operator]
+    with context(optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            hidden = model[0](x)
+            found, penalty = both(hidden, True, 2 * hidden)
+            (weighted(hyper, slice(None), model[2](found), y) + 0.01 * penalty).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
 @case(lr=0.3, weights=weights(12))
 def margins(hyper: Hyper, context: Context) -> Trained:
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ EAGER = {
     "custom_function": "is an autograd.Function",
     "functions_whose_flags_change": "is an autograd.Function",
     "gradient_hooks": "gradient hooks run Python code",
+    "hooks_of_modules_that_change_gradients": "gradient hooks run Python code",
     "hooks_on_weights_that_move_within_a_step": "gradient hooks run Python code",
     "numpy_index_shuffled_in_place": "neither a tensor nor a number",
     "fake_quantized": "neither a tensor nor a number",

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.autograd import Function
+from torch.nn.modules._functions import BackwardHookFunction
 
 from metaopt.capture.cells import version_of
 from metaopt.capture.chosen import chosen
 from metaopt.capture.custom import Surrogate
-from metaopt.capture.hooks import observe_module_hooks
+from metaopt.capture.hooks import module_hooks, observe_module_hooks
 from metaopt.capture.primitives import flatten
 from metaopt.capture.replacements import FUNCTIONS, rejection_sampler
 from metaopt.capture.seams import Seam
@@ -75,6 +76,11 @@ def apply_function(
     sources = flatten(args)
     if not any(tape.is_live(tensor) for tensor in sources):
         return apply(*args, **kwargs)
+    if cls is BackwardHookFunction:
+        hooks = observe_module_hooks(watcher)
+        result = apply(*args, **kwargs)
+        watcher.record(module_hooks, (hooks, *args), kwargs, result, phased=True)
+        return result
     if cls.__name__ == "CheckpointFunction":
         raise CaptureError(
             "`torch.utils.checkpoint` with `use_reentrant=True` runs a second backward pass inside the first one, "
@@ -86,8 +92,6 @@ def apply_function(
         replacement = chosen(cls, args, kwargs, inner=inner, check=watcher.check_functions)
     if cls is torch.distributions.dirichlet._Dirichlet:
         raise rejection_sampler()
-    if cls is torch.nn.modules._functions.BackwardHookFunction:
-        observe_module_hooks(watcher)
     seed = generators(apply, kwargs)
     versions = [version_of(tensor) for tensor in sources]
     result = apply(*args, **kwargs)

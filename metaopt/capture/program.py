@@ -13,6 +13,7 @@ from torch import fx
 from metaopt.capture.cells import Cell
 from metaopt.capture.custom import Custom
 from metaopt.capture.externals import External
+from metaopt.capture.hooks import module_hooks
 from metaopt.capture.lowering import Function, lower
 from metaopt.capture.primitives import hooked, inner_gradient
 from metaopt.capture.segment import Segment
@@ -105,7 +106,7 @@ def _is_users(instruction: Instruction) -> bool:
         and issubclass(owner, torch.autograd.Function)
         and not owner.__module__.startswith("torch.")
     )
-    return func is hooked or function
+    return func in (hooked, module_hooks) or function
 
 
 class Program:
