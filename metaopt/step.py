@@ -18,6 +18,7 @@ from metaopt.bystanders import Bystanders
 from metaopt.capture.bindings import leaves_of
 from metaopt.capture.functions import see_functions
 from metaopt.capture.program import Library
+from metaopt.capture.seams import see_variables
 from metaopt.capture.segment import Segment
 from metaopt.capture.tape import Tape
 from metaopt.capture.verify import Verifier
@@ -127,6 +128,7 @@ class Loop:
             stack.enter_context(method_hooks(self.optimizers, "add_param_group", self._growing))
             stack.enter_context(clearing(self.optimizers))
             stack.enter_context(see_functions(self.watcher))
+            stack.enter_context(see_variables())
             stack.enter_context(self.watcher)
             self._exit = stack.pop_all()
 

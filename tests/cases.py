@@ -10,8 +10,8 @@ import copy
 import itertools
 import warnings
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -787,6 +787,26 @@ def adversarial(hyper: Hyper, context: Context) -> Trained:
     return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
 
 
+@case(lr=0.3, strength=0.1, weights=weights(12))
+def adversarial_by_variables(hyper: Hyper, context: Context) -> Trained:
+    """As old code attacks: a backward pass that fills the gradients of the weights and of a `Variable`."""
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for _ in range(3):
+            near = torch.autograd.Variable(x.data, requires_grad=True)
+            for _ in range(2):
+                model.zero_grad()
+                weighted(hyper, slice(None), model(near), y).backward()
+                moved = near.data + hyper["strength"] * torch.tanh(50 * near.grad.data)
+                near = torch.autograd.Variable(moved, requires_grad=True)
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), model(torch.autograd.Variable(near)), y).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
 @case(lr=0.2, penalty=0.3, weights=weights(12))
 def gradient_penalty(hyper: Hyper, context: Context) -> Trained:
     x, y, x_val, y_val = data()
@@ -799,6 +819,27 @@ def gradient_penalty(hyper: Hyper, context: Context) -> Trained:
             (g,) = torch.autograd.grad(loss, points, create_graph=True)
             optimizer.zero_grad()
             (loss + hyper["penalty"] * (g**2).sum()).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.3, strength=0.5, weights=weights(12))
+def views_of_constants(hyper: Hyper, context: Context) -> Trained:
+    """A view of a constant is written, or its base is: both then have the graph of what was written."""
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for _ in range(3):
+            near, logits = x.clone(), torch.zeros(12, 3)
+            patch, first, flat = near[:, :2], logits[:4], logits.view(-1)
+            patch *= hyper["strength"]
+            logits += model(near)
+            with torch.no_grad():
+                targets = first.softmax(1)
+            optimizer.zero_grad()
+            loss = weighted(hyper, slice(None), logits, y) + 0.1 * flat.square().mean()
+            (loss + F.cross_entropy(model(x[:4]), targets)).backward()
             optimizer.step()
     return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
 
@@ -1153,6 +1194,114 @@ def backward_that_does_not_take_gradients_as_they_are(hyper: Hyper, context: Con
         return 1e5 * F.cross_entropy(model(x), y)
 
     return looping(hyper, context, loss, outer=outer)
+
+
+class Both(nn.Module):
+    """Several arguments, of which one is no tensor, and several results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, squash: bool, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(torch.tanh(x) if squash else x) + y, self.second(x).square().sum()
+
+
+@case(lr=0.3, weights=weights(12))
+def hooks_of_modules_that_change_gradients(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model, both = mlp(5, 6, 3), Both()
+    weights = [*model.parameters(), *both.parameters()]
+    optimizer = sgd(hyper, momentum=0.5)(weights)
+    both.register_full_backward_hook(lambda _, given, out: (given[0].clamp(min=0.0), None, given[2] * out[1]))
+    both.register_full_backward_hook(lambda *_: None)
+    model[2].register_full_backward_pre_hook(lambda _, out: (out[0] + 0.1 * out[0].tanh(),))  # type: ignore[operator]
+    with context(optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            hidden = model[0](x)
+            found, penalty = both(hidden, True, 2 * hidden)
+            (weighted(hyper, slice(None), model[2](found), y) + 0.01 * penalty).backward()
+            optimizer.step()
+    return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.3, weights=weights(12))
+def margins(hyper: Hyper, context: Context) -> Trained:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        logits = model(x)
+        labels = torch.stack([y, torch.full_like(y, -1), y], 1)
+        return F.multi_margin_loss(logits, y, p=2) + nn.MultiLabelMarginLoss()(logits.tanh(), labels)
+
+    return looping(hyper, context, loss)
+
+
+@case(lr=0.3, weights=weights(12))
+def views_turned_in_place(hyper: Hyper, context: Context) -> Trained:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        logits = model(x)
+        first, rest = logits[:, :1], logits.view(4, 3, 3)
+        first.squeeze_(1)
+        rest.transpose_(0, 1).unsqueeze_(0)
+        with torch.no_grad():
+            targets = logits[:4].softmax(1).view(2, 2, 3)
+            targets.swapaxes_(0, 1).mul_(0.9)
+        return (first - x[:, 0]).square().mean() + (rest[0, 0] - targets.reshape(4, 3)).square().mean()
+
+    return looping(hyper, context, loss)
+
+
+class Settings:
+    """As packages have them."""
+
+    clips = False
+    squashes = True
+
+    @contextmanager
+    def linear(self) -> Iterator[None]:
+        Settings.squashes = False
+        try:
+            yield
+        finally:
+            Settings.squashes = True
+
+
+class Switched(torch.autograd.Function):
+    """Flags of its class, of a package and among its arguments say what it is."""
+
+    scale = 0.0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, straight: bool) -> Tensor:
+        y = torch.tanh(x) if Settings.squashes else x.clone()
+        ctx.save_for_backward(y)
+        ctx.flags = straight, Settings.squashes, Switched.scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (y,) = ctx.saved_tensors
+        straight, squashes, scale = ctx.flags
+        grad = grad + scale * y
+        grad = grad.clamp(-5.0, 5.0) if Settings.clips else grad
+        return grad * (1 - y * y) if squashes and not straight else grad, None
+
+
+@case(lr=0.3, weights=weights(12))
+def functions_whose_flags_change(hyper: Hyper, context: Context) -> Trained:
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    optimizer = sgd(hyper)(model.parameters())
+    with context(optimizer):
+        for t in range(6):
+            Settings.clips, Switched.scale = t > 1, 0.1 * (t > 2)
+            with Settings().linear() if t > 3 else nullcontext():
+                hidden = Switched.apply(model[0](x), t > 4)
+            optimizer.zero_grad()
+            weighted(hyper, slice(None), model[2](hidden), y).backward()
+            optimizer.step()
+    Settings.clips, Switched.scale = False, 0.0
+    return Trained(1e5 * F.cross_entropy(model(x_val), y_val), model, optimizer)
 
 
 class Noted(Clipped):

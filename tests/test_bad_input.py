@@ -10,7 +10,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 import pytest
@@ -55,6 +55,7 @@ def assert_torch_is_as_it_was(optimizer: torch.optim.Optimizer) -> None:
     modes = [m for m in _get_current_function_mode_stack() if type(m).__module__.startswith("metaopt")]
     assert not modes
     assert "apply" not in torch.autograd.Function.__mro__[1].__dict__
+    assert "__call__" not in type(torch.autograd.Variable).__dict__
     assert torch.compiler.is_compiling() is False
     own = [h for h in optimizer._optimizer_step_pre_hooks.values() if "Loop" in getattr(h, "__qualname__", "")]
     assert not own
@@ -988,9 +989,9 @@ def test_a_step_that_differs_from_its_rule_is_found_out_at_the_second_step() -> 
 
 
 class Scaled(torch.autograd.Function):
-    """Its backward reads what is no argument of it."""
+    """Its backward reads what is no argument of it, nor a plain flag."""
 
-    scale = 1.0
+    scale: ClassVar = [1.0]
 
     @staticmethod
     def forward(ctx, x):  # type: ignore[no-untyped-def, override]
@@ -998,7 +999,7 @@ class Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def, override]
-        return grad * Scaled.scale
+        return grad * Scaled.scale[0]
 
 
 @pytest.mark.parametrize("kind", ["hook", "function"])
@@ -1007,12 +1008,12 @@ def test_python_state_that_changes_after_it_was_used_is_found_out(kind: str, mov
     model = mlp(5, 6, 3)
     optimizer = metaopt.optim.Adam(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
     x, y, _, _ = data()
-    Scaled.scale = 1.0
+    Scaled.scale[0] = 1.0
     if kind == "hook":
-        model[0].weight.register_hook(lambda grad: grad * Scaled.scale)
+        model[0].weight.register_hook(lambda grad: grad * Scaled.scale[0])
     with metaopt.record(optimizer) as run:
         for t in range(3):
-            Scaled.scale = 1.0 + t * moves
+            Scaled.scale[0] = 1.0 + t * moves
             optimizer.zero_grad()
             hidden = model[0](x)
             F.cross_entropy(model[2]((Scaled.apply(hidden) if kind == "function" else hidden).tanh()), y).backward()

@@ -100,6 +100,11 @@ def test_a_model_that_is_made_outside_is_put_back() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_modules_of_hyperparameters_may_be_among_several() -> None:
+    hyper = metaopt.Hyperparameters(lr=torch.tensor(0.1))
+    assert hypergradcheck(trainer({"lr": hyper.lr}), outer, [hyper])
+
+
 def test_the_hyperparameters_and_the_generators_are_as_they_were() -> None:
     lr = leaf(0.1)
     random = torch.get_rng_state()

@@ -237,6 +237,8 @@ def test_attach_ends_with_its_handle() -> None:
 def test_attach_refuses_an_optimizer_of_others() -> None:
     with pytest.raises(DomainError, match="needs the hyper-optimizer"):
         make().attach(torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=1.0))
+    with pytest.raises(DomainError, match="and this is a Hyperparameters"):
+        make().attach(make())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("name", "bad"), [("weights", math.inf), ("penalty", math.nan)])

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import metaopt
 from metaopt.capture.program import Program
 from metaopt.check import hypergradcheck
+from metaopt.hyperparameters import owner_of
 from metaopt.modes.columns import Directions
 from metaopt.rules import _RULES
 from tests.cases import data, mlp
@@ -385,6 +386,81 @@ def test_leaves_made_inside_are_no_hyperparameters_to_ask_for(mode: Callable[...
         run.hypergradient(outer, wrt=weight, **({"retain": True} if mode is metaopt.record else {}))
     assert known.grad is not None
     assert known.grad.count_nonzero()
+
+
+def named_problem(mode: Any) -> tuple[Any, Tensor, dict[str, Tensor]]:
+    """A rate, the examples' weights and a penalty, of which some are named."""
+    x, y, x_val, y_val = data()
+    model = mlp(5, 6, 3)
+    hyper = metaopt.Hyperparameters(lr=metaopt.positive(0.1), penalty=metaopt.positive(0.01))
+    weights = torch.ones(12, requires_grad=True)
+    known = {"lr": hyper.get_leaf("lr"), "penalty": hyper.get_leaf("penalty"), "weights": weights}
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=hyper.lr, momentum=0.9)
+    with mode(optimizer, hyper, weights) as run:
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = (weights * F.cross_entropy(model(x), y, reduction="none")).mean()
+            (loss + hyper.penalty * sum(p.square().sum() for p in model.parameters())).backward()
+            optimizer.step()
+    return run, F.cross_entropy(model(x_val), y_val) + 0.1 * weights.sum(), known
+
+
+NAMED: dict[str, tuple[Callable[[Any, Tensor], Any], set[str]]] = {
+    "leaf": (lambda hyper, _: hyper.get_leaf("lr"), {"lr"}),
+    "value": (lambda hyper, _: [hyper.lr], {"lr"}),
+    "module": (lambda hyper, _: hyper, {"lr", "penalty"}),
+    "modules": (lambda hyper, weights: (t for t in [hyper, weights]), {"lr", "penalty", "weights"}),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, "aot_eager"])
+@pytest.mark.parametrize("which", NAMED)
+def test_only_the_named_hyperparameters_have_tangents(which: str, compiled: bool | str) -> None:
+    select, expected = NAMED[which]
+    run, outer, known = named_problem(lambda optimizer, *_: metaopt.record(optimizer))
+    reverse = dict(zip(known, run.hypergradient(outer, wrt=known.values()), strict=True))
+    run, outer, known = named_problem(
+        lambda optimizer, *hyper: metaopt.stream(optimizer, hyper=select(*hyper), compile=compiled)
+    )
+    assert {name for name in known if any(known[name] is leaf for leaf in run._columns.leaves())} == expected
+    assert len(run.hyperparameters) == len(expected)
+    run.backward(outer)
+    for name, leaf in known.items():
+        if name in expected:
+            torch.testing.assert_close(leaf.grad, reverse[name], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(run.hypergradient(outer, wrt=leaf)[0], reverse[name], rtol=1e-9, atol=1e-12)
+        else:
+            assert leaf.grad is None
+            with pytest.raises(metaopt.SweepError, match=r"was not named in `metaopt\.stream"):
+                run.hypergradient(outer, wrt=[leaf])
+
+
+def test_what_can_not_be_named() -> None:
+    model = mlp(5, 6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for wrong, why in (
+        ("lr", "has a str"),
+        ([1.0], "has a float"),
+        (torch.ones(3), "does not require grad"),
+        ([], "names no hyperparameter"),
+        (model, "has a trained weight"),
+    ):
+        with pytest.raises(metaopt.SweepError, match=why):
+            metaopt.stream(optimizer, hyper=wrong)  # type: ignore[arg-type]
+    unused = torch.ones(2, requires_grad=True)
+    run, outer, _ = named_problem(lambda optimizer, *_: metaopt.stream(optimizer, hyper=unused))
+    with pytest.raises(metaopt.SweepError, match=r"none of the hyperparameters that `hyper=` names"):
+        run.backward(outer)
+    with pytest.warns(metaopt.UnusedHyperparameterWarning, match="took no part"):
+        assert not run.hypergradient(outer, wrt=unused)[0].any()
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_a_module_of_hyperparameters_may_be_asked_for(mode: Any) -> None:
+    run, outer, known = named_problem(lambda optimizer, *_: mode(optimizer))
+    hyper = owner_of(known["lr"])
+    assert hyper is not None
+    torch.testing.assert_close(run.hypergradient(outer, wrt=hyper), run.hypergradient(outer, wrt=hyper.parameters()))
 
 
 def test_chunks_give_the_same_number() -> None:

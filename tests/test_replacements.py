@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaopt
-from metaopt.capture import ctc, norms, replacements, surrogates, third
+from metaopt.capture import ctc, margins, norms, replacements, surrogates, third
 from metaopt.capture.primitives import Phase
 
 
@@ -28,6 +28,23 @@ def test_cross_entropy(shape: tuple[int, ...], smoothing: float, weighted: bool,
     expected = F.cross_entropy(x, y, weight, reduction=reduction, label_smoothing=smoothing)
     found = replacements.cross_entropy(x, y, weight, reduction=reduction, label_smoothing=smoothing)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("options", [{"reduction": "none"}, {}, {"reduction": "sum"}], ids=str)
+@pytest.mark.parametrize("rows", [(), (6,)], ids=str)
+def test_margin_losses(rows: tuple[int, ...], options: dict[str, Any]) -> None:
+    labels = torch.tensor([[1, -1, 2, 0], [-1, 0, 1, 2], [3, 0, -1, -1], [0, 1, 2, 3], [2, 2, -1, 0], [0, 3, 1, -1]])
+    x = torch.randn(*rows, 4, requires_grad=True)
+    y = torch.randint(0, 4, rows)
+    losses = []
+    for module in (F, margins):
+        found = [module.multilabel_margin_loss(x, labels if rows else labels[0], **options)]
+        for weight in (None, torch.arange(1.0, 5.0)):
+            found += [module.multi_margin_loss(x, y, p, 0.7, weight, **options) for p in (1, 2)]
+        losses.append(found)
+    for found, expected in zip(*losses, strict=True):
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), x) for loss in (found, expected)))
 
 
 @pytest.mark.parametrize("padding", [None, 0, 2, -1])

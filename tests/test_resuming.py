@@ -43,7 +43,7 @@ class Training:
         modules = [self.model] if self.norm else []
         with metaopt.stream(self.optimizer, **self.options) as run:
             if saved is not None:
-                run.load_state_dict(saved, self.hyper.parameters(), *modules)
+                run.load_state_dict(saved, self.hyper if self.norm else self.hyper.parameters(), *modules)
             for t in steps:
                 self.optimizer.zero_grad()
                 losses = F.cross_entropy(self.model(x), y, reduction="none")
@@ -142,3 +142,22 @@ def test_bare_hyperparameters_are_known_by_their_order() -> None:
     state, _ = train(*leaves(), models[1], 3)
     _, found = train(*leaves(), models[1], 3, state)
     torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-14)
+
+
+def test_named_hyperparameters_go_on_as_they_were_named() -> None:
+    def made(*names: str) -> Training:
+        training = Training("sgd", False)
+        training.options = {"hyper": [training.hyper.get_leaf(name) for name in names]} if names else {}
+        return training
+
+    whole, first, again = made("lr", "momentum"), made("lr", "momentum"), made("momentum", "lr")
+    whole.run(range(4))
+    saved = first.run(range(2))
+    assert first.hyper.get_leaf("weights").grad is None
+    for part, state in zip(again.parts, first.state(), strict=True):
+        part.load_state_dict(state)
+    again.run(range(2, 4), saved)
+    torch.testing.assert_close(again.hyper.state_dict(), whole.hyper.state_dict(), rtol=1e-12, atol=1e-14)
+    for names in (("lr",), ()):
+        with pytest.raises(metaopt.StaleError, match=r"hyper=\.\.\.\)` as it was"):
+            made(*names).run(range(2), saved)

@@ -14,6 +14,7 @@ __all__ = [
     "tensor_geometry",
 ]
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -123,6 +124,11 @@ class Binding:
         self.base: Binding | None = None
         self.base_value = -1
         self.via: View | None = None
+
+    def turn(self, via: View) -> None:
+        """This view is a view of what it was."""
+        before = copy.copy(self)
+        self.base, self.base_value, self.via = before, -1, via
 
     @property
     def root(self) -> Binding:

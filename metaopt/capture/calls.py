@@ -20,6 +20,7 @@ from metaopt.capture.primitives import flatten, stop
 from metaopt.capture.replacements import rejection_sampler
 from metaopt.capture.surrogates import fake_quantize, hard_gumbel_softmax
 from metaopt.capture.surroundings import generators
+from metaopt.capture.turns import TURNS, turn
 from metaopt.capture.withheld import get_grad
 from metaopt.errors import CaptureError
 
@@ -174,6 +175,7 @@ SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.requires_grad.__set__: made.requires_grad,  # type: ignore[attr-defined]
     Tensor.__deepcopy__: made.deepcopy,
     Tensor.register_hook: _hook,
+    **dict.fromkeys(TURNS, turn),
     **dict.fromkeys(statistics.NORMS, statistics.norm),
     **dict.fromkeys(LOSSES, ctc),
     **dict.fromkeys(embeddings.TABLES, embeddings.table),

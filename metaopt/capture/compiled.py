@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from metaopt.capture.aten import Graph, trace
-from metaopt.capture.custom import Plain, Surrogate
+from metaopt.capture.custom import Custom
 from metaopt.capture.draws import Draw, Drawing, UntraceableError, draw_all
+from metaopt.capture.hooks import module_hooks
 from metaopt.capture.primitives import Phase, hooked
 from metaopt.capture.segment import Segment
 from metaopt.capture.trace import Val
@@ -49,11 +50,9 @@ def refusal(program: Program) -> str | None:
     for instruction in program.code:
         func = instruction.func
         name = getattr(func, "__name__", type(func).__name__)
-        if func is hooked:
+        if func in (hooked, module_hooks):
             return "the loop's gradient hooks run Python code"
-        if isinstance(func, Plain | Surrogate) or (
-            name == "apply" and isinstance(getattr(func, "__self__", None), type)
-        ):
+        if isinstance(func, Custom) or (name == "apply" and isinstance(getattr(func, "__self__", None), type)):
             return f"`{name}` is an autograd.Function, whose Python code may do anything"
         if name == "ctc_loss":
             return f"`{name}` makes some calls for each time step, too many to compile"

@@ -98,6 +98,8 @@ class Externals(dict[int, External]):
     def __init__(self, *, moving: bool) -> None:
         super().__init__()
         self.moving = moving
+        # The leaves whose derivative is carried along, where not all are.
+        self.named: dict[int, Tensor] | None = None
         # Leaves that the loop trains itself, and those moved out of sight along a gradient that depends on the weights.
         self._moved: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._led: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
@@ -109,6 +111,10 @@ class Externals(dict[int, External]):
         # Leaves that the loop made of constants in sight.
         self.made_leaves: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._inner: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+
+    def is_named(self, leaf: Tensor) -> bool:
+        """Whether the derivative with respect to a leaf is asked for: that of every one is, unless some are named."""
+        return self.named is None or id(leaf) in self.named
 
     def present(self, tensor: Tensor) -> External | None:
         """What stands for a tensor, if its value is still the one that was seen."""
@@ -172,7 +178,7 @@ class Externals(dict[int, External]):
         return id(leaf) in self._led
 
     def note_made(self, constant: Tensor) -> None:
-        """The loop made a constant: a leaf in its memory, made out of sight (``Variable(x)``), was made after it."""
+        """The loop made a constant: a leaf in its memory, made out of sight (``Parameter(x)``), was made after it."""
         if not self.moving or constant.layout is not torch.strided:
             return  # in reverse mode it costs nothing to take such a leaf for a hyperparameter
         if len(self._made) >= self._purge_at:

@@ -99,9 +99,16 @@ class Following:
         """Other tensors in this one's memory, made out of sight, are views of it."""
         self.memory.own(tensor, self.find(tensor))
 
-    def bear_view(self, tensor: Tensor, base: Binding, geometry: Geometry) -> Binding:
-        """Follow a tensor that was made out of sight, as a view of the one in whose memory it lies."""
-        via = part_of(tensor, geometry)
+    def bear_view(self, tensor: Tensor, base: Binding, geometry: Geometry, *, stopped: bool = True) -> Binding:
+        """Follow a tensor that was made out of sight, as a view of the one in whose memory it lies.
+
+        Args:
+            tensor: the view.
+            base: the binding of that one.
+            geometry: where it lies.
+            stopped: whether gradients don't pass from the one to the other.
+        """
+        via = part_of(tensor, geometry, stopped=stopped)
         binding = self.bear(tensor)
         binding.base, binding.via = base, via
         return binding

@@ -10,20 +10,21 @@ from __future__ import annotations
 __all__ = ["apply_function", "see_functions"]
 
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.autograd import Function
+from torch.nn.modules._functions import BackwardHookFunction
 
 from metaopt.capture.cells import version_of
-from metaopt.capture.custom import Plain, Surrogate
-from metaopt.capture.hooks import observe_module_hooks
+from metaopt.capture.chosen import chosen
+from metaopt.capture.custom import Surrogate
+from metaopt.capture.hooks import module_hooks, observe_module_hooks
 from metaopt.capture.primitives import flatten
 from metaopt.capture.replacements import FUNCTIONS, rejection_sampler
-from metaopt.capture.stand_ins import stand_in
+from metaopt.capture.seams import Seam
 from metaopt.capture.surroundings import generators
 from metaopt.errors import CaptureError
 
@@ -39,13 +40,7 @@ class _Sees(Protocol):
         ...
 
 
-# What the replay calls in place of those that were seen.
-_checked: weakref.WeakKeyDictionary[type, Plain | Surrogate | None] = weakref.WeakKeyDictionary()
-# And in place of those that the loop's own gradients have not met so far, as under `no_grad`.
-_stopped: weakref.WeakKeyDictionary[type, Plain | Surrogate | None] = weakref.WeakKeyDictionary()
 _watchers = threading.local()
-_lock = threading.Lock()
-_users = 0
 # `Function.apply` calls `super().apply`: the next class in line is where every bound `apply` passes.
 _NEXT: Any = Function.__mro__[1]
 
@@ -58,24 +53,19 @@ def _apply(cls: type, *args: Any, **kwargs: Any) -> Any:
     return active[-1].apply(cls, original, args, kwargs)
 
 
+_SEAM = Seam(_NEXT, "apply", classmethod(_apply))
+
+
 @contextmanager
 def see_functions(watcher: _Sees) -> Iterator[None]:
     """While open, custom functions called in this thread are shown to the watcher."""
-    global _users
-    with _lock:
-        if _users == 0:
-            _NEXT.apply = classmethod(_apply)
-        _users += 1
     stack = _watchers.__dict__.setdefault("stack", [])
-    stack.append(watcher)
-    try:
-        yield
-    finally:
-        stack.remove(watcher)
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                del _NEXT.apply
+    with _SEAM.open():
+        stack.append(watcher)
+        try:
+            yield
+        finally:
+            stack.remove(watcher)
 
 
 def apply_function(
@@ -86,18 +76,22 @@ def apply_function(
     sources = flatten(args)
     if not any(tape.is_live(tensor) for tensor in sources):
         return apply(*args, **kwargs)
+    if cls is BackwardHookFunction:
+        hooks = observe_module_hooks(watcher)
+        result = apply(*args, **kwargs)
+        watcher.record(module_hooks, (hooks, *args), kwargs, result, phased=True)
+        return result
     if cls.__name__ == "CheckpointFunction":
         raise CaptureError(
             "`torch.utils.checkpoint` with `use_reentrant=True` runs a second backward pass inside the first one, "
             "which can't be differentiated. Pass `use_reentrant=False`."
         )
     replacement = FUNCTIONS.get((cls.__module__, cls.__qualname__))
-    if replacement is None and watcher.check_functions and cls not in _checked:
-        _check(cls, args, kwargs, inner=any(tape.inner_of(tensor) for tensor in sources))
+    if replacement is None:
+        inner = any(tape.inner_of(tensor) for tensor in sources)
+        replacement = chosen(cls, args, kwargs, inner=inner, check=watcher.check_functions)
     if cls is torch.distributions.dirichlet._Dirichlet:
         raise rejection_sampler()
-    if cls is torch.nn.modules._functions.BackwardHookFunction:
-        observe_module_hooks(watcher)
     seed = generators(apply, kwargs)
     versions = [version_of(tensor) for tensor in sources]
     result = apply(*args, **kwargs)
@@ -105,18 +99,5 @@ def apply_function(
         raise CaptureError(
             f"`{cls.__name__}` (a torch.autograd.Function) writes its arguments in place; let it return new tensors."
         )
-    called = replacement or _checked.get(cls, _stopped.get(cls)) or cls.apply  # type: ignore[attr-defined]
-    watcher.record(called, args, kwargs, result, seed, phased=isinstance(called, Surrogate))
+    watcher.record(replacement, args, kwargs, result, seed, phased=isinstance(replacement, Surrogate))
     return result
-
-
-def _check(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any], *, inner: bool) -> None:
-    """Find out what the replay calls in place of a function that is seen for the first time."""
-    if inner:
-        found, known = stand_in(cls, args, kwargs), _stopped.get(cls)
-        _checked[cls] = known if type(known) is type(found) else found
-    elif cls not in _stopped:
-        try:
-            _stopped[cls] = stand_in(cls, args, kwargs)
-        except CaptureError:
-            _stopped[cls] = None  # the sweep needs the first derivative only, which it may have

@@ -6,7 +6,7 @@ the results only. It may be logged, and no hypergradient may go through it.
 
 from __future__ import annotations
 
-__all__ = ["Observed", "observe_module_hooks", "observed"]
+__all__ = ["ModuleHooks", "Observed", "module_hooks", "observe_module_hooks", "observed"]
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.utils.hooks import BackwardHook
 
 from metaopt.capture.bindings import Unseen
-from metaopt.capture.primitives import flatten
+from metaopt.capture.primitives import Phase, flatten
 from metaopt.capture.trace import needed
 from metaopt.errors import CaptureError
 
@@ -36,6 +37,7 @@ class Observed:
     def __init__(self, watcher: Watcher, hook: Callable[..., Any]) -> None:
         self._watcher = watcher
         self._hook = hook
+        self.changes = False
 
     def __call__(self, *given: Any) -> Any:
         watcher = self._watcher
@@ -53,21 +55,64 @@ class Observed:
                 result = self._hook(*given)
         finally:
             watcher.paused = True
+        self.changes = self.changes or result is not None
         # A hook that returns nothing may have written what it was shown.
         left = tape.numbers_of(shown if result is None else flatten([result]))
         _refuse_live(tape, start, held | tape.entered(shown), left)
         return result
 
 
-def observe_module_hooks(watcher: Watcher) -> None:
+def observe_module_hooks(watcher: Watcher) -> ModuleHooks:
     """See the hooks of ``register_full_backward_hook`` that are being set up for one call of a module."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_name != "_apply_on_tensors":
         frame = frame.f_back
-    setup = frame.f_locals.get("self")
+    setup = frame.f_locals["self"]
     for name in ("user_hooks", "user_pre_hooks"):
         hooks = getattr(setup, name, None) or []
         setattr(setup, name, [hook if isinstance(hook, Observed) else Observed(watcher, hook) for hook in hooks])
+    above = frame.f_back
+    return ModuleHooks(setup, leaves=above is not None and above.f_code.co_name == "setup_output_hook")
+
+
+class ModuleHooks:
+    """The gradient hooks of one call of a module, where it is entered, or where it is left (``leaves``)."""
+
+    def __init__(self, setup: BackwardHook, *, leaves: bool) -> None:
+        self._setup = setup
+        self._leaves = leaves
+
+    def attach(self, phase: Phase, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Put the hooks that changed gradients of the loop between these tensors and what comes after them."""
+        setup = self._setup
+        again = phase.modules.get(id(setup))
+        if again is None:
+            again = phase.modules[id(setup)] = BackwardHook(
+                setup.module, _changing(phase, setup.user_hooks), _changing(phase, setup.user_pre_hooks)
+            )
+            again.n_inputs = setup.n_inputs
+        if not (again.user_hooks or again.user_pre_hooks):
+            return tensors
+        count, found = setup.n_inputs, setup.input_tensors_index
+        if self._leaves:
+            count, found = setup.n_outputs, setup.output_tensors_index
+        places: list[int] = found or []
+        args: list[Any] = [None] * count
+        for place, tensor in zip(places, tensors, strict=True):
+            args[place] = tensor
+        results = (again.setup_output_hook if self._leaves else again.setup_input_hook)(tuple(args))
+        return tuple(results[place] for place in places)
+
+
+def _changing(phase: Phase, hooks: Iterable[Observed]) -> list[Callable[..., Any]]:
+    """The hooks that changed the loop's gradients, for the loop's gradients only; the others look on, and have."""
+    found = [hook for hook in hooks if hook.changes]
+    return [lambda *given, hook=hook: hook(*given) if phase.inner else None for hook in found]
+
+
+def module_hooks(phase: Phase, hooks: ModuleHooks, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """What the replay calls where a module with gradient hooks is entered or left."""
+    return hooks.attach(phase, tensors)
 
 
 @contextmanager

@@ -155,8 +155,15 @@ def _seen(tensor: Tensor) -> tuple[Tensor, int]:
     return _bytes(tensor).clone(), version_of(tensor)
 
 
-def part_of(tensor: Tensor, geometry: Geometry, *, whole: bool = False) -> View:
-    """A tensor as a view, by its strides, of another one; ``whole``: it must be all of it."""
+def part_of(tensor: Tensor, geometry: Geometry, *, whole: bool = False, stopped: bool = True) -> View:
+    """A tensor as a view, by its strides, of another one.
+
+    Args:
+        tensor: the view.
+        geometry: where the other one lies.
+        whole: whether it must be all of it.
+        stopped: whether gradients don't pass from the one to the other.
+    """
     shape, stride, start, dtype, dense = geometry
     if whole and tensor_geometry(tensor) != geometry:
         raise _shared(tensor, shape)
@@ -164,9 +171,9 @@ def part_of(tensor: Tensor, geometry: Geometry, *, whole: bool = False) -> View:
     outside = offset < 0 or offset + _reach(tensor.shape, tensor.stride()) > _reach(shape, stride)
     if outside or not dense or tensor.dtype != dtype:
         raise _shared(tensor, shape)
-    if tensor.shape == shape and tensor.stride() == stride and offset == 0:
+    if stopped and tensor.shape == shape and tensor.stride() == stride and offset == 0:
         return View(stop, (BASE,), {}, 1, 0, True)
-    return View(torch.as_strided, (BASE, tuple(tensor.shape), tensor.stride(), offset), {}, 1, 0, True)
+    return View(torch.as_strided, (BASE, tuple(tensor.shape), tensor.stride(), offset), {}, 1, 0, stopped)
 
 
 def overlap(one: Tensor, other: Tensor) -> bool:

@@ -39,11 +39,13 @@ class Phase:
     ``graph`` says whether the loop's gradients shall have a graph, to be differentiated again.
     """
 
-    __slots__ = ("graph", "inner")
+    __slots__ = ("graph", "inner", "modules")
 
     def __init__(self, *, graph: bool = True) -> None:
         self.inner = False
         self.graph = graph
+        # What the gradient hooks of modules know of each other, by the call that they belong to.
+        self.modules: dict[int, Any] = {}
 
     @contextmanager
     def loop(self):  # type: ignore[no-untyped-def]

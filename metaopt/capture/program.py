@@ -11,8 +11,9 @@ import torch
 from torch import fx
 
 from metaopt.capture.cells import Cell
-from metaopt.capture.custom import Plain, Surrogate
+from metaopt.capture.custom import Custom
 from metaopt.capture.externals import External
+from metaopt.capture.hooks import module_hooks
 from metaopt.capture.lowering import Function, lower
 from metaopt.capture.primitives import hooked, inner_gradient
 from metaopt.capture.segment import Segment
@@ -99,13 +100,13 @@ def _program(trace: Trace, outputs: list[int]) -> _Known:
 
 def _is_users(instruction: Instruction) -> bool:
     func = instruction.func
-    owner = func.function if isinstance(func, Plain | Surrogate) else getattr(func, "__self__", None)
+    owner = func.function if isinstance(func, Custom) else getattr(func, "__self__", None)
     function = (
         isinstance(owner, type)
         and issubclass(owner, torch.autograd.Function)
         and not owner.__module__.startswith("torch.")
     )
-    return func is hooked or function
+    return func in (hooked, module_hooks) or function
 
 
 class Program:

@@ -26,7 +26,7 @@ version counters, and whose backward leaves in the gradient of what is overwritt
 ``Tensor.view`` needs the memory that the loop's kernels laid out; those of the replay (attention with a second
 derivative) may lay it out otherwise.
 
-Norms and distances: see `norms`; powers and deviations: see `powers`.
+Norms and distances: see `norms`; powers and deviations: see `powers`; margin losses: see `margins`.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaopt.capture.margins import MARGINS
 from metaopt.capture.norms import NORMS
 from metaopt.capture.powers import POWERS
 from metaopt.capture.steps import FOREACH
@@ -258,4 +259,5 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.view_as: view_as,
     **NORMS,
     **POWERS,
+    **MARGINS,
 }

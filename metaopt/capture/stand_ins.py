@@ -28,7 +28,7 @@ _SAME = {torch.float64: 1e-8}
 _SCALES = (2.0**-20, 2.0**20)
 
 
-def stand_in(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> Plain | Surrogate | None:
+def stand_in(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> type[Plain | Surrogate] | None:
     """What the replay calls in place of a user's ``autograd.Function``; None for the function itself.
 
     Raises:
@@ -48,16 +48,16 @@ def stand_in(cls: type, args: Sequence[Any], kwargs: dict[str, Any]) -> Plain | 
             if disagreement(call.values_of(call.own), call.point) is None and call.is_linear():
                 return None
             call.refuse_without_forward()
-            return Surrogate(cls)
+            return Surrogate
         found, expected = problem
         why = (
             f"its derivative along a random direction is {expected:.6g} by finite differences and {found:.6g} by "
             "autograd"
         )
     if call.is_plain():
-        return Plain(cls)
+        return Plain
     if call.is_surrogate():
-        return Surrogate(cls)
+        return Surrogate
     raise CaptureError(
         f"the backward of {cls.__name__} (a torch.autograd.Function) can't be differentiated: {why}. A hypergradient "
         "needs its derivative. Write `backward` with torch operations on saved inputs and outputs (not on saved "

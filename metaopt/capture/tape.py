@@ -61,8 +61,10 @@ class Tape(Following):
         owner = base.ref()
         if owner is None and base.epoch != self.epoch:
             return self.inherit(tensor, base, geometry)
-        if not tensor.requires_grad:
-            return self.bear_view(tensor, base, geometry)
+        # One that torch knows to be a view, of what was a constant then, follows what is written to it with its graph.
+        graph = owner is not None and tensor._base is owner
+        if graph or not tensor.requires_grad:
+            return self.bear_view(tensor, base, geometry, stopped=not graph)
         if owner is not None:
             raise CaptureError(
                 f"a parameter of shape {tuple(tensor.shape)} was made in the memory of another tensor that depends on "
@@ -144,11 +146,15 @@ class Tape(Following):
         binding = self.find(tensor)
         if binding is None and tensor.requires_grad:
             binding = self.alias(tensor)  # a copy of weights that is a leaf of its own
-        if binding is None or not binding.inner:
+        if binding is None:
             return 0
         root = binding.root
+        inner, view = binding.inner, binding
+        while view.base is not None and view.via is not None and not view.via.stopped:
+            view = view.base
+            inner = max(inner, view.inner)  # it has the graph of what was written to its base since
         carried = not root.leaf and (root.epoch != self.epoch or not root.fresh)
-        return 2 if carried else binding.inner
+        return 2 if inner and carried else inner
 
     def _refresh(self, view: Binding, base: Binding) -> None:
         value = self.read_binding(base)
@@ -156,6 +162,8 @@ class Tape(Following):
             return
         via = view.via
         assert via is not None
+        if not via.stopped:
+            view.inner = max(view.inner, base.inner)
         number = self.make_view(via, self.iteration.stopped(value) if via.stopped and base.inner else value)
         view.value, view.epoch, view.base_value, view.fresh = number, self.epoch, value, True
 

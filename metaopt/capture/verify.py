@@ -212,7 +212,8 @@ def _report(wrong: list[tuple[Tensor, float]], tape: Tape, step: int, count: int
     elif wrong_grads:
         cause = (
             "the gradients differ: a backward hook that changes them, or an operation whose backward is not a "
-            "function of its tensor arguments"
+            "function of its tensor arguments (an autograd.Function that looks at a flag, say, which was another where "
+            "it was called)"
         )
     else:
         cause = "the weights were written behind the optimizer's back (through `.data`, numpy or an extension)"

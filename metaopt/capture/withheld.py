@@ -66,8 +66,8 @@ def get_grad(watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], 
                 "there: the tensor requires grad and the watched optimizer does not train it, so it is taken for a "
                 "hyperparameter, which gets no training gradient. If it is a part of the model, freeze it "
                 "(`requires_grad_(False)`) or give it to the optimizer; if the loop updates it by hand, or takes "
-                "gradients at it, make it inside the context by `x.requires_grad_()`: a `Variable` or `Parameter` "
-                "can't be told from a hyperparameter."
+                "gradients at it, make it inside the context by `x.requires_grad_()`: a `Parameter` can't be told "
+                "from a hyperparameter."
             )
     return grad
 

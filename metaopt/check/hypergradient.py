@@ -18,7 +18,7 @@ from metaopt.errors import CheckError
 from metaopt.hyperparameters import name_of
 from metaopt.modes.run import Watchable
 
-Hyper = Tensor | Iterable[Tensor] | Mapping[str, Tensor] | torch.nn.Module
+Hyper = Tensor | Iterable[Tensor | torch.nn.Module] | Mapping[str, Tensor] | torch.nn.Module
 
 _FORWARD_AT_MOST = 1000
 _SEARCHED_FOR = 3
@@ -139,7 +139,8 @@ def _named(hyper: Hyper) -> dict[str, Tensor]:
     elif isinstance(hyper, Mapping):
         named = {str(name): tensor for name, tensor in hyper.items()}
     else:
-        leaves = [hyper] if isinstance(hyper, Tensor) else list(hyper)
+        entries = [hyper] if isinstance(hyper, Tensor) else list(hyper)
+        leaves = [leaf for e in entries for leaf in (e.parameters() if isinstance(e, torch.nn.Module) else [e])]
         named = {name_of(leaf) or f"hyper[{place}]": leaf for place, leaf in enumerate(leaves)}
     for name, leaf in named.items():
         if not isinstance(leaf, Tensor) or not leaf.is_leaf or not leaf.requires_grad:

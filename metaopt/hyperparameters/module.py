@@ -231,6 +231,12 @@ class Hyperparameters(torch.nn.Module):
         Raises:
             DomainError: if the optimizer moves none of these leaves.
         """
+        if not isinstance(optimizer, Optimizer):
+            raise DomainError(
+                f"attach(optimizer) needs the hyper-optimizer, a torch.optim.Optimizer, and this is a "
+                f"{type(optimizer).__name__}; call `hyper.project_()` after each hyper-step that is none of an "
+                "optimizer's."
+            )
         moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if not any(id(leaf) in moved for leaf in self.parameters()):
             raise DomainError(

@@ -26,23 +26,22 @@ class Columns:
         self._places: dict[int, tuple[Tensor, int]] = {}
         self._shapes: dict[int, torch.Size] = {}
 
-    def discover(self, externals: Iterable[Tensor]) -> None:
-        """Give columns to the leaves behind these tensors that have none yet.
+    def discover(self, leaves: Iterable[Tensor]) -> None:
+        """Give columns to those of these leaves that have none yet.
 
         Raises:
             StaleError: if one that has columns has another shape now.
         """
-        for external in externals:
-            for leaf in leaves_of(external):
-                if id(leaf) not in self._shapes:
-                    self._shapes[id(leaf)] = leaf.shape
-                    self._add(leaf)
-                elif self._shapes[id(leaf)] != leaf.shape:
-                    raise StaleError(
-                        f"a hyperparameter of shape {tuple(self._shapes[id(leaf)])} has the shape {tuple(leaf.shape)} "
-                        "now, so its tangents no longer belong to its entries. Change its values and not its shape, or "
-                        "open a new context for a new hyperparameter."
-                    )
+        for leaf in leaves:
+            if id(leaf) not in self._shapes:
+                self._shapes[id(leaf)] = leaf.shape
+                self._add(leaf)
+            elif self._shapes[id(leaf)] != leaf.shape:
+                raise StaleError(
+                    f"a hyperparameter of shape {tuple(self._shapes[id(leaf)])} has the shape {tuple(leaf.shape)} "
+                    "now, so its tangents no longer belong to its entries. Change its values and not its shape, or "
+                    "open a new context for a new hyperparameter."
+                )
 
     def _add(self, leaf: Tensor) -> None:
         self._places[id(leaf)] = (leaf, self.count)

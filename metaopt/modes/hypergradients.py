@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["accumulate", "collect", "leaves_behind", "made_inside", "tensors_of"]
+__all__ = ["accumulate", "collect", "leaves_behind", "made_inside"]
 
 from collections.abc import Iterable
 
@@ -22,6 +22,8 @@ def gradients_of(adjoint: Adjoint) -> list[tuple[Tensor, Tensor]]:
     totals: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(leaf: Tensor, grad: Tensor) -> None:
+        if not adjoint.loop.tape.externals.is_named(leaf):
+            return  # the rest of it was not carried along
         known = totals.get(id(leaf))
         totals[id(leaf)] = (leaf, grad if known is None else known[1] + grad)
 
@@ -46,8 +48,9 @@ def gradients_of(adjoint: Adjoint) -> list[tuple[Tensor, Tensor]]:
 
 def leaves_behind(loop: Loop) -> list[Tensor]:
     """The leaves behind everything that the loop was found to depend on."""
-    found = [leaf for external in loop.tape.externals.values() for leaf in leaves_of(external.tensor)]
-    return list({id(leaf): leaf for leaf in found}.values())
+    externals = loop.tape.externals
+    found = [leaf for external in externals.values() for leaf in leaves_of(external.tensor)]
+    return list({id(leaf): leaf for leaf in found if externals.is_named(leaf)}.values())
 
 
 def accumulate(adjoint: Adjoint) -> None:
@@ -69,22 +72,6 @@ def accumulate(adjoint: Adjoint) -> None:
     for leaf, grad in gradients:
         grad = grad.detach().to(leaf.dtype)
         leaf.grad = grad.clone() if leaf.grad is None else leaf.grad + grad
-
-
-def tensors_of(wrt: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    """What a hypergradient is asked for, as a list.
-
-    Raises:
-        SweepError: if there is anything but tensors.
-    """
-    wanted = [wrt] if isinstance(wrt, Tensor) else list(wrt) if isinstance(wrt, Iterable) else [wrt]
-    for entry in wanted:
-        if not isinstance(entry, Tensor):
-            raise SweepError(
-                f"`wrt` must be a hyperparameter or several, which are tensors, and has a {type(entry).__name__}. "
-                "Give `hyper.lr` for one by name, `list(hyper.parameters())` for all of them."
-            )
-    return wanted
 
 
 def collect(adjoint: Adjoint, wanted: list[Tensor]) -> tuple[Tensor, ...]:
@@ -127,6 +114,12 @@ def _nothing(loop: Loop) -> SweepError:
             "directly, so there is no hypergradient. Put the training loop inside the `with` block, with the "
             "optimizer that it was given."
         )
+    if loop.tape.externals.named is not None:
+        return SweepError(
+            "none of the hyperparameters that `hyper=` names took part in the watched steps or in the outer objective, "
+            "so there is no hypergradient. Name those that the loop uses (the same objects, no copies of them), or "
+            "leave `hyper=` out, and they are found."
+        )
     return SweepError(
         "nothing that requires grad, besides the trained weights, took part in the recorded steps or in the "
         "outer objective, so there is no hypergradient. Give a drop-in optimizer (`metaopt.optim`) a tensor that "
@@ -151,6 +144,7 @@ def _warn_unused(adjoint: Adjoint, used: set[int]) -> None:
     behind = leaves_behind(adjoint.loop)
     owners = {id(o): o for leaf in behind if (o := owner_of(leaf)) is not None}
     unused = [p for o in owners.values() for p in o.parameters() if p.requires_grad and id(p) not in used]
+    unused = [leaf for leaf in unused if adjoint.loop.tape.externals.is_named(leaf)]
     read = [str(name_of(leaf)) for leaf in unused if any(leaf is other for other in behind)]
     names = [name for leaf in unused if (name := str(name_of(leaf))) not in read]
     if read:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 __all__ = ["Implicit", "implicit"]
 
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -17,7 +16,8 @@ from torch import Tensor
 from metaopt.capture.segment import Segment
 from metaopt.errors import MetaoptWarning, SweepError, warn, whole
 from metaopt.modes.adjoint import Adjoint
-from metaopt.modes.hypergradients import accumulate, collect, tensors_of
+from metaopt.modes.hypergradients import accumulate, collect
+from metaopt.modes.named import Named, tensors_of
 from metaopt.modes.outer import Objective
 from metaopt.modes.pullback import PullBack
 from metaopt.modes.run import Run, Watchable
@@ -93,7 +93,7 @@ class Implicit(Run):
         with self._loop.paused():
             accumulate(self._solved(outer))
 
-    def hypergradient(self, outer: Objective, wrt: Tensor | Iterable[Tensor]) -> tuple[Tensor, ...]:
+    def hypergradient(self, outer: Objective, wrt: Named) -> tuple[Tensor, ...]:
         """The hypergradient at the stationary point, as ``torch.autograd.grad`` would return it.
 
         Args:
@@ -106,7 +106,7 @@ class Implicit(Run):
         Raises:
             SweepError: if the series does not converge, or ``wrt`` has a trained weight.
         """
-        wanted = tensors_of(wrt)
+        wanted = tensors_of(wrt, "wrt")
         if any(self._loop.tape.find(tensor) is not None for tensor in wanted):
             raise SweepError(
                 "`wrt` has a trained weight, but a stationary point does not depend on the initial weights. Use "

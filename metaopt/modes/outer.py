@@ -68,7 +68,8 @@ def _differentiate(outer: Tensor, adjoint: Adjoint) -> None:
             "function: `run.backward(lambda: loss(model(x), y))`."
         )
     followed = [leaf for leaf in leaves if tape.find(leaf) is not None]
-    statistics = statistics_gradients(outer, tape)
+    with _unhooked(outer, leaves):
+        statistics = statistics_gradients(outer, tape)
     if not followed and not statistics:
         raise SweepError(
             "the outer objective does not depend on the trained weights, as the loop left them: it was computed "
@@ -76,7 +77,7 @@ def _differentiate(outer: Tensor, adjoint: Adjoint) -> None:
             "the loop, with grad enabled, or pass a function: `run.backward(lambda: loss(model(x), y))`."
         )
     _check_weights(loop)
-    with _unhooked(leaves):
+    with _unhooked(outer, leaves):
         grads = torch.autograd.grad(outer, leaves, retain_graph=True, allow_unused=True)
     for leaf, grad in zip(leaves, grads, strict=True):
         if grad is None:
@@ -140,8 +141,11 @@ def _written(outer: Tensor, loop: Loop, exact: set[int]) -> list[Tensor]:
 
 
 @contextmanager
-def _unhooked(leaves: list[Tensor]) -> Iterator[None]:
-    """While open, the user's gradient hooks on leaves rest: they belong to the training, not to the outer objective."""
+def _unhooked(outer: Tensor, leaves: list[Tensor]) -> Iterator[None]:
+    """While open, the user's gradient hooks on leaves and modules rest: they belong to the training, not to this."""
+    # What comes out of a module's node is what went in, but for its hooks.
+    nodes = [node for node in nodes_of(outer) if node.name() == "BackwardHookFunctionBackward"]
+    handles = [node.register_hook(lambda _, given: given) for node in nodes]
     resting = [(hooks, dict(hooks)) for leaf in leaves if (hooks := leaf._backward_hooks)]
     for hooks, _ in resting:
         hooks.clear()
@@ -150,6 +154,8 @@ def _unhooked(leaves: list[Tensor]) -> Iterator[None]:
     finally:
         for hooks, entries in resting:
             hooks.update(entries)
+        for handle in handles:
+            handle.remove()
 
 
 def _check_weights(loop: Loop) -> None:

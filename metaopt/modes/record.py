@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ["Recording", "record"]
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -19,7 +19,8 @@ from metaopt.checkpoints import LEVELS, Keeping, Memory, bytes_of, store_of, wal
 from metaopt.errors import SweepError, whole
 from metaopt.modes.adjoint import Adjoint
 from metaopt.modes.compiled import CompiledPullBack
-from metaopt.modes.hypergradients import accumulate, collect, tensors_of
+from metaopt.modes.hypergradients import accumulate, collect
+from metaopt.modes.named import Named, tensors_of
 from metaopt.modes.outer import Objective
 from metaopt.modes.progress import progressing
 from metaopt.modes.pullback import PullBack
@@ -157,9 +158,7 @@ class Recording(Run):
             self._sweep(adjoint, None, retain)
             accumulate(adjoint)
 
-    def hypergradient(
-        self, outer: Objective, wrt: Tensor | Iterable[Tensor], *, retain: bool = True
-    ) -> tuple[Tensor, ...]:
+    def hypergradient(self, outer: Objective, wrt: Named, *, retain: bool = True) -> tuple[Tensor, ...]:
         """The hypergradient of the outer objective, as ``torch.autograd.grad`` would return it.
 
         Args:
@@ -181,9 +180,7 @@ class Recording(Run):
             self._sweep(adjoint, wanted, retain)
             return collect(adjoint, wanted)
 
-    def jacobian(
-        self, outers: Sequence[Objective], wrt: Tensor | Iterable[Tensor], *, retain: bool = True
-    ) -> tuple[Tensor, ...]:
+    def jacobian(self, outers: Sequence[Objective], wrt: Named, *, retain: bool = True) -> tuple[Tensor, ...]:
         """The hypergradients of several outer objectives, in one batched sweep.
 
         Args:
@@ -210,8 +207,8 @@ class Recording(Run):
 
     # -- REVERSE-HG --------------------------------------------------------------------------------------------------
 
-    def _wanted(self, wrt: Tensor | Iterable[Tensor]) -> list[Tensor]:
-        wanted = tensors_of(wrt)
+    def _wanted(self, wrt: Named) -> list[Tensor]:
+        wanted = tensors_of(wrt, "wrt")
         forgotten = self._last is not None and self._loop.steps > self._last
         if forgotten and any(self._loop.tape.find(tensor) is not None for tensor in wanted):
             raise SweepError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from metaopt.errors import StaleError, SweepError
 from metaopt.hyperparameters import name_of
 from metaopt.modes.columns import Columns
+from metaopt.modes.named import Named, tensors_of
 from metaopt.step import Loop
 from metaopt.wrapping import wrapped
 
@@ -37,18 +38,37 @@ def save(loop: Loop, columns: Columns, tangents: Mapping[int, Tensor], modules: 
             "their tangents have no name to be saved under. Pass the modules whose buffers they are, "
             "`run.state_dict(model)`."
         )
-    leaves = columns.leaves()
-    described = [(name_of(leaf), tuple(leaf.shape)) for leaf in leaves]
-    return {"hyperparameters": described, "columns": columns.state(), "tangents": found}
+    return {
+        "hyperparameters": _described(columns.leaves()),
+        "named": _named(loop),
+        "columns": columns.state(),
+        "tangents": found,
+    }
+
+
+def _described(leaves: Iterable[Tensor]) -> list[tuple[str | None, tuple[int, ...]]]:
+    return [(name_of(leaf), tuple(leaf.shape)) for leaf in leaves]
+
+
+def _named(loop: Loop) -> list[tuple[str | None, tuple[int, ...]]] | None:
+    """Which hyperparameters the user has named, where not all are asked for."""
+    named = loop.tape.externals.named
+    return None if named is None else sorted(_described(named.values()), key=str)
 
 
 def load(
-    loop: Loop, columns: Columns, state: Saved, hyperparameters: Iterable[Tensor], modules: Sequence[nn.Module]
+    loop: Loop, columns: Columns, state: Saved, hyperparameters: Named, modules: Sequence[nn.Module]
 ) -> dict[int, Tensor]:
     """The tangents that `save` kept, by key; their columns go to these hyperparameters."""
     if loop.steps:
         raise SweepError("load what was saved where the context begins, before its first step.")
-    columns.restore(_matched(state["hyperparameters"], list(hyperparameters)), state["columns"])
+    if state.get("named") != _named(loop):
+        raise StaleError(
+            f"what was saved has the tangents of {_said(state.get('named'))}, and this context asks for "
+            f"{_said(_named(loop))}. Give `metaopt.stream(optimizer, hyper=...)` as it was."
+        )
+    given = tensors_of(hyperparameters, "hyperparameters")
+    columns.restore(_matched(state["hyperparameters"], given), state["columns"])
     places = _places(loop, modules)
     missing = [place for place in state["tangents"] if place not in places]
     if missing:
@@ -72,6 +92,12 @@ def load(
                 loop.tape.own_memory(tensor)
         tangents[binding.key] = tangent.detach().to(tensor.device, copy=True)
     return tangents
+
+
+def _said(named: Sequence[tuple[str | None, tuple[int, ...]]] | None) -> str:
+    if named is None:
+        return "all hyperparameters that are found"
+    return "those named: " + ", ".join(f"{name or 'a tensor'} of shape {tuple(shape)}" for name, shape in named)
 
 
 def _places(loop: Loop, modules: Sequence[nn.Module]) -> dict[_Place, Tensor]:

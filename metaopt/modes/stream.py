@@ -8,12 +8,12 @@ from __future__ import annotations
 
 __all__ = ["Streaming", "stream"]
 
-from collections.abc import Iterable
 from types import NoneType
 
 import torch
 from torch import Tensor, nn
 
+from metaopt.capture.bindings import leaves_of
 from metaopt.capture.compiled import backend_of
 from metaopt.capture.segment import Segment
 from metaopt.errors import MetaoptWarning, SweepError, warn, whole
@@ -22,7 +22,8 @@ from metaopt.modes.adjoint import Adjoint
 from metaopt.modes.carried import Carried
 from metaopt.modes.columns import Columns, Directions, coordinates
 from metaopt.modes.compiled import CompiledPush
-from metaopt.modes.hypergradients import accumulate, collect, made_inside, tensors_of
+from metaopt.modes.hypergradients import accumulate, collect, made_inside
+from metaopt.modes.named import Named, leaves_of_named, tensors_of
 from metaopt.modes.outer import Objective
 from metaopt.modes.pullback import PullBack
 from metaopt.modes.resuming import Saved, load, save
@@ -36,6 +37,7 @@ _CHECK_EVERY = 10
 def stream(
     optimizer: Watchable,
     *,
+    hyper: Named | None = None,
     chunk: int | None = None,
     discount: float = 1.0,
     directions: int | None = None,
@@ -51,6 +53,9 @@ def stream(
 
     Args:
         optimizer: the optimizer that trains the weights, as for `record`.
+        hyper: the hyperparameters to carry tangents for: tensors, a `metaopt.Hyperparameters`, or several of either.
+            What else the loop uses and requires grad is a constant then, and its hypergradient can't be asked for.
+            None: all that are found.
         chunk: how many tangents to push forward at once; None for all. A smaller number needs less memory.
         discount: the factor on ``Z_{t-1}``; below 1 it forgets the past, which bounds the tangent of a chaotic training
             and biases the hypergradient.
@@ -79,6 +84,7 @@ def stream(
     """
     return Streaming(
         optimizer,
+        hyper=hyper,
         chunk=chunk,
         discount=discount,
         directions=directions,
@@ -95,6 +101,7 @@ class Streaming(Run):
         self,
         optimizer: Watchable,
         *,
+        hyper: Named | None,
         chunk: int | None,
         discount: float,
         directions: int | None,
@@ -109,11 +116,20 @@ class Streaming(Run):
             raise ValueError(f"generator must be a torch.Generator or None, not {generator!r}.")
         directions = None if directions is None else whole("directions", directions, 1)
         super().__init__(optimizer, verify=verify, moving=True)
+        if hyper is not None:
+            self._loop.tape.externals.named = {id(leaf): leaf for leaf in self._named(hyper)}
         self._loop.tape.keeps_values = backend is not None
         self._columns = Columns() if directions is None else Directions(directions, generator)
         compiled = None if backend is None else CompiledPush(backend)
         self._carried = Carried(self._loop, self._columns, compiled, chunk=chunk, discount=discount)
         self._warned = False
+
+    def _named(self, hyper: Named) -> list[Tensor]:
+        leaves = leaves_of_named(hyper, "hyper")
+        weights = {id(weight) for weight in self._loop.weights()}
+        if any(id(leaf) in weights for leaf in leaves):
+            raise _weight_named("hyper")
+        return leaves
 
     def reset_tangents(self) -> None:
         """Forget how the state came to be: ``Z = 0``, as if the training began here with constant weights.
@@ -134,13 +150,13 @@ class Streaming(Run):
         """
         return save(self._loop, self._columns, self._carried.tangents, modules)
 
-    def load_state_dict(self, state: Saved, hyperparameters: Iterable[Tensor], *modules: nn.Module) -> None:
+    def load_state_dict(self, state: Saved, hyperparameters: Named, *modules: nn.Module) -> None:
         """Go on from what `state_dict` kept: call it where the context begins, after the optimizer's state was loaded.
 
         Args:
             state: what was saved.
-            hyperparameters: the leaves (``hyper.parameters()``). Those of `metaopt.Hyperparameters` are known by their
-                names; others are taken in the order that ``run.hyperparameters`` had.
+            hyperparameters: the `metaopt.Hyperparameters`, or the leaves (``hyper.parameters()``), which are known by
+                their names; others are taken in the order that ``run.hyperparameters`` had.
             modules: as for `state_dict`.
 
         Raises:
@@ -159,7 +175,9 @@ class Streaming(Run):
             self._check_finite()
 
     def _discover(self, segment: Segment) -> None:
-        self._columns.discover(external.tensor for external in segment.externals if not external.inner)
+        externals = self._loop.tape.externals
+        found = [leaf for external in segment.externals if not external.inner for leaf in leaves_of(external.tensor)]
+        self._columns.discover(leaf for leaf in found if externals.is_named(leaf))
         if self._columns.count > _MANY and not self._warned:
             self._warned = True
             warn(_many(self._columns), MetaoptWarning)  # before there is no memory for them
@@ -192,7 +210,7 @@ class Streaming(Run):
         with self._loop.paused():
             accumulate(self._evaluate(outer))
 
-    def hypergradient(self, outer: Objective, wrt: Tensor | Iterable[Tensor]) -> tuple[Tensor, ...]:
+    def hypergradient(self, outer: Objective, wrt: Named) -> tuple[Tensor, ...]:
         """The hypergradient of the outer objective as things stand, as ``torch.autograd.grad`` would return it.
 
         Args:
@@ -205,17 +223,21 @@ class Streaming(Run):
         Raises:
             SweepError: as for `backward`; or if ``wrt`` has a trained weight, or a tensor that the loop made.
         """
-        wanted = tensors_of(wrt)
+        wanted = tensors_of(wrt, "wrt")
         found = [binding for tensor in wanted if (binding := self._loop.tape.find(tensor)) is not None]
         if any(binding.key < 0 for binding in found):
             raise made_inside()
         if found:
-            raise SweepError(
-                "forward mode would need a tangent for every weight to differentiate with respect to the initial "
-                "weights. Use `metaopt.record`."
-            )
-        if any(self._loop.tape.externals.is_inner(tensor) for tensor in wanted):
+            raise _weight_named("wrt")
+        externals = self._loop.tape.externals
+        if any(externals.is_inner(tensor) for tensor in wanted):
             raise made_inside()
+        for leaf in [leaf for tensor in wanted for leaf in leaves_of(tensor) if not externals.is_named(leaf)]:
+            raise SweepError(
+                f"`wrt` has {name_of(leaf) or 'a hyperparameter'} of shape {tuple(leaf.shape)}, which was not named in "
+                "`metaopt.stream(optimizer, hyper=...)`, so that no tangent was carried along for it. Name it there, "
+                "or leave `hyper=` out, and all that the loop uses are found."
+            )
         with self._loop.paused():
             return collect(self._evaluate(outer), wanted)
 
@@ -244,6 +266,13 @@ class Streaming(Run):
         self._carried.begin({})
 
 
+def _weight_named(argument: str) -> SweepError:
+    return SweepError(
+        f"`{argument}` has a trained weight. Forward mode would need a tangent for every weight to differentiate with "
+        "respect to the initial weights. Use `metaopt.record`."
+    )
+
+
 def _many(columns: Columns) -> str:
     """What is said of hyperparameters with many entries: which they are, and what they may be instead."""
     leaves = sorted(columns.leaves(), key=Tensor.numel, reverse=True)
@@ -253,7 +282,8 @@ def _many(columns: Columns) -> str:
         f"the hyperparameters have {columns.count} entries, and forward mode carries a tangent of the whole state for "
         "each. With thousands of them `metaopt.record` is the right mode: its cost does not depend on their number. "
         f"They are {', '.join(named)}{more}: what the loop uses, that requires grad, and that no watched optimizer "
-        "trains. The weights of a fixed network (a feature extractor, a teacher) are no hyperparameters after "
+        "trains. If you ask for some of them only, name those: `metaopt.stream(optimizer, hyper=[...])`. The weights "
+        "of a fixed network (a feature extractor, a teacher) are no hyperparameters after "
         "`network.requires_grad_(False)`; a leaf that the loop makes to take gradients at, "
-        "`Variable(x, requires_grad=True)`, after `x.requires_grad_()` instead."
+        "`nn.Parameter(x)`, after `x.requires_grad_()` instead."
     )

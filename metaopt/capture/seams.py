@@ -1,0 +1,55 @@
+"""What torch's function modes don't show: attributes of torch's classes that are others while a context is open."""
+
+from __future__ import annotations
+
+__all__ = ["Seam", "see_variables"]
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.variable import VariableMeta
+
+
+class Seam:
+    """An attribute that a class does not have by itself, and has while at least one context is open.
+
+    Args:
+        owner: the class.
+        name: the attribute's name.
+        value: the attribute.
+    """
+
+    def __init__(self, owner: type, name: str, value: Any) -> None:
+        self._owner, self._name, self._value = owner, name, value
+        self._lock = threading.Lock()
+        self._users = 0
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """The span of a context."""
+        with self._lock:
+            if self._users == 0:
+                setattr(self._owner, self._name, self._value)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    delattr(self._owner, self._name)
+
+
+def _variable(cls: type, *args: Any, **kwargs: Any) -> Any:
+    if args and isinstance(args[0], Tensor) and len(args) < 3 and kwargs.keys() <= {"requires_grad"}:
+        given = dict(zip(("requires_grad",), args[1:], strict=False)) | kwargs
+        # It is the same to torch, but for this: these two are shown.
+        return args[0].detach().requires_grad_(bool(given.get("requires_grad", False)))
+    return type.__call__(cls, *args, **kwargs)
+
+
+# ``torch.autograd.Variable(x, requires_grad=True)``, as old code makes leaves to take gradients at.
+see_variables = Seam(VariableMeta, "__call__", _variable).open
