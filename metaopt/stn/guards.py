@@ -6,7 +6,7 @@ __all__ = ["CHECKPOINT", "WRITTEN", "differentiate", "guarded", "unchanged", "un
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -45,22 +45,31 @@ def guarded(args: Sequence[Any], kwargs: Mapping[str, Any], *, recomputes: bool 
     """
     tensors = [t for t in leaves((*args, *kwargs.values())) if isinstance(t, Tensor) and not t.is_inference()]
     versions = [t._version for t in tensors]
-    with ExitStack() as stack:
-        if not recomputes:
-            # Refused where the hooks of the user's own are open already, around all of it; those save all values.
-            with suppress(RuntimeError):
-                stack.enter_context(disable_saved_tensors_hooks(CHECKPOINT))
-        try:
-            yield
-        except RuntimeError as error:
-            if str(error).startswith(CHECKPOINT):
-                raise ResponseError(CHECKPOINT) from None
-            raise
+    closed = None if recomputes else _without_saving_hooks()
+    try:
+        yield
+    except RuntimeError as error:
+        if str(error).startswith(CHECKPOINT):
+            raise ResponseError(CHECKPOINT) from None
+        raise
+    finally:
+        if closed is not None:
+            closed.__exit__(None, None, None)
     if versions != [t._version for t in tensors]:
         raise ResponseError(
             "the model writes on its input in place. It is called several times on one batch, which would be another "
             "one each time; let it compute new tensors, as `x = x - mean` and not `x -= mean`."
         )
+
+
+def _without_saving_hooks() -> AbstractContextManager[None] | None:
+    """Hooks on what gradients save are refused from here on, where the user's own are not open already."""
+    closed = disable_saved_tensors_hooks(CHECKPOINT)
+    try:
+        closed.__enter__()
+    except RuntimeError:  # those save all values
+        return None
+    return closed
 
 
 @contextmanager

@@ -207,12 +207,11 @@ class Coordinates:
         scales = self.hyper.scales
         return torch.cat([self.hyper.get_leaf(n).detach().reshape(-1) * 0 + scales[n] for n in self.slices])
 
-    @torch.no_grad()
     def values(self, points: Tensor) -> Values:
-        """The constrained values at points of shape ``(B, H)``, each of shape ``(B, *shape)``."""
+        """The constrained values at points of shape ``(B, H)``, each of shape ``(B, *shape)``; they have no graph."""
+        points = points.detach()
         return self._named([part.values(points) for part in self._parts])
 
-    @torch.no_grad()
     def present(self, examples: int) -> Values:
         """The values at ``λ0``, the same for each example."""
         leaf = self.leaf().detach()

@@ -157,6 +157,8 @@ def _along(vector: Tensor, ndim: int, feature: int) -> Tensor:
 def linear(p: Pass, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002
     """``y = x Wᵀ + b``."""
     y = F.linear(input, weight, bias)
+    if not p.marks and not p.linearised:
+        return y
     active = p.mark_of(weight)
     if active is not None and weight.ndim < 2 and not p.recording:
         raise NeedsGroups(active.entry.name, "`linear` has no rule for a weight that is a vector")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Slots", "attributes", "rate_attribute", "set_attributes", "substituted"]
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import is_
 from typing import Any
@@ -63,23 +63,22 @@ def rate_attribute(module: nn.Module) -> str | None:
     return "dropout" if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) else None
 
 
-Attributes = list[tuple[dict[str, Any], dict[str, Any]]]
+# What each module keeps: where, under which names, and what.
+Attributes = list[tuple[dict[str, Any], list[str], list[Any]]]
 
 
 def attributes(modules: Sequence[nn.Module]) -> Attributes:
     """What modules keep in their attributes now, such as the state of a recurrence between two batches."""
-    return [(module.__dict__, module.__dict__.copy()) for module in modules]
+    return [(now, list(now), list(now.values())) for now in [module.__dict__ for module in modules]]
 
 
 def set_attributes(kept: Attributes) -> None:
     """Put back what they kept."""
-    for now, before in kept:
-        if len(now) == len(before) and all(map(is_, now, before)) and all(map(is_, now.values(), before.values())):
-            continue
-        if now.keys() != before.keys():
-            for key in now.keys() - before.keys():
-                del now[key]
-        now.update(before)
+    for now, names, values in kept:
+        # Most have what they had. Told by identity: tensors don't say whether they are equal.
+        if list(now) != names or not all(map(is_, now.values(), values)):
+            now.clear()
+            now.update(zip(names, values, strict=True))
 
 
 @contextmanager
@@ -100,11 +99,10 @@ def substituted(
         buffers: whether to run on copies of the buffers, so that no statistic moves.
         rates: whether dropout rates are marked.
     """
-    undo: list[Callable[[], None]] = []
+    undo: list[tuple[dict[str, Any], str, Any]] = []
 
     def put(store: dict[str, Any], key: str, value: Any) -> None:
-        before = store[key]
-        undo.append(lambda: store.__setitem__(key, before))
+        undo.append((store, key, store[key]))
         store[key] = value
 
     try:
@@ -125,5 +123,5 @@ def substituted(
             put(holder.__dict__, key, Rate(holder.__dict__[key], rate.module, rate.hyper))
         yield
     finally:
-        for back in reversed(undo):
-            back()
+        for store, key, value in reversed(undo):
+            store[key] = value

@@ -17,6 +17,7 @@ from torch import Tensor
 from metaopt.stn.linearised import LinearisedPass, carry
 
 _T: Any = torch.Tensor
+_threshold_backward: Any = torch.ops.aten.threshold_backward.default
 
 
 def _register(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -152,9 +153,8 @@ def _relu_(p: LinearisedPass, func: Any, x: Tensor) -> Tensor:
 
 
 def _where_positive(dx: Tensor, y: Tensor) -> Tensor:
-    # Of what is not negative, the sign is 1 where it is positive: numbers at once, where booleans would have to become
-    # some, which takes several times longer.
-    return dx * y.detach().sign()
+    # The function by which torch's own derivative is spelt: a single pass over the numbers.
+    return _threshold_backward(dx.expand_as(y), y.detach(), 0)
 
 
 # -- of two tensors ----------------------------------------------------------------------------------------------------
