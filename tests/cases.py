@@ -1155,6 +1155,29 @@ def backward_that_does_not_take_gradients_as_they_are(hyper: Hyper, context: Con
     return looping(hyper, context, loss, outer=outer)
 
 
+class Gated(torch.autograd.Function):
+    """The product of two values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        return x * gate
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, gate = ctx.saved_tensors
+        return grad * gate, grad * x
+
+
+@case(lr=0.3, weights=weights(12))
+def function_of_two_values_one_of_which_is_computed_from_the_other(hyper: Hyper, context: Context) -> Trained:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        hidden = model[0](x)  # type: ignore[index, operator]
+        return F.cross_entropy(model[2](Gated.apply(hidden, torch.sigmoid(hidden))), y)  # type: ignore[index, operator]
+
+    return looping(hyper, context, loss)
+
+
 class Noted(Clipped):
     """The same, in a class that no other case has shown to metaopt."""
 

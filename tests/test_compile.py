@@ -30,6 +30,7 @@ EAGER = {
     "backward_that_has_no_derivative": "is an autograd.Function",
     "backward_that_is_no_derivative": "is an autograd.Function",
     "custom_function": "is an autograd.Function",
+    "function_of_two_values_one_of_which_is_computed_from_the_other": "is an autograd.Function",
     "gradient_hooks": "gradient hooks run Python code",
     "hooks_on_weights_that_move_within_a_step": "gradient hooks run Python code",
     "numpy_index_shuffled_in_place": "neither a tensor nor a number",

@@ -194,19 +194,24 @@ class _Call:
 
     def refuse_hidden(self) -> None:
         """Raise if the function's gradient is another where its arguments are equal, but other tensors."""
-        places = [place for place, a in enumerate(self.args) if isinstance(a, Tensor) and a.requires_grad]
-        copies = {id(a): a.detach().requires_grad_() for a in (self.args[place] for place in places)}
+        moving = {id(a): place for place, a in enumerate(self.args) if isinstance(a, Tensor) and a.requires_grad}
+        places = list(moving.values())  # of each tensor one
+        copies = {key: self.args[place].detach().requires_grad_() for key, place in moving.items()}
+
+        def pulled(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor]) -> list[Tensor]:
+            grads = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, retain_graph=True)
+            return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
 
         def gradients(given: list[Any]) -> list[Tensor]:
             torch.manual_seed(0)
             outputs = [output for output in floating(self.own(given)) if output.requires_grad]
-            cotangents = [torch.randn_like(output.detach()) for output in outputs]
-            inputs = [given[place] for place in places]
-            grads = torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True)
-            return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)]
+            return pulled(outputs, [given[p] for p in places], [torch.randn_like(o.detach()) for o in outputs])
 
         def compare() -> bool:
-            return _same(gradients(list(self.args)), gradients([copies.get(id(a), a) for a in self.args]))
+            inputs = [self.args[place] for place in places]
+            direct = gradients([copies.get(id(a), a) for a in self.args])
+            # One argument may have been computed from another, and its graph is needed once more.
+            return _same(gradients(list(self.args)), pulled(inputs, inputs, direct))
 
         if self._attempt(compare) is False:  # what can't be asked shows in the replay
             raise CaptureError(
