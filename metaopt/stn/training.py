@@ -4,8 +4,8 @@ from __future__ import annotations
 
 __all__ = ["Factory", "Tuner"]
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -28,7 +28,7 @@ from metaopt.stn.checks import (
     takes_values,
 )
 from metaopt.stn.descent import Descent
-from metaopt.stn.generators import random_state, set_random_state
+from metaopt.stn.generators import other_state, random_state, set_random_state
 from metaopt.stn.guards import unchanged
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy
@@ -89,7 +89,7 @@ class Tuner:
         self._noise: Noise | None = None
         self._at_bounds: set[str] = set()
         self._accepts_values = takes_values(train_loss, valid_loss)
-        self._validated = False
+        self._trained = self._validated = False
         self._watched: set[int] = set()
 
     def __repr__(self) -> str:
@@ -137,7 +137,7 @@ class Tuner:
         """
         self.steps += 1
         state = self._state()
-        watch = unchanged(self.tuned.model.named_parameters()) if self.steps == 1 else nullcontext()
+        watch = nullcontext() if self._trained else self._first(state)
         if self.tuned.method == "stn":
             with watch:
                 return self._attempt(lambda: self._joint(batch), state)
@@ -246,9 +246,19 @@ class Tuner:
                 self.tuned.fallback[needs.name] = needs.why
                 self._set_state(state)
 
+    @contextmanager
+    def _first(self, state: tuple[Any, Any]) -> Iterator[None]:
+        """The first pass of training: what hooks do there, and from which generators the loss draws."""
+        with unchanged(self.tuned.model.named_parameters()) if self.steps == 1 else nullcontext():
+            yield
+        self._trained = True
+        if other_state() != state[0][2]:
+            self.tuned.draws = True
+
     def _state(self) -> tuple[Any, Any]:
         """Where a pass of the model starts from, beside its weights: random generators, and what its modules keep."""
-        return random_state(self.tuned.device, self.tuned.draws is not False), attributes(self.tuned.slots.modules)
+        others = self.tuned.draws is not False or not self._trained
+        return random_state(self.tuned.device, others), attributes(self.tuned.slots.modules)
 
     def _set_state(self, state: tuple[Any, Any]) -> None:
         set_random_state(self.tuned.device, state[0])
@@ -283,7 +293,7 @@ class Tuner:
             "mixes": self.tuned.mixes,
             "optimizers": [None if o is None else o.state_dict() for o in self._optimizers()],
             "generator": self.generator.get_state(),
-            "random": random_state(self.tuned.device, self.tuned.draws is not False),
+            "random": random_state(self.tuned.device, others=True),
             "steps": self.steps,
             "skipped": self.skipped,
         }
