@@ -15,6 +15,7 @@ from metaopt.errors import DomainError
 from metaopt.hyperparameters import Hyperparameters
 from metaopt.hyperparameters.domains import Domain
 from metaopt.stn.generators import random_state, set_random_state
+from metaopt.stn.trees import mapped
 
 
 class Values(dict[str, Tensor]):
@@ -84,6 +85,9 @@ class Perturbation:
         called: names of the dropouts.
         aliases: what stands in for w0 where it is trained.
         running: whether the model is computing.
+        outputs: what it returned, where that is looked at.
+        watched: whether it is.
+        offset: what is added to that, in units of its size.
     """
 
     z: Tensor | None
@@ -98,6 +102,23 @@ class Perturbation:
     noise: Noise = field(default_factory=lambda: Noise())
     aliases: list[Tensor] = field(default_factory=list)
     running: bool = False
+    outputs: list[Tensor] = field(default_factory=list)
+    watched: bool = False
+    offset: float = 0.0
+
+    def noted(self, output: Any) -> Any:
+        """Note what the model returned; moved by the offset, if there is one."""
+
+        def note(y: Any) -> Any:
+            if not isinstance(y, Tensor) or not y.requires_grad:
+                return y
+            if self.offset:
+                pattern = torch.cos(torch.arange(y.numel(), device=y.device)).reshape(y.shape).to(y.dtype)
+                y = y + self.offset * pattern * (1 + y.detach().abs())
+            self.outputs.append(y)
+            return y
+
+        return mapped(note, output)
 
     def alias(self, parameter: Tensor) -> Tensor:
         """What stands in for a parameter: a view, by which a use through the model is told from a direct one."""

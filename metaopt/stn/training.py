@@ -6,6 +6,7 @@ __all__ = ["Factory", "Tuner"]
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -18,6 +19,8 @@ from metaopt.stn.aside import Aside
 from metaopt.stn.batches import size_of
 from metaopt.stn.bounds import keep_inside
 from metaopt.stn.checks import (
+    adds_up,
+    check_curvature,
     check_first,
     check_validation,
     evaluation,
@@ -177,9 +180,16 @@ class Tuner:
         at = Perturbation(z / self.tuned.reference, self.tuned.coordinates.values(point), groups)
         at.noise = Noise(self._noise)
         at.response, at.linearised = True, self.tuned.method == "delta"
+        first, before = self.steps == 1, self._state() if self.steps == 1 else None
+        at.watched = first and at.linearised
         loss = self._loss(self.train_loss, batch, at)
-        if self.steps == 1:
+        if first:
             check_first(loss, at, self.weights, self.tuned.bound)
+        if before is not None and at.outputs and adds_up(loss, at.outputs):
+            # The same pass, but for what the model returns.
+            self._set_state(before)
+            again = replace(at, noise=Noise(self._noise), outputs=[], aliases=[], offset=0.5)
+            check_curvature(at.outputs, loss, again.outputs, self._loss(self.train_loss, batch, again))
         self.descent.step(_TRAINING, loss, (self.response, self.response_optimizer))
         return loss.item()
 
