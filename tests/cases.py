@@ -1304,6 +1304,29 @@ def functions_whose_flags_change(hyper: Hyper, context: Context) -> Trained:
     return Trained(1e5 * F.cross_entropy(model(x_val), y_val), model, optimizer)
 
 
+class Gated(torch.autograd.Function):
+    """The product of two values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        return x * gate
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, gate = ctx.saved_tensors
+        return grad * gate, grad * x
+
+
+@case(lr=0.3, weights=weights(12))
+def function_of_two_values_one_of_which_is_computed_from_the_other(hyper: Hyper, context: Context) -> Trained:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        hidden = model[0](x)  # type: ignore[index, operator]
+        return F.cross_entropy(model[2](Gated.apply(hidden, torch.sigmoid(hidden))), y)  # type: ignore[index, operator]
+
+    return looping(hyper, context, loss)
+
+
 class Noted(Clipped):
     """The same, in a class that no other case has shown to metaopt."""
 

@@ -380,6 +380,20 @@ class Computed(nn.Module):
         return torch.tanh(self.layer(x) + bias.mean(0))
 
 
+class Paths(nn.Module):
+    """Training and evaluation go other ways to the same, as with and without a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(3, 4), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.layer(x))
+        if self.training:
+            return h * self.scale.sin()
+        return (h.t() * self.scale.sin().double()[:, None]).t()
+
+
 @dataclass(frozen=True)
 class Case:
     """A model, an input, and how they are used.
@@ -436,6 +450,7 @@ CASES: dict[str, Case] = {
     "tied": Case(Tied, (B, 4), classes=7, exact=False),
     "reused": Case(Reused, (B, 4)),
     "computed": Case(Computed, (B, 3)),
+    "paths": Case(Paths, (B, 3)),
     "bare": Case(Bare, (B, 3)),
     "kept": Case(Kept, (B, 3), grouped=True),
     "cells": Case(Cells, (B, 3, 3), exact=False),

@@ -286,7 +286,10 @@ def test_a_sequence_as_long_as_the_batch_is_not_taken_for_it() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["bare", "vision", "queries", "language", "written", "computed", "weights", "functions", "windows", "standardised"],
+    [
+        *("bare", "vision", "queries", "language", "written", "computed", "weights", "functions", "windows"),
+        *("standardised", "paths"),
+    ],
 )
 @modes
 def test_parameters_that_join_the_batch_have_one_perturbation_for_each_example(name: str, training: bool) -> None:

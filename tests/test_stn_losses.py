@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+import metaopt
 from metaopt.errors import ResponseError
-from metaopt.stn import train
+from metaopt.stn import l2, train, transform
 from tests.test_stn_training import METHODS, data, problem, train_loss, valid_loss
 
 
@@ -88,3 +90,62 @@ def test_a_frozen_hyperparameter_stays(method: str) -> None:
             tuner.train_step(data())
             tuner.valid_step(data())
     assert [n for n in tuned.hyper if torch.equal(before[n], tuned.hyper.get_leaf(n))] == ["decay"]
+
+
+class Own(nn.Module):
+    """A model that returns its loss, of the batch or of each example, beside what it predicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.layer(x)
+        each = F.cross_entropy(y, x.argmax(1) % 3, reduction="none")
+        return {"logits": y, "each": each, "loss": each.mean()}
+
+
+class Fused(torch.autograd.Function):
+    """A cross entropy that saves its gradient, which autograd takes for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.slope = y.softmax(1) / len(y)
+        return y.logsumexp(1).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        slope: Tensor = gradients[0] * ctx.slope
+        return slope
+
+
+OUTPUTS: dict[str, tuple[Callable[[dict[str, Tensor]], Tensor], bool]] = {
+    "loss": (lambda o: 2 * o["loss"] + 1, True),
+    "each": (lambda o: o["each"].mean(), True),
+    "both": (lambda o: o["loss"] + o["logits"].square().mean(), False),
+    "logits": (lambda o: o["logits"].logsumexp(1).mean(), False),
+    "absolute": (lambda o: (o["logits"] - 1).abs().mean(), False),
+    "hinge": (lambda o: (50 - o["logits"]).relu().mean(), False),
+    "fused": (lambda o: Fused.apply(o["logits"]), False),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", list(OUTPUTS))
+def test_a_loss_that_is_linear_in_a_linearised_output_is_refused(name: str, method: str) -> None:
+    """The response of a model that returns its loss had nothing to settle in."""
+    torch.manual_seed(0)
+    loss, linear = OUTPUTS[name]
+    tuned, x = transform(Own(), metaopt.Hyperparameters(decay=metaopt.positive(0.1)), method), torch.randn(6, 4)
+
+    def penalised(model: Any, batch: Tensor, values: Any) -> Tensor:
+        return loss(model(batch)) + l2(model, values.decay)
+
+    with train(tuned, penalised, lambda model, batch: loss(model(batch))) as tuner:
+        if linear and method == "delta":
+            with pytest.raises(ResponseError, match=r"linear in its output.*`model\(x, labels=y\).loss`"):
+                tuner.train_step(x)
+            return
+        tuner.train_step(x)
+        tuner.train_step(x)
+        tuner.valid_step(x)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 
 from metaopt.errors import ResponseError
-from metaopt.stn import Tuned, train
+from metaopt.stn import Tuned, diagnose, train
 from tests.test_stn_users import FIXED, problem, still, train_loss, valid_loss
 
 METHODS = ("stn", "centered", "delta")
@@ -294,3 +294,18 @@ def test_padding_has_no_response_but_that_of_a_tied_decoder(method: str, rank: i
     theta = list(tuned.responses.parameters())
     for found, right in zip(theta, gradients(tuned, Words(tied), x, z), strict=True):
         torch.testing.assert_close(found.grad, right, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("name", [name for name in CASES if name != "hook"])
+def test_gradients_of_no_loss_have_no_implicit_hypergradient(name: str) -> None:
+    tuned, x = problem(lambda: Model(CASES[name][0]())), torch.randn(6, 4)
+    with train(tuned, train_loss, valid_loss) as tuner:
+        tuner.train_step(x)
+        if name == "squared":
+            found = diagnose(tuner, x, x, damping=10.0).implicit
+            tuned.model.function = lambda x: x * x  # type: ignore[assignment]
+            torch.testing.assert_close(found, diagnose(tuner, x, x, damping=10.0).implicit)
+            return
+        with pytest.raises(ResponseError, match=r"has a backward that is not its|has a hook on gradients"):
+            diagnose(tuner, x, x)

@@ -151,7 +151,7 @@ def test_both_steps_see_the_same_dropout_masks(retried: bool) -> None:
             return (y.view(-1, 50).mul_(2) if retried else y).sum(1)
 
     tuned = transform(Watching(), metaopt.Hyperparameters(drop=metaopt.interval(0.5, 0, 0.9, scale=1e-9)), verify=False)
-    loss: Callable[..., Tensor] = lambda model, batch, values: model(batch[0]).mean()  # noqa: E731
+    loss: Callable[..., Tensor] = lambda model, batch, values: model(batch[0]).square().mean()  # noqa: E731
     with train(tuned, loss, valid_loss) as tuner:
         tuner.train_step(data())
         assert torch.equal(seen[0], seen[-1])

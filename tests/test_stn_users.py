@@ -217,6 +217,29 @@ def test_layers_that_are_left_out_at_random_respond_per_example(draw: Callable[[
     assert len(set(left)) > 3
 
 
+@pytest.mark.parametrize("draw", [random.random, numpy.random.rand], ids=["py", "np"])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_a_loss_may_draw_from_other_generators(draw: Callable[[], float], method: str) -> None:
+    """Its augmentation was another in each of the two steps, and a run that was gone on with was another run."""
+    tuned, batch, drawn = problem(lambda: nn.Linear(4, 2), method), torch.randn(6, 4), []
+
+    def mixed(model: Any, x: Tensor, values: Any) -> Tensor:
+        drawn.append(draw())
+        return model(x + drawn[-1] * x.flip(0)).square().mean() + l2(model, values.decay) * values.drop.mean()
+
+    with train(tuned, mixed, valid_loss) as tuner:
+        for _ in range(2):
+            tuner.train_step(batch)
+            tuner.valid_step(batch)
+        before = copy.deepcopy(tuner.state_dict())
+        found = [tuner.train_step(batch) for _ in range(2)]
+        tuner.load_state_dict(before)
+        assert [tuner.train_step(batch) for _ in range(2)] == found
+    steps = 1 if method == "stn" else 2
+    assert drawn[::steps] == drawn[steps - 1 :: steps]
+    assert len(set(drawn)) == 4
+
+
 # -- examples that see each other
 
 

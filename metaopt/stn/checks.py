@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 __all__ = [
+    "adds_up",
+    "check_curvature",
     "check_first",
     "check_validation",
     "evaluation",
@@ -14,10 +16,11 @@ __all__ = [
 ]
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import LBFGS, Optimizer
@@ -180,6 +183,38 @@ def check_first(loss: Tensor, at: Perturbation, weights: Iterable[Tensor], bound
         + (functional if at.functional_dropout else ""),
         UnusedHyperparameterWarning,
     )
+
+
+def adds_up(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
+    """Whether a loss may be linear in what the model returned: its gradient by that is a constant of autograd."""
+    gradients = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
+    found = [g for g in gradients if g is not None]
+    return bool(found) and not any(g.requires_grad for g in found)
+
+
+def check_curvature(outputs: Sequence[Tensor], loss: Tensor, moved: Iterable[tuple[Sequence[Tensor], Tensor]]) -> None:
+    """Refuse a loss that is linear in the linearised output: nothing would hold the response.
+
+    Args:
+        outputs: what the model returned.
+        loss: the loss of that.
+        moved: the same of outputs that were moved: a hinge or an absolute value has its kink far away, it may be.
+    """
+    here = torch.autograd.grad(loss, list(outputs), retain_graph=True, allow_unused=True)
+    for others, other in moved:
+        there = torch.autograd.grad(other, list(others), allow_unused=True)
+        if len(here) != len(there) or not all(map(_same, here, there)):
+            return
+    raise ResponseError(
+        'the model returns its loss, or a likelihood: the training loss is linear in its output. `method="delta"` '
+        "linearises the output, and a linearised loss has no curvature and no minimum for the response to settle in. "
+        "Compute the loss from what the model predicts, such as `F.cross_entropy(model(x).logits, y)` and not "
+        '`model(x, labels=y).loss`, or use `method="centered"`.'
+    )
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def check_validation(loss: Tensor, weights: Iterable[Tensor]) -> None:

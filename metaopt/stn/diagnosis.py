@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metaopt.errors import ResponseError
+from metaopt.capture.custom import Surrogate
+from metaopt.capture.functions import see_functions
+from metaopt.capture.stand_ins import stand_in
+from metaopt.errors import CaptureError, ResponseError
 from metaopt.stn.batches import size_of
 from metaopt.stn.generators import same_randomness
 from metaopt.stn.perturbations import Perturbation, Values
@@ -67,7 +70,8 @@ def diagnose(
         tolerance: the relative residual at which they stop.
 
     Raises:
-        ResponseError: if the response is uncentred, or no hyperparameter acts smoothly.
+        ResponseError: if the response is uncentred, no hyperparameter acts smoothly, or the model's gradients are not
+            those of a loss: it has custom functions or hooks that change them.
 
     References:
         Lorraine et al., *Optimizing Millions of Hyperparameters by Implicit Differentiation*, 2020. A linearised
@@ -79,7 +83,9 @@ def diagnose(
     coordinates = tuned.coordinates
     parameters = [tuned.slots.parameter(entry.name) for entry in tuned.responses.entries]
     jacobian = tuned.responses.jacobian(tuned.reference)
-    with same_randomness(tuned.device), sdpa_kernel(SDPBackend.MATH):
+    if any(m._backward_hooks or m._backward_pre_hooks for m in tuned.slots.modules):
+        raise ResponseError(_NO_LOSS.format("a module of it has a hook on gradients"))
+    with same_randomness(tuned.device), sdpa_kernel(SDPBackend.MATH), see_functions(_Proper()):
         loss = _loss(tuner, train_batch, smooth=True)
         leaves = [tuned.hyper.get_leaf(name) for name in coordinates.slices]
         gradient = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
@@ -105,6 +111,32 @@ def diagnose(
     total = columns.sum(0).detach()
     response = torch.cat([total[coordinates.slices[name]] for name in kept])
     return Diagnosis(tuple(kept), response, implicit.detach(), residual)
+
+
+_NO_LOSS = (
+    "the implicit hypergradient is that of a loss whose gradients the training takes, and this model's may be others: "
+    "{}. Leave it out for the diagnosis, or look at the validation loss along the run instead."
+)
+
+
+class _Proper:
+    """Refuses custom functions whose backward is not the derivative of their forward, twice."""
+
+    within = False
+
+    def apply(self, cls: type, original: Any, args: Any, kwargs: Any) -> Any:
+        if self.within:
+            return original(*args, **kwargs)
+        self.within = True
+        try:
+            found = stand_in(cls, args, kwargs)
+        except CaptureError as error:
+            raise ResponseError(_NO_LOSS.format(str(error))) from error
+        finally:
+            self.within = False
+        if found is Surrogate:
+            raise ResponseError(_NO_LOSS.format(f"`{cls.__name__}` has a backward that is not its derivative"))
+        return original(*args, **kwargs) if found is None else found(cls)(*args, **kwargs)
 
 
 def _loss(tuner: Tuner, batch: Any, *, smooth: bool = False) -> Tensor:

@@ -7,6 +7,7 @@ __all__ = ["Coordinates", "Noise", "Perturbation", "Values", "draw", "entropy", 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from metaopt.errors import DomainError
 from metaopt.hyperparameters import Hyperparameters
 from metaopt.hyperparameters.domains import Domain
+from metaopt.stn.trees import mapped
 
 # From which the seed of a pass is drawn, far from the end of the numbers that a generator takes.
 SEEDS = 2**62
@@ -99,6 +101,9 @@ class Perturbation:
         called: names of the dropouts.
         aliases: what stands in for w0 where it is trained.
         running: whether the model is computing.
+        outputs: what it returned, where that is looked at.
+        watched: whether it is.
+        offset: what is added to that, in units of its size.
     """
 
     z: Tensor | None
@@ -113,6 +118,23 @@ class Perturbation:
     noise: Noise = field(default_factory=lambda: Noise())
     aliases: list[Tensor] = field(default_factory=list)
     running: bool = False
+    outputs: list[Tensor] = field(default_factory=list)
+    watched: bool = False
+    offset: float = 0.0
+
+    def noted(self, output: Any) -> Any:
+        """Note what the model returned; moved by the offset, if there is one."""
+
+        def note(y: Any) -> Any:
+            if not isinstance(y, Tensor) or not y.requires_grad:
+                return y
+            if self.offset:
+                pattern = torch.cos(torch.arange(y.numel(), device=y.device)).reshape(y.shape).to(y.dtype)
+                y = y + self.offset * pattern * (1 + y.detach().abs())
+            self.outputs.append(y)
+            return y
+
+        return mapped(note, output)
 
     def alias(self, parameter: Tensor) -> Tensor:
         """What stands in for a parameter: a view, by which a use through the model is told from a direct one."""

@@ -6,15 +6,17 @@ __all__ = ["Prepared"]
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from metaopt.errors import ResponseError
 from metaopt.stn.batches import count, join, select, split
-from metaopt.stn.calls import confirmed, follow
+from metaopt.stn.calls import Call, Place, confirmed, follow
 from metaopt.stn.generators import other_state, random_state, same_randomness
 from metaopt.stn.layouts import Layout, NeedsGroups, Site, infer, reordered
 from metaopt.stn.orders import noted
@@ -112,27 +114,43 @@ class Prepared(Running):
     def _look(self, training: bool, args: Any, kwargs: Any, ran: Callable[[], None]) -> None:
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
-        known = self._infer(args, kwargs, None)
+        known, _ = self._infer(args, kwargs, None)
         ran()
         if self.verify:
             known.refuse(self._reordered(known.layouts, args, kwargs))
-            self._in_turn(known, args, kwargs)
+            wrong = self._in_turn(known, args, kwargs)
+            self.fallback |= dict.fromkeys(wrong, "an example has another output than at changed weights")
         for module, mode in modes:
             module.training = mode
-        self._layouts[training] = self._infer(args, kwargs, known) if training else known
+        self._layouts[training] = self._trained(known, args, kwargs) if training else known
         if self.verify:
             epsilon = self._check(args, kwargs)
             self.mixes = self.mixes or (bool(self.fallback) and self._mixes(args, kwargs, epsilon))
 
-    def _infer(self, args: Any, kwargs: Any, known: Found | None) -> Found:
+    def _trained(self, known: Found, args: Any, kwargs: Any) -> Found:
+        found, new = self._infer(args, kwargs, known)
+        coupled = any(isinstance(m, _BatchNorm) and m.training for m in self.model.modules())
+        if not new or not self.verify or self.fallback or coupled:
+            return found
+        # What training has and evaluation has not, such as a path without a cache, is compared in training.
+        trial = replace(found, calls={**found.calls, **new})
+        wrong = self._in_turn(trial, args, kwargs)
+        if not wrong and not self.fallback:
+            return trial
+        self.fallback = {}
+        return found
+
+    def _infer(self, args: Any, kwargs: Any, known: Found | None) -> tuple[Found, dict[Place, Call]]:
+        """What is seen in this mode; and calls that were not seen in evaluation, where ``known`` was."""
         parts = [(select(args, kwargs, n, self.batch_dim), n) for n in (2, 3)]
         two, three = (self._recorded(*inputs, n, Tracer) for inputs, n in parts)
         layouts = infer(two.seen, three.seen, None if known is None else known.layouts)
         calls = follow(two.noted, three.noted, (two.starts, three.starts))
         read = noted(two.read, three.read)
         if known is None:
-            return Found(layouts, calls, read)
-        return Found(layouts, confirmed(calls, known.calls), known.reads | read)
+            return Found(layouts, calls, read), {}
+        new = {place: call for place, call in calls.items() if place not in known.calls and isinstance(call, Call)}
+        return Found(layouts, confirmed(calls, known.calls), known.reads | read), new
 
     def _reordered(self, known: Mapping[Site, Layout | str], args: Any, kwargs: Any) -> dict[Site, str]:
         whole = count(args, kwargs, self.batch_dim)
@@ -224,26 +242,31 @@ class Prepared(Running):
         self.fallback |= dict.fromkeys(unseen, "no function of torch was seen to use it")
         return self._check(args, kwargs)
 
-    def _in_turn(self, known: Found, args: Any, kwargs: Any) -> None:
-        """Where examples have instances of a parameter, compare each with itself at changed weights."""
+    def _in_turn(self, known: Found, args: Any, kwargs: Any) -> set[str]:
+        """Where examples have instances of a parameter, compare each with itself at changed weights.
+
+        Returns:
+            The parameters of which they have instances, if one is not as it was there.
+        """
         whole = count(args, kwargs, self.batch_dim)
-        kept = self._layouts.get(False)
+        mode = self.model.training
+        kept = self._layouts.get(mode)
         order = _order(whole) if whole >= POINTS else torch.arange(POINTS, device="cpu") % whole
-        self._layouts[False] = known
+        self._layouts[mode] = known
         try:
             try:
                 # A model that sorts its examples does not keep this order.
                 inputs = split(args, kwargs, order, self.batch_dim, whole)
-                self._alone(len(order), *inputs)
+                return self._alone(len(order), *inputs)
             except (RuntimeError, ValueError, TypeError, IndexError):
                 # It insists on one.
-                self._alone(len(order), *split(args, kwargs, order.sort().values, self.batch_dim, whole))
+                return self._alone(len(order), *split(args, kwargs, order.sort().values, self.batch_dim, whole))
         finally:
-            self._layouts.pop(False)
+            self._layouts.pop(mode)
             if kept is not None:
-                self._layouts[False] = kept
+                self._layouts[mode] = kept
 
-    def _alone(self, examples: int, args: Any, kwargs: Any) -> None:
+    def _alone(self, examples: int, args: Any, kwargs: Any) -> set[str]:
         # A few points are enough to see that an example has another's.
         point = torch.arange(examples, device="cpu") % POINTS
         z = torch.randn(POINTS, self.coordinates.size, device="cpu").to(self.rho)
@@ -253,7 +276,7 @@ class Prepared(Running):
         together, p = self._responses_of(z[point.to(z.device)], values, args, kwargs, how)
         if not p.apart or self.fallback:
             # The examples of a group have one perturbation, and that is checked.
-            return
+            return set()
         seen = [rows(together, examples, b, self.batch_dim) for b in range(examples)]
         right = bool(seen[0])
         for i in range(min(POINTS, examples)):
@@ -261,8 +284,7 @@ class Prepared(Running):
             changed = self._changed(z[i : i + 1], values, args, kwargs, how)
             for b in range(i, examples, POINTS):
                 right = right and close(seen[b], rows(changed, examples, b, self.batch_dim), p.epsilon)
-        if not right:
-            self.fallback |= dict.fromkeys(p.apart, "an example has another output than at changed weights")
+        return set() if right else p.apart
 
     def _responses_of(self, z: Tensor, values: Mapping[str, Tensor], args: Any, kwargs: Any, how: Any) -> Any:
         """A nonlinear pass; what can't respond per example is noted."""

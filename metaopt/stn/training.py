@@ -4,8 +4,9 @@ from __future__ import annotations
 
 __all__ = ["Factory", "Tuner"]
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -18,6 +19,8 @@ from metaopt.stn.aside import Aside
 from metaopt.stn.batches import size_of
 from metaopt.stn.bounds import keep_inside
 from metaopt.stn.checks import (
+    adds_up,
+    check_curvature,
     check_first,
     check_validation,
     evaluation,
@@ -28,7 +31,7 @@ from metaopt.stn.checks import (
     takes_values,
 )
 from metaopt.stn.descent import Descent
-from metaopt.stn.generators import random_state, set_random_state
+from metaopt.stn.generators import other_state, random_state, set_random_state
 from metaopt.stn.guards import unchanged
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy
@@ -89,7 +92,7 @@ class Tuner:
         self._noise: Noise | None = None
         self._at_bounds: set[str] = set()
         self._accepts_values = takes_values(train_loss, valid_loss)
-        self._validated = False
+        self._trained = self._validated = False
         self._watched: set[int] = set()
 
     def __repr__(self) -> str:
@@ -137,7 +140,7 @@ class Tuner:
         """
         self.steps += 1
         state = self._state()
-        watch = unchanged(self.tuned.model.named_parameters()) if self.steps == 1 else nullcontext()
+        watch = nullcontext() if self._trained else self._first(state)
         if self.tuned.method == "stn":
             with watch:
                 return self._attempt(lambda: self._joint(batch), state)
@@ -177,11 +180,23 @@ class Tuner:
         at = Perturbation(z / self.tuned.reference, self.tuned.coordinates.values(point), groups)
         at.noise = Noise(self._noise)
         at.response, at.linearised = True, self.tuned.method == "delta"
+        first, before = self.steps == 1, self._state() if self.steps == 1 else None
+        at.watched = first and at.linearised
         loss = self._loss(self.train_loss, batch, at)
-        if self.steps == 1:
+        if first:
             check_first(loss, at, self.weights, self.tuned.bound)
+        if before is not None and at.outputs and adds_up(loss, at.outputs):
+            check_curvature(at.outputs, loss, self._moved(batch, at, before))
         self.descent.step(_TRAINING, loss, (self.response, self.response_optimizer))
         return loss.item()
+
+    def _moved(self, batch: Any, at: Perturbation, state: tuple[Any, Any]) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Outputs and loss of the same pass, but for what the model returns: moved by little, and by much."""
+        for offset in (0.5, 1e2, 1e4):
+            self._set_state(state)
+            again = replace(at, noise=Noise(self._noise), outputs=[], aliases=[], offset=offset)
+            loss = self._loss(self.train_loss, batch, again)
+            yield again.outputs, loss
 
     def _joint(self, batch: Any) -> float:
         _, point, groups = self._perturb(size_of(batch, self.tuned.batch_dim))
@@ -246,9 +261,19 @@ class Tuner:
                 self.tuned.fallback[needs.name] = needs.why
                 self._set_state(state)
 
+    @contextmanager
+    def _first(self, state: tuple[Any, Any]) -> Iterator[None]:
+        """The first pass of training: what hooks do there, and from which generators the loss draws."""
+        with unchanged(self.tuned.model.named_parameters()) if self.steps == 1 else nullcontext():
+            yield
+        self._trained = True
+        if other_state() != state[0][2]:
+            self.tuned.draws = True
+
     def _state(self) -> tuple[Any, Any]:
         """Where a pass of the model starts from, beside its weights: random generators, and what its modules keep."""
-        return random_state(self.tuned.device, self.tuned.draws is not False), attributes(self.tuned.slots.modules)
+        others = self.tuned.draws is not False or not self._trained
+        return random_state(self.tuned.device, others), attributes(self.tuned.slots.modules)
 
     def _set_state(self, state: tuple[Any, Any]) -> None:
         set_random_state(self.tuned.device, state[0])
@@ -283,7 +308,7 @@ class Tuner:
             "mixes": self.tuned.mixes,
             "optimizers": [None if o is None else o.state_dict() for o in self._optimizers()],
             "generator": self.generator.get_state(),
-            "random": random_state(self.tuned.device, self.tuned.draws is not False),
+            "random": random_state(self.tuned.device, others=True),
             "steps": self.steps,
             "skipped": self.skipped,
         }

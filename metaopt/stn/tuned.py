@@ -123,9 +123,10 @@ class Tuned(Compared):
             return self._plain({}, at.values, args, kwargs, at)
         at.running = True
         try:
-            return self._responding(at, args, kwargs)
+            output = self._responding(at, args, kwargs)
         finally:
             at.running = False
+        return at.noted(output) if at.watched else output
 
     @contextmanager
     def perturbed(self, at: Perturbation) -> Iterator[Perturbation]:
