@@ -424,7 +424,7 @@ MUTANTS = [
         "start-constant",
         "Adagrad's sums begin at a number, with no derivative for their initial value",
         "rules/adagrad.py",
-        "if s is None or (step == 1 and isinstance(initial_accumulator_value, Tensor)):",
+        "if s is None or (isinstance(initial_accumulator_value, Tensor) and step == 1):",
         "if s is None:",
         (TABLE, "cell and Adagrad"),
     ),

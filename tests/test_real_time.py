@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -740,6 +740,82 @@ def test_forward_mode_refuses_the_initial_weights_and_bad_options() -> None:
     for tolerance in (0, "1e-6", float("nan")):
         with pytest.raises(ValueError, match="tolerance must be a number above 0"):
             metaopt.implicit(optimizer, tolerance=tolerance)  # type: ignore[arg-type]
+
+
+def through_data_in_place(weight: Tensor) -> None:
+    weight.data.clamp_(0.2, 0.8).mul_(0.9)
+
+
+def through_data(weight: Tensor) -> None:
+    weight.data = weight.data.clamp(0.2, 0.8) * 0.9
+
+
+def by_a_copy_into_data(weight: Tensor) -> None:
+    weight.data.copy_(weight.data.clamp(0.2, 0.8) * 0.9)
+
+
+def by_a_part_of_data(weight: Tensor) -> None:
+    weight.data[:] = weight.detach().clamp(0.2, 0.8) * 0.9
+
+
+@torch.no_grad()
+def by_a_copy(weight: Tensor) -> None:
+    weight.copy_(weight.clamp(0.2, 0.8) * 0.9)
+
+
+@torch.no_grad()
+def in_place(weight: Tensor) -> None:
+    weight.clamp_(0.2, 0.8).mul_(0.9)
+
+
+def weighted(mode: Any, move: Any, weight: Tensor) -> tuple[Any, Tensor]:
+    """Steps of a regression with weights for its examples, which are moved once; the objective after it."""
+    x, y = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), torch.linspace(-1, 1, 6)
+    theta = nn.Parameter(torch.zeros(3))
+    optimizer = metaopt.optim.SGD([theta], lr=0.1, momentum=0.5)
+    with mode(optimizer) as run:
+        for t in range(5):
+            if t == 2:
+                move(weight)
+            optimizer.zero_grad()
+            (weight * (x @ theta - y).square()).mean().backward()
+            optimizer.step()
+    return run, (theta - 1).square().sum()
+
+
+WAYS_TO_MOVE = [through_data_in_place, through_data, by_a_copy_into_data, by_a_part_of_data, by_a_copy]
+
+
+@pytest.mark.parametrize("move", WAYS_TO_MOVE)
+def test_a_hyperparameter_that_is_projected_by_hand_stays_one(move: Any) -> None:
+    """It was taken for state, so that `run.backward` gave it nothing from there on, or errors spoke of weights."""
+    found = []
+    for way in (in_place, move):
+        weight = torch.linspace(0.1, 1, 6).requires_grad_()
+        run, outer = weighted(metaopt.stream, way, weight)
+        run.backward(outer)
+        found.append(weight.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("move", WAYS_TO_MOVE)
+def test_a_leaf_that_the_loop_comes_to_write_has_the_derivative_by_its_first_value(move: Any) -> None:
+    """Reverse mode said 0, or left the steps before the write out."""
+    start, h = torch.linspace(0.1, 1, 6), 1e-6
+    weight = start.clone().requires_grad_()
+    run, outer = weighted(metaopt.record, move, weight)
+    (found,) = run.hypergradient(outer, weight)
+    for place in range(6):
+        ends = [
+            weighted(lambda _: nullcontext(), move, (start + s * torch.eye(6)[place]).requires_grad_())[1]
+            for s in (h, -h)
+        ]
+        torch.testing.assert_close(found[place], (ends[0] - ends[1]).detach() / (2 * h), rtol=1e-6, atol=1e-8)
+    weight = start.clone().requires_grad_()
+    shift = torch.zeros((), requires_grad=True)
+    run, outer = weighted(metaopt.record, move, weight)
+    with pytest.warns(metaopt.UnusedHyperparameterWarning, match=r"a leaf of shape \(6,\) was written inside"):
+        run.backward(outer + shift)
 
 
 def test_an_objective_of_an_earlier_step_and_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:

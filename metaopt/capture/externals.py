@@ -103,6 +103,8 @@ class Externals(dict[int, External]):
         # Leaves that the loop trains itself, and those moved out of sight along a gradient that depends on the weights.
         self._moved: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self._led: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        # Those that it came to write by what depends on nothing else, and follows from there on.
+        self.projected: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         # Those of which `.data` was taken in this iteration, by their memory.
         self._behind: dict[int, Tensor] = {}
         # The memory of the constants that this iteration made, and the leaves in such that the loop took gradients at.
@@ -204,6 +206,13 @@ class Externals(dict[int, External]):
         """Somebody took ``.data`` of a leaf that is a hyperparameter so far."""
         self._behind[leaf.untyped_storage()._cdata] = leaf
 
+    def behind(self, tensor: Tensor) -> Tensor | None:
+        """The leaf of which a tensor is the ``.data``, as a whole."""
+        if tensor.layout is not torch.strided or not self._behind:
+            return None
+        owner = self._behind.get(tensor.untyped_storage()._cdata)
+        return owner if owner is not None and _geometry(owner) == _geometry(tensor) else None
+
     def take_behind(self, tensor: Tensor) -> Tensor | None:
         """The leaf in whose memory, taken by ``.data`` or ``detach``, a tensor lies; it is told once."""
         if tensor.layout is not torch.strided or not self._behind:
@@ -219,6 +228,10 @@ class Externals(dict[int, External]):
             for key, external in list(self.items()):
                 if external.inner or (external.tensor.grad_fn is not None and external.epoch <= epoch - 4):
                     del self[key]
+
+
+def _geometry(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def led_error(leaf: Tensor) -> CaptureError:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from metaopt.capture import hypersteps
 from metaopt.capture.bindings import Binding
 from metaopt.capture.cells import version_of
 from metaopt.capture.primitives import assign, flatten, stop
@@ -64,10 +65,20 @@ def call(
             f"`{name}`, a fused optimizer's kernel, has no derivative. Pass `fused=False` to the optimizer, or use the "
             "class of the same name in `metaopt.optim` without `metaopt.wrap`, which may be fused."
         )
-    if _moves_hyperparameter(tape, written, flatten([*args, *kwargs.values()])):
+    if hypersteps.is_one(tape, written, flatten([*args, *kwargs.values()])):
         for target in written:
             tape.before_write(target)
         return func(*args, **kwargs)
+    leaves = hypersteps.moved_by_themselves(tape, written, flatten([*args, *kwargs.values()]))
+    if leaves and tape.externals.moving:
+        for target in written:
+            tape.before_write(target)
+        result = func(*args, **kwargs)
+        for target, leaf in zip(written, leaves, strict=True):
+            hypersteps.renew(tape, leaf, target)
+        return result
+    for leaf in leaves:
+        tape.externals.projected[id(leaf)] = leaf
     for target in written:
         tape.adopt_behind(target)
         if tape.find(target) is None:
@@ -100,15 +111,6 @@ def _follow(tape: Tape, target: Tensor) -> None:
     tape.own_memory(owner)
     if owner is not target:
         tape.alias(target)
-
-
-def _moves_hyperparameter(tape: Tape, written: list[Tensor], sources: list[Tensor]) -> bool:
-    """Whether this is a step of a hyperparameter (its owner says so, or nothing but constants go in) and no state."""
-    if not all(tape.find(t) is None and t.requires_grad and t.is_leaf and tape.alias(t) is None for t in written):
-        return False
-    if all(tape.protected(target) for target in written):
-        return True
-    return not any(tape.is_live(s) for s in sources if not any(s is t for t in written))
 
 
 def _whole(tape: Tape, target: Tensor) -> bool:

@@ -82,7 +82,8 @@ class Adjoint:
         if tensors is None:
             return None
         ids = {id(leaf) for tensor in tensors for leaf in (tensor, *leaves_of(tensor))}
-        return {
+        # Those that the loop came to write are no hyperparameters any more, but were to the steps before.
+        return ids | {
             id(external.tensor)
             for external in self.loop.tape.externals.values()
             if ids & {id(leaf) for leaf in (external.tensor, *leaves_of(external.tensor))}

@@ -68,6 +68,14 @@ def accumulate(adjoint: Adjoint) -> None:
             "`requires_grad_(False)` says so.",
             UnusedHyperparameterWarning,
         )
+    for leaf in adjoint.loop.tape.externals.projected.values():
+        warn(
+            f"a leaf of shape {tuple(leaf.shape)} was written inside the context with what depends on nothing but "
+            "itself (a projection of a hyperparameter, say), so that it is state from there on, and gets no "
+            "hypergradient from `run.backward`. Write it after the `with` block; or ask for "
+            "`run.hypergradient(E, leaf)`, the derivative by the value that it had before.",
+            UnusedHyperparameterWarning,
+        )
     adjoint.loop.give(leaf for leaf, _ in gradients)
     for leaf, grad in gradients:
         grad = grad.detach().to(leaf.dtype)
@@ -85,7 +93,10 @@ def collect(adjoint: Adjoint, wanted: list[Tensor]) -> tuple[Tensor, ...]:
     for tensor in wanted:
         binding = adjoint.loop.tape.find(tensor)
         if binding is not None:
-            grad = adjoint.carried.get(binding.key)
+            # A leaf that the loop came to write was a hyperparameter to the steps before.
+            parts = [adjoint.carried.get(binding.key), adjoint.external.get(id(tensor))]
+            there = [part for part in parts if part is not None]
+            grad = sum(there[1:], there[0]) if there else None
             if grad is None and binding.key < 0:
                 raise made_inside()
         elif tensor.grad_fn is None:
