@@ -1196,6 +1196,20 @@ def backward_that_does_not_take_gradients_as_they_are(hyper: Hyper, context: Con
     return looping(hyper, context, loss, outer=outer)
 
 
+class Damped(nn.Module):
+    """Gradients of the hidden values are scaled and clipped on their way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        if hidden.requires_grad:
+            hidden.register_hook(lambda grad: (0.5 * grad).clamp(-0.01, 0.01))
+        return self.second(hidden)  # type: ignore[no-any-return]
+
+
 class Both(nn.Module):
     """Several arguments, of which one is no tensor, and several results."""
 
