@@ -1196,6 +1196,20 @@ def backward_that_does_not_take_gradients_as_they_are(hyper: Hyper, context: Con
     return looping(hyper, context, loss, outer=outer)
 
 
+class Damped(nn.Module):
+    """Gradients of the hidden values are scaled and clipped on their way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        if hidden.requires_grad:
+            hidden.register_hook(lambda grad: (0.5 * grad).clamp(-0.01, 0.01))
+        return self.second(hidden)  # type: ignore[no-any-return]
+
+
 class Both(nn.Module):
     """Several arguments, of which one is no tensor, and several results."""
 
@@ -1224,6 +1238,24 @@ def hooks_of_modules_that_change_gradients(hyper: Hyper, context: Context) -> Tr
             (weighted(hyper, slice(None), model[2](found), y) + 0.01 * penalty).backward()
             optimizer.step()
     return Trained(F.cross_entropy(model(x_val), y_val), model, optimizer)
+
+
+@case(lr=0.3, tilt=0.2, weights=weights(12))
+def weights_of_classes(hyper: Hyper, context: Context) -> Trained:
+    """Computed under `no_grad`, of predictions and hyperparameters."""
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        logits = model(x)
+        with torch.no_grad():
+            rare = torch.exp(hyper["tilt"] * torch.arange(3.0)) / logits.softmax(1).mean(0)
+        several = F.one_hot(y, 3).to(x.dtype)
+        return (
+            F.cross_entropy(logits, y, rare, label_smoothing=0.1)
+            + F.nll_loss(logits.log_softmax(1), y, rare)
+            + F.binary_cross_entropy_with_logits(logits, several, rare, pos_weight=rare)
+        )
+
+    return looping(hyper, context, loss)
 
 
 @case(lr=0.3, weights=weights(12))

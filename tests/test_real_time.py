@@ -21,7 +21,7 @@ from metaopt.check import hypergradcheck
 from metaopt.hyperparameters import owner_of
 from metaopt.modes.columns import Directions
 from metaopt.rules import _RULES
-from tests.cases import data, mlp
+from tests.cases import Damped, data, mlp
 
 
 def problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -461,6 +461,29 @@ def test_a_module_of_hyperparameters_may_be_asked_for(mode: Any) -> None:
     hyper = owner_of(known["lr"])
     assert hyper is not None
     torch.testing.assert_close(run.hypergradient(outer, wrt=hyper), run.hypergradient(outer, wrt=hyper.parameters()))
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_hooks_in_an_objective(mode: Any) -> None:
+    """Those that the model's `forward` sets act on an objective's own graph, and not where it is a function."""
+    x, y, x_val, y_val = data()
+
+    def trained(lr: float, context: Any) -> tuple[Any, Callable[[], Tensor], Tensor]:
+        torch.manual_seed(0)
+        model, rate = Damped(), torch.tensor(lr, requires_grad=True)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=rate)
+        with context(optimizer) as run:
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        return run, lambda: F.cross_entropy(model(x_val), y_val), rate
+
+    right, left = (trained(lr, lambda _: nullcontext())[1]().item() for lr in (0.3 + 1e-5, 0.3 - 1e-5))
+    run, outer, rate = trained(0.3, mode)
+    assert run.hypergradient(outer, wrt=rate)[0].item() == pytest.approx((right - left) / 2e-5, rel=1e-6)
+    with pytest.warns(metaopt.MetaoptWarning, match="hooks that change gradients"):
+        run.hypergradient(outer(), wrt=rate)
 
 
 def test_chunks_give_the_same_number() -> None:

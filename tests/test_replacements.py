@@ -12,22 +12,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import metaopt
-from metaopt.capture import ctc, margins, norms, replacements, surrogates, third
+from metaopt.capture import ctc, losses, norms, replacements, surrogates, third
 from metaopt.capture.primitives import Phase
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("shape", [(7, 4), (3, 4, 5), (2, 4, 3, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(4,), (7, 4), (3, 4, 5), (2, 4, 3, 2)], ids=str)
 def test_cross_entropy(shape: tuple[int, ...], smoothing: float, weighted: bool, reduction: str) -> None:
     x = torch.randn(shape)
-    y = torch.randint(0, 4, (shape[0], *shape[2:]))
-    y.view(-1)[1] = -100
+    y = torch.randint(0, 4, (shape[0], *shape[2:]) if len(shape) > 1 else ())
+    y.view(-1)[1:2] = -100
     weight = torch.rand(4) if weighted else None
     expected = F.cross_entropy(x, y, weight, reduction=reduction, label_smoothing=smoothing)
-    found = replacements.cross_entropy(x, y, weight, reduction=reduction, label_smoothing=smoothing)
+    weight = weight if weight is None else weight.requires_grad_()
+    found = losses.cross_entropy(x, y, weight, reduction=reduction, label_smoothing=smoothing)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_losses_by_their_weights(reduction: str) -> None:
+    x, y, weight = torch.randn(5, 3, requires_grad=True), torch.rand(5, 3), torch.rand(3)
+    calls: list[Callable[[Any, Tensor], Tensor]] = [
+        lambda module, w: module.binary_cross_entropy(x.sigmoid(), y, w.expand(5, 3), reduction=reduction),
+        lambda module, w: module.binary_cross_entropy_with_logits(x, y, w, pos_weight=2 * w, reduction=reduction),
+        lambda module, w: module.binary_cross_entropy_with_logits(x, y, pos_weight=2 * w, reduction=reduction),
+        lambda module, w: module.soft_margin_loss(x, w - y, reduction=reduction),
+        lambda module, w: module.nll_loss(x, torch.tensor([0, 2, 1, 0, -100]), w, reduction=reduction),
+    ]
+    for call in calls:
+        found, expected = call(losses, weight.clone().requires_grad_()), call(F, weight)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), x) for loss in (found, expected)))
 
 
 @pytest.mark.parametrize("options", [{"reduction": "none"}, {}, {"reduction": "sum"}], ids=str)
@@ -36,13 +53,13 @@ def test_margin_losses(rows: tuple[int, ...], options: dict[str, Any]) -> None:
     labels = torch.tensor([[1, -1, 2, 0], [-1, 0, 1, 2], [3, 0, -1, -1], [0, 1, 2, 3], [2, 2, -1, 0], [0, 3, 1, -1]])
     x = torch.randn(*rows, 4, requires_grad=True)
     y = torch.randint(0, 4, rows)
-    losses = []
-    for module in (F, margins):
+    values = []
+    for module in (F, losses):
         found = [module.multilabel_margin_loss(x, labels if rows else labels[0], **options)]
         for weight in (None, torch.arange(1.0, 5.0)):
             found += [module.multi_margin_loss(x, y, p, 0.7, weight, **options) for p in (1, 2)]
-        losses.append(found)
-    for found, expected in zip(*losses, strict=True):
+        values.append(found)
+    for found, expected in zip(*values, strict=True):
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), x) for loss in (found, expected)))
 

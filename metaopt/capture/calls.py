@@ -15,7 +15,7 @@ from metaopt.capture import embeddings, made, statistics, writes
 from metaopt.capture.bindings import BASE, View
 from metaopt.capture.ctc import LOSSES, ctc
 from metaopt.capture.gradients import autograd_backward, autograd_grad, tensor_backward
-from metaopt.capture.hooks import Observed
+from metaopt.capture.hooks import Observed, in_forward
 from metaopt.capture.primitives import flatten, stop
 from metaopt.capture.replacements import rejection_sampler
 from metaopt.capture.surrogates import fake_quantize, hard_gumbel_softmax
@@ -137,9 +137,10 @@ def _hook(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kwargs
     live = tape.is_live(args[0])
     # A weight that enters the iteration brings the hooks that it has: this one is not among them yet.
     value = tape.read(args[0]) if live else None
-    result = func(args[0], Observed(watcher, args[1])) if live else func(*args, **kwargs)
-    if value is not None:
-        tape.iteration.hook(value.index, args[1])
+    if value is None:
+        return func(*args, **kwargs)
+    result = func(args[0], Observed(watcher, args[1], inside=not args[0].is_leaf and in_forward()))
+    tape.iteration.hook(value.index, args[1])
     return result
 
 

@@ -28,12 +28,14 @@ class Following:
         trained: the weights of the watched optimizers, by identity.
         externals: the tensors that were taken for hyperparameters, by identity.
         memory: whose memory is whose.
+        hooked_inside: whether a hook that a model's ``forward`` has set has changed a gradient.
     """
 
     def __init__(self, trained: Iterable[Tensor], *, moving: bool = False) -> None:
         self.trained: dict[int, Tensor] = {}
         self.externals = Externals(moving=moving)
         self.memory = Memory()
+        self.hooked_inside = False
         self._keys = itertools.count()
         self._bindings: dict[int, Binding] = {}
         for tensor in trained:

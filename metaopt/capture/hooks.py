@@ -6,13 +6,14 @@ the results only. It may be logged, and no hypergradient may go through it.
 
 from __future__ import annotations
 
-__all__ = ["ModuleHooks", "Observed", "module_hooks", "observe_module_hooks", "observed"]
+__all__ = ["ModuleHooks", "Observed", "in_forward", "module_hooks", "observe_module_hooks", "observed"]
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import BackwardHook
 
@@ -32,11 +33,18 @@ _SHOWN = Unseen(
 
 
 class Observed:
-    """A gradient hook, of which the tape sees what it computes while the loop's backward pass runs."""
+    """A gradient hook, of which the tape sees what it computes while the loop's backward pass runs.
 
-    def __init__(self, watcher: Watcher, hook: Callable[..., Any]) -> None:
+    Args:
+        watcher: who shows it to the tape.
+        hook: the hook.
+        inside: whether a model's ``forward`` set it, so that an objective that the model computes has it too.
+    """
+
+    def __init__(self, watcher: Watcher, hook: Callable[..., Any], *, inside: bool = False) -> None:
         self._watcher = watcher
         self._hook = hook
+        self._inside = inside
         self.changes = False
 
     def __call__(self, *given: Any) -> Any:
@@ -55,11 +63,23 @@ class Observed:
                 result = self._hook(*given)
         finally:
             watcher.paused = True
-        self.changes = self.changes or result is not None
+        if result is not None:
+            self.changes = True
+            tape.hooked_inside = tape.hooked_inside or self._inside
         # A hook that returns nothing may have written what it was shown.
         left = tape.numbers_of(shown if result is None else flatten([result]))
         _refuse_live(tape, start, held | tape.entered(shown), left)
         return result
+
+
+def in_forward() -> bool:
+    """Whether a module is being called."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is torch.nn.Module._call_impl.__code__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def observe_module_hooks(watcher: Watcher) -> ModuleHooks:

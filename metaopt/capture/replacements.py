@@ -10,9 +10,6 @@ the identity.
 
 ``torch._foreach_addcdiv``: its derivative takes one tensor's numbers for another's (torch 2.13: "index out of range").
 
-``F.cross_entropy`` and ``F.nll_loss`` with more than two dimensions: the kernel behind them refuses gradients that
-are not contiguous, which the transposed pass of forward mode has (torch 2.13: "grad_input must be contiguous").
-
 ``torch.normal``, behind the samples of ``torch.distributions.Normal`` and its kin: its derivative by the mean and the
 standard deviation is 0, though the sample moves with them.
 
@@ -26,7 +23,7 @@ version counters, and whose backward leaves in the gradient of what is overwritt
 ``Tensor.view`` needs the memory that the loop's kernels laid out; those of the replay (attention with a second
 derivative) may lay it out otherwise.
 
-Norms and distances: see `norms`; powers and deviations: see `powers`; margin losses: see `margins`.
+Norms and distances: see `norms`; powers and deviations: see `powers`; losses: see `losses`.
 """
 
 from __future__ import annotations
@@ -36,10 +33,8 @@ __all__ = [
     "REPLACEMENTS",
     "assigned",
     "binomial",
-    "cross_entropy",
     "embedding_bag",
     "foreach_copy_",
-    "nll_loss",
     "normal",
     "rejection_sampler",
     "segment_reduce",
@@ -56,7 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaopt.capture.margins import MARGINS
+from metaopt.capture.losses import LOSSES
 from metaopt.capture.norms import NORMS
 from metaopt.capture.powers import POWERS
 from metaopt.capture.steps import FOREACH
@@ -67,45 +62,6 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """``g · v / ‖v‖``, with the norm over every axis but ``dim``, or with -1 over all."""
     axes = [axis for axis in range(v.dim()) if dim == -1 or axis != dim % v.dim()]
     return v * (g / v.square().sum(axes, keepdim=True).sqrt())
-
-
-def nll_loss(
-    input: Tensor,  # noqa: A002 (torch's name for it)
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """``F.nll_loss`` by ``gather``: ``-weight[target] · input[target]``, over axis 1."""
-    if input.dim() <= 2 or size_average is not None or reduce is not None:
-        return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
-    kept = target != ignore_index
-    index = torch.where(kept, target, 0)
-    factor = kept.to(input.dtype) if weight is None else torch.where(kept, weight[index], 0.0)
-    loss = -factor * input.gather(1, index.unsqueeze(1)).squeeze(1)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / factor.sum()
-
-
-def cross_entropy(
-    input: Tensor,  # noqa: A002 (torch's name for it)
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: bool | None = None,
-    ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """``F.cross_entropy``; with class indices and without smoothing, `nll_loss` of the log-softmax."""
-    if input.dim() <= 2 or target.is_floating_point() or label_smoothing != 0.0:
-        return F.cross_entropy(
-            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing=label_smoothing
-        )
-    return nll_loss(F.log_softmax(input, 1), target, weight, size_average, ignore_index, reduce, reduction)
 
 
 def embedding_bag(
@@ -249,9 +205,7 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.normal: normal,
     torch.binomial: binomial,
     torch.segment_reduce: segment_reduce,
-    F.cross_entropy: cross_entropy,
     F.embedding_bag: embedding_bag,
-    F.nll_loss: nll_loss,
     torch._amp_foreach_non_finite_check_and_unscale_: unscale_,
     torch._foreach_copy_: foreach_copy_,
     **{func: FOREACH[func] for func in (torch._foreach_addcdiv, torch._foreach_maximum_, torch._foreach_minimum_)},
@@ -259,5 +213,5 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.view_as: view_as,
     **NORMS,
     **POWERS,
-    **MARGINS,
+    **LOSSES,
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metaopt.capture.bindings import leaves_of, nodes_of
 from metaopt.capture.externals import led_error
-from metaopt.errors import HeldConstantWarning, StaleError, SweepError, warn
+from metaopt.errors import HeldConstantWarning, MetaoptWarning, StaleError, SweepError, warn
 from metaopt.modes.adjoint import Adjoint
 from metaopt.modes.statistics import statistics_gradients
 from metaopt.step import Loop
@@ -92,6 +92,13 @@ def _differentiate(outer: Tensor, adjoint: Adjoint) -> None:
     for key, grad in statistics.items():
         adjoint.add(key, grad)
     _say_what_is_constant(outer, loop, set(statistics))
+    if tape.hooked_inside:
+        warn(
+            "the `forward` of a model sets hooks that change gradients (`h.register_hook`). Where it computed the "
+            "outer objective, they change the objective's gradient too, and the hypergradient is wrong. Pass the "
+            "objective as a function, `run.backward(lambda: loss(model(x), y))`, to have it exact.",
+            MetaoptWarning,
+        )
 
 
 def _say_what_is_constant(outer: Tensor, loop: Loop, exact: set[int]) -> None:
