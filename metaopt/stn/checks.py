@@ -186,10 +186,19 @@ def check_first(loss: Tensor, at: Perturbation, weights: Iterable[Tensor], bound
 
 
 def adds_up(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Whether a loss may be linear in what the model returned: its gradient by that is a constant of autograd."""
-    gradients = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
+    """Whether a loss may be linear in what the model returned: its second derivative by that is zero, or unknown."""
+    given = list(outputs)
+    gradients = torch.autograd.grad(loss, given, create_graph=True, allow_unused=True)
     found = [g for g in gradients if g is not None]
-    return bool(found) and not any(g.requires_grad for g in found)
+    live = [g for g in found if g.requires_grad]
+    if not live:
+        return bool(found)
+    try:
+        pattern = [torch.cos(torch.arange(g.numel(), device=g.device)).to(g.dtype).reshape(g.shape) for g in live]
+        second = torch.autograd.grad(live, given, pattern, retain_graph=True, allow_unused=True)
+    except RuntimeError:
+        return True
+    return not any(bool(s.any()) for s in second if s is not None)
 
 
 def check_curvature(outputs: Sequence[Tensor], loss: Tensor, moved: Iterable[tuple[Sequence[Tensor], Tensor]]) -> None:
@@ -201,15 +210,19 @@ def check_curvature(outputs: Sequence[Tensor], loss: Tensor, moved: Iterable[tup
         moved: the same of outputs that were moved: a hinge or an absolute value has its kink far away, it may be.
     """
     here = torch.autograd.grad(loss, list(outputs), retain_graph=True, allow_unused=True)
-    for others, other in moved:
-        there = torch.autograd.grad(other, list(others), allow_unused=True)
-        if len(here) != len(there) or not all(map(_same, here, there)):
-            return
+    try:
+        for others, other in moved:
+            there = torch.autograd.grad(other, list(others), allow_unused=True)
+            if len(here) != len(there) or not all(map(_same, here, there)):
+                return
+    except (RuntimeError, ValueError, AssertionError):
+        return  # it takes numbers of some range only, as no linear function does
     raise ResponseError(
-        'the model returns its loss, or a likelihood: the training loss is linear in its output. `method="delta"` '
-        "linearises the output, and a linearised loss has no curvature and no minimum for the response to settle in. "
-        "Compute the loss from what the model predicts, such as `F.cross_entropy(model(x).logits, y)` and not "
-        '`model(x, labels=y).loss`, or use `method="centered"`.'
+        "the model returns its loss, a likelihood or log-probabilities: the training loss is linear in its output. "
+        '`method="delta"` linearises the output, and a linearised loss has no minimum for the response to '
+        "settle in. Compute the loss from what the model predicts (`F.cross_entropy(model(x).logits, y)` and not "
+        "`model(x, labels=y).loss`; logits, and not `F.nll_loss` of what `log_softmax` made of them), or use "
+        '`method="centered"`.'
     )
 
 
