@@ -962,6 +962,29 @@ def checkpointed(hyper: Hyper, context: Context) -> Trained:
     return trained
 
 
+class Aside(torch.autograd.Function):
+    """Keeps what it is given on the graph and gives no values, as torch's checkpoints did."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise AssertionError("nothing goes through here")
+
+
+@case(lr=0.3, weights=weights(12))
+def kept_aside(hyper: Hyper, context: Context) -> Trained:
+    class Net(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.kept = Aside.apply(y := super().forward(x))
+            return torch.tanh(y)
+
+    return simple(Net(5, 3), sgd(hyper), hyper, context)
+
+
 # -- loops that were got wrong once -----------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ import torch
 import metaopt
 from metaopt import published
 from metaopt.rules import _RULES, Rule
+from tests.strategies import ADAM_DECOUPLES
 
 KINDS = {
     "scalar": "one for all weights",
@@ -110,6 +111,8 @@ class Row:
 O = torch.optim  # noqa: E741
 ADAM = {"lr": 0.1, "beta1": 0.8, "beta2": 0.9, "eps": 0.01, "weight_decay": 0.1}
 DECOUPLED: tuple[Mapping[str, Any], ...] = ({}, {"decoupled_weight_decay": True, "maximize": True})
+absent: Any = None
+DECOUPLED_ADAM = ({"decoupled_weight_decay": True},) if ADAM_DECOUPLES else ()
 FOREACH, FUSED = ("foreach",), ("foreach", "fused")
 FIRST_STEP = "acts at a weight's first step; of a schedule, that step's entry"
 KINK = "0 while the other side of its bound is in force; no derivative where the sides change"
@@ -129,7 +132,7 @@ ROWS = {
             O.Adam,
             ADAM,
             "Kingma & Ba 2015; Reddi et al. 2018 for amsgrad",
-            variants=({}, {"amsgrad": True, "maximize": True}, {"decoupled_weight_decay": True}),
+            variants=({}, {"amsgrad": True, "maximize": True}, *DECOUPLED_ADAM),
             implementations=FUSED,
         ),
         Row(
@@ -200,7 +203,7 @@ ROWS = {
             elementwise=False,
         ),
         Row(
-            O.Muon,
+            getattr(O, "Muon", absent),
             {
                 "lr": 0.05,
                 "weight_decay": 0.1,
@@ -265,6 +268,7 @@ ROWS = {
             remarks={"lr": "at exactly 0 an error"},
         ),
     ]
+    if row.bare is not absent
 }
 REFUSED: Mapping[type[torch.optim.Optimizer], str] = {
     O.SparseAdam: "no rule: sparse gradients have no second derivative in torch; Adam with dense ones takes the same "

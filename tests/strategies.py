@@ -102,9 +102,10 @@ NUMBERS: dict[str, dict[str, SearchStrategy[float]]] = {
     "Adam": _ADAM,
     "AdamW": _ADAM,
 }
+ADAM_DECOUPLES = "decoupled_weight_decay" in torch.optim.Adam([torch.zeros(1)]).defaults  # not before torch 2.7
 FLAGS = {
     "SGD": ("nesterov", "maximize"),
-    "Adam": ("amsgrad", "maximize", "decoupled_weight_decay"),
+    "Adam": ("amsgrad", "maximize", *(["decoupled_weight_decay"] if ADAM_DECOUPLES else [])),
     "AdamW": ("amsgrad", "maximize"),
 }
 

@@ -84,7 +84,8 @@ def _compare(
         moved = [(p.detach() + h * d).requires_grad_() for p, d in zip(leaves, directions, strict=True)]
         return sum(float((w * o.detach()).sum()) for w, o in zip(weights, function(moved), strict=True))
 
-    with_graph = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+    # An empty result has no values, and need not have a derivative either.
+    with_graph = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad and o.numel()]
     found = 0.0
     if with_graph:
         grads = torch.autograd.grad([o for o, _ in with_graph], leaves, [w for _, w in with_graph], allow_unused=True)

@@ -256,10 +256,10 @@ class _Call:
 
 
 def _drawn(function: Callable[[Sequence[Any]], Any], given: Sequence[Any]) -> list[Tensor]:
-    """The results of a call that draws the same random numbers each time."""
+    """The results of a call that draws the same random numbers each time, but for empty ones, which have no values."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        return floating(function(given))
+        return [result for result in floating(function(given)) if result.numel()]
 
 
 def _variable(value: Tensor) -> Tensor:
