@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from metaopt.bystanders import Bystanders
+from metaopt.capture.applied import see_functions
 from metaopt.capture.bindings import leaves_of
-from metaopt.capture.functions import see_functions
 from metaopt.capture.program import Library
 from metaopt.capture.seams import see_variables
 from metaopt.capture.segment import Segment

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
 import metaopt
+from metaopt.capture import applied
 from tests.cases import data, mlp
 
 X, Y, XV, YV = range(4)
@@ -1500,3 +1501,25 @@ def test_an_objective_that_changes_weights_is_passed_as_a_function() -> None:
         with pytest.raises(metaopt.StaleError, match="pass it as a function"):
             run.hypergradient(model(x_val).square().mean(), [lr])
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.skipif(not applied._IN_C, reason="until torch 2.14 every bound `apply` is seen")
+def test_a_function_that_was_bound_before_metaopt_was_imported_is_named() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            return 2 * grads[0]
+
+    bound = super(torch.autograd.Function, Double).apply  # what `Double.apply` was then
+    model, x = nn.Linear(3, 1), torch.randn(4, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    with pytest.raises(metaopt.CaptureError, match=r"Import metaopt before"), metaopt.record(optimizer):
+        bound(model(x)).mean().backward()
+        optimizer.step()
+    bound(model(x)).mean().backward()
+    with metaopt.record(optimizer):
+        assert bound(torch.arange(3)).tolist() == [0, 2, 4]

@@ -1,21 +1,17 @@
 """Custom ``torch.autograd.Function``s, which torch's function modes don't show.
 
 The calls inside a custom function's forward are not what its gradient is made of, so the function must be recorded as
-one. Its ``apply`` is often bound long before the context (``relu6 = MyReLU6.apply``); all of them end in the base
-class, where this looks in while a context is open and in no other thread.
+one.
 """
 
 from __future__ import annotations
 
-__all__ = ["apply_function", "see_functions"]
+__all__ = ["apply_function"]
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd import Function
 from torch.nn.modules._functions import BackwardHookFunction
 
 from metaopt.capture.cells import version_of
@@ -24,48 +20,11 @@ from metaopt.capture.custom import Surrogate
 from metaopt.capture.hooks import module_hooks, observe_module_hooks
 from metaopt.capture.primitives import flatten
 from metaopt.capture.replacements import FUNCTIONS, rejection_sampler
-from metaopt.capture.seams import Seam
 from metaopt.capture.surroundings import generators
 from metaopt.errors import CaptureError
 
 if TYPE_CHECKING:
     from metaopt.capture.watcher import Watcher
-
-
-class _Sees(Protocol):
-    """Who is shown custom functions."""
-
-    def apply(self, cls: type, original: Any, args: Any, kwargs: Any) -> Any:
-        """Call one; ``original`` is its ``apply``."""
-        ...
-
-
-_watchers = threading.local()
-# `Function.apply` calls `super().apply`: the next class in line is where every bound `apply` passes.
-_NEXT: Any = Function.__mro__[1]
-
-
-def _apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-    original = super(_NEXT, cls).apply
-    active = getattr(_watchers, "stack", None)
-    if not active:
-        return original(*args, **kwargs)
-    return active[-1].apply(cls, original, args, kwargs)
-
-
-_SEAM = Seam(_NEXT, "apply", classmethod(_apply))
-
-
-@contextmanager
-def see_functions(watcher: _Sees) -> Iterator[None]:
-    """While open, custom functions called in this thread are shown to the watcher."""
-    stack = _watchers.__dict__.setdefault("stack", [])
-    with _SEAM.open():
-        stack.append(watcher)
-        try:
-            yield
-        finally:
-            stack.remove(watcher)
 
 
 def apply_function(

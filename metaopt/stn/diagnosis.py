@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metaopt.capture.applied import see_functions
 from metaopt.capture.custom import Surrogate
-from metaopt.capture.functions import see_functions
 from metaopt.capture.stand_ins import stand_in
 from metaopt.errors import CaptureError, ResponseError
 from metaopt.stn.batches import size_of

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metaopt.capture.functions import see_functions
+from metaopt.capture.applied import see_functions
 from metaopt.stn.calls import Call, Place
 from metaopt.stn.guards import guarded
 from metaopt.stn.layouts import Layout, Site
