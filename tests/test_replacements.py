@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -392,10 +392,11 @@ def test_a_normalisation_that_is_written_out(ours: Any, torchs: Any, options: di
 
 
 @pytest.mark.parametrize(("ours", "torchs", "options"), [layer for layer in _layers if layer[2].get("training", True)])
-def test_torchs_normalisations_still_have_wrong_third_derivatives(ours: Any, torchs: Any, options: Any) -> None:
-    # When this fails torch was mended, and the layer need not be written out.
+def test_torchs_normalisations_still_have_no_right_third_derivatives(ours: Any, torchs: Any, options: Any) -> None:
+    # When this fails torch was mended, and the layer need not be written out. Since 2.15 it refuses some of them.
     x = torch.randn(4, 3, 5, requires_grad=True)
-    assert not torch.autograd.gradcheck(lambda x: _penalised(torchs, x, **options), x, raise_exception=False)
+    with suppress(RuntimeError):
+        assert not torch.autograd.gradcheck(lambda x: _penalised(torchs, x, **options), x, raise_exception=False)
 
 
 @pytest.mark.parametrize("layer", ["BatchNorm1d", "InstanceNorm1d", "LayerNorm"])

@@ -63,6 +63,6 @@ ASGD = Rule(
     flags=("maximize",),
     state=("eta", "mu", "ax"),
     scalars=("eta", "mu"),
-    domain=dict.fromkeys(("lr", "weight_decay"), NONNEGATIVE),
+    domain=dict.fromkeys(("lr", "lambd", "alpha", "weight_decay"), NONNEGATIVE),
     refuse=refuse,
 )
