@@ -1,8 +1,8 @@
 """Loops that differentiate their own gradients (a gradient penalty), so that the sweep takes third derivatives.
 
 torch's of the normalisation layers are wrong: the backward of their backward takes the mean and the variance that were
-saved for constants (torch 2.13, seen against finite differences; 2.15 refuses batch norm's). Such loops are replayed with the layers written out,
-which costs a few more operations.
+saved for constants (torch 2.13, seen against finite differences; 2.15 refuses that of batch norm). Such loops are
+replayed with the layers written out, which costs a few more operations.
 """
 
 from __future__ import annotations
