@@ -106,6 +106,15 @@ MUTANTS = [
         ("tests/test_real_time.py", "appears_later"),
     ),
     Mutant(
+        "trust-the-push",
+        "tangents are not compared with what reverse mode says",
+        "modes/transposes.py",
+        "    return not bool(wrong.any())\n",
+        "    return True\n",
+        ("tests/test_real_time.py", "no_derivative_in_torch"),
+        unverified=False,
+    ),
+    Mutant(
         "sum-of-directions",
         "the estimates along random directions are summed, and not averaged",
         "modes/columns.py",

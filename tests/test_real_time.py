@@ -726,6 +726,36 @@ def test_what_forward_mode_drops_in_silence_is_pushed_by_the_transpose() -> None
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_a_gradient_that_has_no_derivative_in_torch_is_an_error() -> None:
+    """Forward mode pushes through the gradient by the hyperparameter; that by a sparse matrix has no graph."""
+    x, y, x_val, y_val = data()
+    index = torch.stack([torch.arange(24) // 2, torch.arange(24) % 12])
+
+    def train(mode: Any, edges: Tensor) -> tuple[Any, nn.Module]:
+        model = mlp(5, 4, 3)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=0.3)
+        with mode(optimizer) as run:
+            for _ in range(3):
+                optimizer.zero_grad()
+                adjacency = torch.sparse_coo_tensor(index, edges, (12, 12))
+                F.cross_entropy(torch.sparse.mm(adjacency, model(x)), y).backward()
+                optimizer.step()
+        return run, model
+
+    with pytest.raises(metaopt.SweepError, match=r"(?s)forward mode can't differentiate.*sparse.*metaopt\.record"):
+        train(metaopt.stream, torch.rand(24).requires_grad_())
+
+    def value(edges: Tensor) -> Tensor:
+        return F.cross_entropy(train(nullcontext, edges)[1](x_val), y_val).detach()
+
+    edges = torch.rand(24).requires_grad_()
+    run, model = train(metaopt.record, edges)
+    along = run.hypergradient(F.cross_entropy(model(x_val), y_val), wrt=edges)[0].sum()
+    moved = [value(edges.detach() + step) for step in (1e-5, -1e-5)]
+    torch.testing.assert_close(along, (moved[0] - moved[1]) / 2e-5, rtol=1e-6, atol=0)
+
+
 def test_a_tangent_that_overflows_is_named_with_its_step() -> None:
     """An unstable equilibrium: the weight stays at 0 while its derivative grows a hundredfold a step."""
     weight, tilt = nn.Parameter(torch.zeros(1)), torch.tensor(0.0, requires_grad=True)

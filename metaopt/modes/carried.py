@@ -50,6 +50,7 @@ class Carried:
         self._columns = columns
         self._compiled = compiled
         self._chunk = chunk
+        self._verifies = loop.verifier.which != "never"
         self._discount = discount
         self._recent: deque[tuple[Segment, Tangents, bool]] = deque()
         self._lost: set[int] = set()
@@ -150,7 +151,7 @@ class Carried:
         try:
             # The loop may look for anomalies of its own; a way to push that is tried and given up is none.
             with torch.autograd.set_detect_anomaly(False):
-                return push_forward(segment, keys, tangents, self._columns, self._chunk)
+                return push_forward(segment, keys, tangents, self._columns, self._chunk, verify=self._verifies)
         except RuntimeError as error:
             raise retold(error, self._loop.steps) from error
 
