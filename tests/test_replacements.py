@@ -514,6 +514,43 @@ def test_powers_and_deviations(torchs: Callable[..., Any], options: dict[str, An
     assert bool(torch.autograd.grad(gradients[0].sum(), x)[0].isfinite().all())
 
 
+_STEEP: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+    (Tensor.sqrt, {}),
+    (Tensor.pow, {"exponent": 0.5}),
+    (Tensor.pow, {"exponent": 0.3}),
+    (torch.special.entr, {}),
+]
+
+
+@pytest.mark.parametrize(("torchs", "options"), _STEEP)
+def test_roots_of_zero(torchs: Callable[..., Any], options: dict[str, Any]) -> None:
+    """As torch's, with its infinite gradient at zero; where something selects that away, the derivative there is 0."""
+    x, ours = torch.rand(4, 3, requires_grad=True), replacements.REPLACEMENTS[torchs]
+    assert torch.autograd.gradgradcheck(lambda x: ours(x, **options), x)
+    rows = torch.where(torch.tensor([[True], [False], [True], [False]]), x, 0.0)
+    results = [func(rows, **options) * x.sum() for func in (ours, torchs)]  # on which the gradient at zero depends
+    torch.testing.assert_close(*results)
+    for at in (rows, x):
+        gradients = [torch.autograd.grad(result.sum(), at, create_graph=True)[0] for result in results]
+        torch.testing.assert_close(*gradients)
+        assert bool(gradients[0].isfinite().all()) == (at is x)
+    (second,) = torch.autograd.grad(gradients[0].sum(), x)
+    assert bool(second.isfinite().all())
+
+
+def test_logarithms_of_zero() -> None:
+    """``p log p`` of a probability that something selects away."""
+    x, kept = torch.rand(4, requires_grad=True), torch.tensor([True, False, True, False])
+    ours = replacements.REPLACEMENTS[torch.xlogy]
+    assert torch.autograd.gradgradcheck(lambda x: ours(x, 2 * x) + ours(x, 0.5) + ours(torch.ones(4), x), x)
+    for pair in (lambda p: (p, p), lambda p: (p, x), lambda p: (torch.zeros(4), x), lambda p: (torch.zeros(4), p)):
+        values = [func(*pair(torch.where(kept, x, 0.0))) * x.sum() for func in (ours, torch.xlogy)]
+        torch.testing.assert_close(*values)
+        gradients = [torch.autograd.grad(value.sum(), x, create_graph=True)[0] for value in values]
+        torch.testing.assert_close(*gradients)
+        assert bool(torch.autograd.grad(gradients[0].sum(), x)[0].isfinite().all())
+
+
 def test_a_hypotenuse_of_zero() -> None:
     x = torch.tensor([3.0, 0.0], requires_grad=True)
     (gradient,) = torch.autograd.grad(replacements.REPLACEMENTS[torch.hypot](x, x * 2).sum(), x, create_graph=True)
