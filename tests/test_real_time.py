@@ -726,6 +726,34 @@ def test_what_forward_mode_drops_in_silence_is_pushed_by_the_transpose() -> None
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize(
+    "mode", [metaopt.record, partial(metaopt.record, keep="graphs"), metaopt.stream, metaopt.implicit]
+)
+@pytest.mark.parametrize("function", [False, True])
+@pytest.mark.parametrize("aside", [torch.no_grad, torch.inference_mode])
+def test_a_hypergradient_is_had_where_nothing_requires_grad(mode: Any, function: bool, aside: Any) -> None:
+    """It was 0 under ``inference_mode``, or lacked all but the last step."""
+    x, y, x_val, y_val = data()
+
+    def hypergradient(context: Any) -> Tensor:
+        model, rate = mlp(5, 6, 3), torch.tensor(0.3, requires_grad=True)
+        decay = torch.tensor(1.0, requires_grad=True)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=rate, weight_decay=decay)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", metaopt.MetaoptWarning)  # no stationary point
+            with mode(optimizer) as run:
+                for _ in range(4):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+            outer = (lambda: F.cross_entropy(model(x_val), y_val)) if function else F.cross_entropy(model(x_val), y_val)
+            with context():
+                gradient: Tensor = run.hypergradient(outer, wrt=decay)[0]
+        return gradient
+
+    torch.testing.assert_close(hypergradient(aside), hypergradient(nullcontext), rtol=0, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_a_gradient_that_has_no_derivative_in_torch_is_an_error() -> None:
     """Forward mode pushes through the gradient by the hyperparameter; that by a sparse matrix has no graph."""

@@ -207,7 +207,7 @@ class Streaming(Run):
         Raises:
             SweepError: if ``E`` does not depend on the trained weights, or ``Z`` overflowed.
         """
-        with self._loop.paused():
+        with self._sweeping():
             accumulate(self._evaluate(outer))
 
     def hypergradient(self, outer: Objective, wrt: Named) -> tuple[Tensor, ...]:
@@ -238,7 +238,7 @@ class Streaming(Run):
                 "`metaopt.stream(optimizer, hyper=...)`, so that no tangent was carried along for it. Name it there, "
                 "or leave `hyper=` out, and all that the loop uses are found."
             )
-        with self._loop.paused():
+        with self._sweeping():
             return collect(self._evaluate(outer), wanted)
 
     def _evaluate(self, outer: Objective) -> Adjoint:
