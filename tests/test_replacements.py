@@ -538,6 +538,18 @@ def test_roots_of_zero(torchs: Callable[..., Any], options: dict[str, Any]) -> N
     assert bool(second.isfinite().all())
 
 
+@pytest.mark.parametrize("torchs", [torch.acos, torch.asin])
+def test_angles_at_their_ends(torchs: Callable[..., Any]) -> None:
+    """`acos(x.clamp(-1, 1))`, whose infinite gradient the clamp selects away."""
+    x, ours = torch.tensor([0.3, 1.2, -0.5, -1.2], requires_grad=True), replacements.REPLACEMENTS[torchs]
+    assert torch.autograd.gradgradcheck(lambda x: ours(x.clamp(-1, 1)) * x.cos(), x)
+    results = [func(x.clamp(-1, 1)) * x.sum() for func in (ours, torchs)]
+    torch.testing.assert_close(*results)
+    gradients = [torch.autograd.grad(result.sum(), x, create_graph=True)[0] for result in results]
+    torch.testing.assert_close(*gradients)
+    assert bool(torch.autograd.grad(gradients[0].sum(), x)[0].isfinite().all())
+
+
 def test_logarithms_of_zero() -> None:
     """``p log p`` of a probability that something selects away."""
     x, kept = torch.rand(4, requires_grad=True), torch.tensor([True, False, True, False])

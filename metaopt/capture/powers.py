@@ -10,7 +10,20 @@ where x is negative, ``torch.where``). What is selected away is a constant, and 
 
 from __future__ import annotations
 
-__all__ = ["POWERS", "deviation", "deviation_mean", "entr", "float_power", "hypot", "power", "renorm", "sqrt", "xlogy"]
+__all__ = [
+    "POWERS",
+    "acos",
+    "asin",
+    "deviation",
+    "deviation_mean",
+    "entr",
+    "float_power",
+    "hypot",
+    "power",
+    "renorm",
+    "sqrt",
+    "xlogy",
+]
 
 from collections.abc import Callable
 from typing import Any
@@ -67,6 +80,20 @@ def xlogy(x: Number, y: Number) -> Tensor:
     return torch.where(zero, steep, torch.xlogy(first, torch.where(zero, 1.0, second)))
 
 
+def acos(input: Tensor) -> Tensor:  # noqa: A002 (torch's name for it)
+    """``torch.acos``, infinitely steep at 1 and -1."""
+    ends = input.abs() == 1
+    steep = _steep(input, ends, -float("inf")) + torch.acos(input.detach())
+    return torch.where(ends, steep, torch.acos(torch.where(ends, 0.0, input)))
+
+
+def asin(input: Tensor) -> Tensor:  # noqa: A002 (torch's name for it)
+    """``torch.asin``, likewise."""
+    ends = input.abs() == 1
+    steep = _steep(input, ends, float("inf")) + torch.asin(input.detach())
+    return torch.where(ends, steep, torch.asin(torch.where(ends, 0.0, input)))
+
+
 def power(x: Number, exponent: Number) -> Tensor:
     """``x ** exponent``: with an exponent above 1 that is not whole, all derivatives are 0 at zero."""
     if not isinstance(x, Tensor):
@@ -120,6 +147,8 @@ POWERS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((torch.float_power, Tensor.float_power), float_power),
     **dict.fromkeys((torch.sqrt, Tensor.sqrt), sqrt),
     torch.special.entr: entr,
+    **dict.fromkeys((torch.acos, Tensor.acos, torch.arccos, Tensor.arccos), acos),
+    **dict.fromkeys((torch.asin, Tensor.asin, torch.arcsin, Tensor.arcsin), asin),
     **dict.fromkeys((torch.xlogy, Tensor.xlogy, torch.special.xlogy), xlogy),
     **dict.fromkeys((torch.hypot, Tensor.hypot), hypot),
     **dict.fromkeys((torch.std, Tensor.std), deviation),
