@@ -104,11 +104,14 @@ def power(x: Number, exponent: Number) -> Tensor:
     if isinstance(exponent, Tensor):
         if not exponent.is_floating_point():
             return torch.pow(x, exponent)
-        zero = (x == 0) & (exponent > 1) & (exponent != exponent.round())
-    elif isinstance(exponent, complex) or exponent <= 1 or exponent == round(exponent):
+        zero = (x == 0) & (exponent > 1)
+        # Of a power of 0 all derivatives by its exponent are 0; so are those by 0 itself, if the exponent is not whole.
+        whole = zero & (exponent == exponent.round())
+        at_zero = torch.where(whole, torch.where(whole, x, 1.0).pow(exponent.detach()), 0.0)
+        return torch.where(zero, at_zero, torch.where(zero, 1.0, x).pow(exponent))
+    if isinstance(exponent, complex) or exponent <= 1 or exponent == round(exponent):
         return torch.pow(x, exponent)
-    else:
-        zero = x == 0
+    zero = x == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, x).pow(exponent))
 
 
