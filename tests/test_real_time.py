@@ -899,6 +899,29 @@ def test_a_leaf_that_the_loop_comes_to_write_has_the_derivative_by_its_first_val
         run.backward(outer + shift)
 
 
+def test_objectives_that_the_loop_computed_some_steps_ago() -> None:
+    """In forward mode they had the hypergradient 0, in silence."""
+    x, y, x_val, y_val = data()
+    found: dict[Any, list[Tensor]] = {}
+    for mode in (metaopt.record, metaopt.stream):
+        model, rate = mlp(5, 6, 3), torch.tensor(0.3, requires_grad=True)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+        losses = []
+        with mode(optimizer) as run:
+            for _ in range(5):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                losses.append(F.cross_entropy(model(x_val), y_val))
+            last = losses[-1] + losses[-2]
+        objectives: list[Any] = [*losses[2:], last, [losses[-1], losses[-2]]]
+        found[mode] = [run.hypergradient(objective, wrt=rate)[0] for objective in objectives]
+    torch.testing.assert_close(found[metaopt.stream], found[metaopt.record], rtol=1e-9, atol=0)
+    assert all(found[metaopt.record])
+    with pytest.raises(metaopt.CaptureError, match=r"several steps ago.*metaopt\.record"):
+        run.hypergradient(losses[0], wrt=rate)
+
+
 def test_an_objective_of_an_earlier_step_and_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     x, y, x_val, y_val = data()
     gradients = []
