@@ -115,6 +115,14 @@ MUTANTS = [
         unverified=False,
     ),
     Mutant(
+        "old-graphs",
+        "the graph of an objective made of old losses is taken to end at the weights as they are",
+        "modes/within.py",
+        "    return any(moved or not b.fresh or b.epoch <= loop.stepped_at for b in bindings)\n",
+        "    return False\n",
+        ("tests/test_real_time.py", "made_of_what"),
+    ),
+    Mutant(
         "sum-of-directions",
         "the estimates along random directions are summed, and not averaged",
         "modes/columns.py",

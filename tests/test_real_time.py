@@ -922,6 +922,37 @@ def test_objectives_that_the_loop_computed_some_steps_ago() -> None:
         run.hypergradient(losses[0], wrt=rate)
 
 
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_an_objective_made_of_what_the_loop_computed(mode: Any, retain: bool, deep: bool) -> None:
+    """A mean of losses over the training: torch's errors spoke of `retain_graph`; of a linear model it was wrong."""
+    x, y, x_val, y_val = data()
+    model, rate = mlp(5, 6, 3) if deep else mlp(5, 3), torch.tensor(0.3, requires_grad=True)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    losses, outer = [], []
+    with mode(optimizer) as run:
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward(retain_graph=retain)
+            optimizer.step()
+            losses.append(loss)
+            outer.append(F.cross_entropy(model(x_val), y_val))
+        scores = model(x_val)
+        inside = losses[-1] + outer[-2] * outer[-1]
+    found = [run.hypergradient(o, wrt=rate)[0] for o in (losses[-1] + outer[-2] * outer[-1], inside)]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=0)
+    weight = next(model.parameters())
+    now = F.cross_entropy(scores, y_val) + weight.square().mean()  # the weights are as they were
+    last = F.cross_entropy(model(x_val), y_val) + weight.square().mean()
+    torch.testing.assert_close(*[run.hypergradient(o, wrt=rate)[0] for o in (now, last)], rtol=1e-9, atol=0)
+    with pytest.raises(metaopt.SweepError, match=r"before its last step.*as a list"):
+        run.hypergradient(last + losses[-1], wrt=rate)
+    both = [run.hypergradient(o, wrt=rate)[0] for o in ([last, losses[-1]], last, losses[-1])]
+    torch.testing.assert_close(both[0], both[1] + both[2], rtol=1e-9, atol=0)
+
+
 def test_an_objective_of_an_earlier_step_and_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     x, y, x_val, y_val = data()
     gradients = []
