@@ -59,6 +59,7 @@ class Loop:
         self.optimizer = self.optimizers[-1]
         self.on_segment = weakly(on_segment)
         self.steps = 0
+        self.stepped_at = -1
         self.tape = Tape(self.weights(), moving=moving)
         self.guard = WatchedWeights(self.optimizers, self.tape)
         # A wrapped optimizer's step is recorded call by call, and needs no rule.
@@ -257,6 +258,7 @@ class Loop:
                     update.after(last=optimizer is self.optimizer)
                 if optimizer is self.optimizer:
                     self.steps += 1
+                    self.stepped_at = self.tape.epoch
                     self._seal(check=True)
         finally:
             self.watcher.paused = False

@@ -1575,6 +1575,25 @@ def norms_of_zero(hyper: Hyper, context: Context) -> Trained:
 
 
 @case(lr=0.3, weights=weights(12))
+def roots_of_zero(hyper: Hyper, context: Context) -> Trained:
+    """Whose infinite gradient something selects away; and those of squared gradients, by an optimizer written out."""
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        x = x * torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])
+        logits = model(x)
+        squares = (logits.unsqueeze(0) - logits.unsqueeze(1)).square().sum(-1)
+        apart = torch.where(torch.eye(len(x), dtype=torch.bool), 0.0, squares).sqrt()
+        likely = logits.softmax(1)
+        chosen = torch.where(likely > 0.35, likely, 0.0)
+        (slopes,) = torch.autograd.grad(logits.sin().sum(), model[0].weight, retain_graph=True)
+        scaled = slopes / (slopes.square().sqrt() + 1.0)  # no `no_grad`, and a column of zeros
+        spread = torch.special.entr(chosen).mean() - torch.xlogy(chosen, chosen).sum(1).square().mean()
+        return apart.mean() + spread + (scaled * model[0].weight).mean()
+
+    return looping(hyper, context, loss)
+
+
+@case(lr=0.3, weights=weights(12))
 def complex_state(hyper: Hyper, context: Context) -> Trained:
     spectrum = [torch.zeros(3, dtype=torch.complex128)]
 

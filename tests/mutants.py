@@ -106,6 +106,23 @@ MUTANTS = [
         ("tests/test_real_time.py", "appears_later"),
     ),
     Mutant(
+        "trust-the-push",
+        "tangents are not compared with what reverse mode says",
+        "modes/transposes.py",
+        "    return not bool(wrong.any())\n",
+        "    return True\n",
+        ("tests/test_real_time.py", "no_derivative_in_torch"),
+        unverified=False,
+    ),
+    Mutant(
+        "old-graphs",
+        "the graph of an objective made of old losses is taken to end at the weights as they are",
+        "modes/within.py",
+        "    return any(moved or not b.fresh or b.epoch <= loop.stepped_at for b in bindings)\n",
+        "    return False\n",
+        ("tests/test_real_time.py", "made_of_what"),
+    ),
+    Mutant(
         "sum-of-directions",
         "the estimates along random directions are summed, and not averaged",
         "modes/columns.py",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import pickle
 import re
 import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, ClassVar
 
 import numpy
@@ -403,6 +404,41 @@ def test_an_exception_passes_through_and_everything_is_restored() -> None:
         loss(model).backward()
         optimizer.step()
     again.backward(outer(model))
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_a_generator_that_is_closed_early_did_not_fail(mode: Any) -> None:
+    """`for run in fit(): ... break` leaves the context by an exception of Python's own; what was recorded was freed."""
+    x, y, x_val, y_val = data()
+
+    def fit(model: nn.Module, rate: Tensor, steps: int, fails: bool = False) -> Generator[Any, None, None]:
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=rate)
+        behind = model[0].weight.detach().numpy()
+        with mode(optimizer) as run:
+            for _ in range(steps):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                if fails:
+                    behind += 1
+                with contextlib.suppress(metaopt.CaptureError):
+                    optimizer.step()
+                yield run
+
+    gradients = []
+    for steps in (3, 9):
+        model, rate = mlp(5, 6, 3), torch.tensor(0.3, requires_grad=True)
+        training = fit(model, rate, steps)
+        runs = list(itertools.islice(training, 3))
+        training.close()
+        gradients += runs[0].hypergradient(F.cross_entropy(model(x_val), y_val), wrt=rate)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+
+    training = fit(model, rate, 9, fails=True)
+    run = next(training)
+    with pytest.raises(metaopt.CaptureError):
+        training.close()
+    with pytest.raises(metaopt.SweepError, match="freed"):
+        run.hypergradient(F.cross_entropy(model(x_val), y_val), wrt=rate)
 
 
 def test_an_exception_inside_the_step_leaves_the_context_usable() -> None:
@@ -1058,6 +1094,31 @@ def test_a_gradient_that_a_hook_keeps_may_be_logged_and_not_used(mode: Any, raw:
     assert len(norms) == 2 + 1  # the outer objective's backward pass runs it too
     with pytest.raises(metaopt.SweepError, match=r"a gradient hook was shown.*retain_grad"):
         train(1.0)
+
+
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+@pytest.mark.parametrize("use", ["reads", "writes"])
+def test_a_view_of_what_was_turned_in_place_is_refused(mode: Any, use: str) -> None:
+    """It was said that the loss depended on something hidden. A view that nobody uses again is no matter."""
+    x, y, *_ = data()
+    model = mlp(5, 6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    told = r"another shape in place.*Write `x = x\.t\(\)`"
+
+    def loss(again: bool) -> Tensor:
+        logits = model(x) + 0.0
+        part = logits[:, :2]
+        start = part.sum()
+        logits.t_()
+        if again and use == "writes":
+            part.mul_(2.0)
+        return F.cross_entropy(logits.t(), y) + (part.sum() if again else start)
+
+    for again in (False, True):
+        with pytest.raises(metaopt.CaptureError, match=told) if again else contextlib.nullcontext(), mode(optimizer):
+            optimizer.zero_grad()
+            loss(again).backward()
+            optimizer.step()
 
 
 def test_functorch_inside_the_loop_is_refused() -> None:

@@ -163,6 +163,43 @@ def test_a_data_set_is_counted_once(batch: str) -> None:
     assert found.forecast(16) == memory(16).total
 
 
+def test_leaves_that_the_loop_makes_are_counted() -> None:
+    """Those that are made out of sight look like hyperparameters, and were left out."""
+    x, model = torch.randn(12, 4), nn.Linear(4, 1)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    with metaopt.record(optimizer) as run:
+        for _ in range(4):
+            noisy = nn.Parameter(x.clone())
+            (slope,) = torch.autograd.grad(model(noisy).square().mean(), noisy, create_graph=True)
+            optimizer.zero_grad()
+            slope.square().mean().backward()
+            optimizer.step()
+    assert run.memory().inputs == 4 * x.nbytes
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks", "ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+@pytest.mark.parametrize("keep", ["states", "graphs"])
+def test_sparse_matrices_are_counted(layout: str, keep: str) -> None:
+    """torch has no size of a sparse tensor in bytes: `run.memory()` and ``keep="graphs"`` ended in its error."""
+    dense = torch.eye(12)
+    matrix = dense.to_sparse() if layout == "coo" else dense.to_sparse_csr()
+    x, model = torch.randn(12, 4), nn.Linear(4, 1)
+    edges, index = torch.rand(12, requires_grad=True), torch.arange(12).expand(2, 12)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    with metaopt.record(optimizer, keep=keep) as run:
+        for _ in range(4):
+            optimizer.zero_grad()
+            smoothed = torch.sparse.mm(matrix, model(x))
+            torch.sparse.mm(torch.sparse_coo_tensor(index, edges, (12, 12)), smoothed).square().mean().backward()
+            optimizer.step()
+    indices = 2 * 12 if layout == "coo" else 13 + 12
+    assert run.memory().inputs == x.nbytes + index.untyped_storage().nbytes() + 8 * indices + 8 * 12
+    assert (run.memory().values > 0) == (keep == "graphs")
+    run.backward(model(x).square().mean())
+    assert edges.grad is not None
+
+
 @pytest.mark.parametrize("steps", [2, 5, 10])
 def test_a_forecast_of_a_truncated_recording_counts_the_last_steps(steps: int) -> None:
     """It grew with the steps, as if all of them were kept."""

@@ -726,6 +726,64 @@ def test_what_forward_mode_drops_in_silence_is_pushed_by_the_transpose() -> None
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize(
+    "mode", [metaopt.record, partial(metaopt.record, keep="graphs"), metaopt.stream, metaopt.implicit]
+)
+@pytest.mark.parametrize("function", [False, True])
+@pytest.mark.parametrize("aside", [torch.no_grad, torch.inference_mode])
+def test_a_hypergradient_is_had_where_nothing_requires_grad(mode: Any, function: bool, aside: Any) -> None:
+    """It was 0 under ``inference_mode``, or lacked all but the last step."""
+    x, y, x_val, y_val = data()
+
+    def hypergradient(context: Any) -> Tensor:
+        model, rate = mlp(5, 6, 3), torch.tensor(0.3, requires_grad=True)
+        decay = torch.tensor(1.0, requires_grad=True)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=rate, weight_decay=decay)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", metaopt.MetaoptWarning)  # no stationary point
+            with mode(optimizer) as run:
+                for _ in range(4):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+            outer = (lambda: F.cross_entropy(model(x_val), y_val)) if function else F.cross_entropy(model(x_val), y_val)
+            with context():
+                gradient: Tensor = run.hypergradient(outer, wrt=decay)[0]
+        return gradient
+
+    torch.testing.assert_close(hypergradient(aside), hypergradient(nullcontext), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_a_gradient_that_has_no_derivative_in_torch_is_an_error() -> None:
+    """Forward mode pushes through the gradient by the hyperparameter; that by a sparse matrix has no graph."""
+    x, y, x_val, y_val = data()
+    index = torch.stack([torch.arange(24) // 2, torch.arange(24) % 12])
+
+    def train(mode: Any, edges: Tensor) -> tuple[Any, nn.Module]:
+        model = mlp(5, 4, 3)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=0.3)
+        with mode(optimizer) as run:
+            for _ in range(3):
+                optimizer.zero_grad()
+                adjacency = torch.sparse_coo_tensor(index, edges, (12, 12))
+                F.cross_entropy(torch.sparse.mm(adjacency, model(x)), y).backward()
+                optimizer.step()
+        return run, model
+
+    with pytest.raises(metaopt.SweepError, match=r"(?s)forward mode can't differentiate.*sparse.*metaopt\.record"):
+        train(metaopt.stream, torch.rand(24).requires_grad_())
+
+    def value(edges: Tensor) -> Tensor:
+        return F.cross_entropy(train(nullcontext, edges)[1](x_val), y_val).detach()
+
+    edges = torch.rand(24).requires_grad_()
+    run, model = train(metaopt.record, edges)
+    along = run.hypergradient(F.cross_entropy(model(x_val), y_val), wrt=edges)[0].sum()
+    moved = [value(edges.detach() + step) for step in (1e-5, -1e-5)]
+    torch.testing.assert_close(along, (moved[0] - moved[1]) / 2e-5, rtol=1e-6, atol=0)
+
+
 def test_a_tangent_that_overflows_is_named_with_its_step() -> None:
     """An unstable equilibrium: the weight stays at 0 while its derivative grows a hundredfold a step."""
     weight, tilt = nn.Parameter(torch.zeros(1)), torch.tensor(0.0, requires_grad=True)
@@ -839,6 +897,60 @@ def test_a_leaf_that_the_loop_comes_to_write_has_the_derivative_by_its_first_val
     run, outer = weighted(metaopt.record, move, weight)
     with pytest.warns(metaopt.UnusedHyperparameterWarning, match=r"a leaf of shape \(6,\) was written inside"):
         run.backward(outer + shift)
+
+
+def test_objectives_that_the_loop_computed_some_steps_ago() -> None:
+    """In forward mode they had the hypergradient 0, in silence."""
+    x, y, x_val, y_val = data()
+    found: dict[Any, list[Tensor]] = {}
+    for mode in (metaopt.record, metaopt.stream):
+        model, rate = mlp(5, 6, 3), torch.tensor(0.3, requires_grad=True)
+        optimizer = metaopt.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+        losses = []
+        with mode(optimizer) as run:
+            for _ in range(5):
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                losses.append(F.cross_entropy(model(x_val), y_val))
+            last = losses[-1] + losses[-2]
+        objectives: list[Any] = [*losses[2:], last, [losses[-1], losses[-2]]]
+        found[mode] = [run.hypergradient(objective, wrt=rate)[0] for objective in objectives]
+    torch.testing.assert_close(found[metaopt.stream], found[metaopt.record], rtol=1e-9, atol=0)
+    assert all(found[metaopt.record])
+    with pytest.raises(metaopt.CaptureError, match=r"several steps ago.*metaopt\.record"):
+        run.hypergradient(losses[0], wrt=rate)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
+def test_an_objective_made_of_what_the_loop_computed(mode: Any, retain: bool, deep: bool) -> None:
+    """A mean of losses over the training: torch's errors spoke of `retain_graph`; of a linear model it was wrong."""
+    x, y, x_val, y_val = data()
+    model, rate = mlp(5, 6, 3) if deep else mlp(5, 3), torch.tensor(0.3, requires_grad=True)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    losses, outer = [], []
+    with mode(optimizer) as run:
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward(retain_graph=retain)
+            optimizer.step()
+            losses.append(loss)
+            outer.append(F.cross_entropy(model(x_val), y_val))
+        scores = model(x_val)
+        inside = losses[-1] + outer[-2] * outer[-1]
+    found = [run.hypergradient(o, wrt=rate)[0] for o in (losses[-1] + outer[-2] * outer[-1], inside)]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=0)
+    weight = next(model.parameters())
+    now = F.cross_entropy(scores, y_val) + weight.square().mean()  # the weights are as they were
+    last = F.cross_entropy(model(x_val), y_val) + weight.square().mean()
+    torch.testing.assert_close(*[run.hypergradient(o, wrt=rate)[0] for o in (now, last)], rtol=1e-9, atol=0)
+    with pytest.raises(metaopt.SweepError, match=r"before its last step.*as a list"):
+        run.hypergradient(last + losses[-1], wrt=rate)
+    both = [run.hypergradient(o, wrt=rate)[0] for o in ([last, losses[-1]], last, losses[-1])]
+    torch.testing.assert_close(both[0], both[1] + both[2], rtol=1e-9, atol=0)
 
 
 def test_an_objective_of_an_earlier_step_and_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:

@@ -515,6 +515,114 @@ def test_powers_and_deviations(torchs: Callable[..., Any], options: dict[str, An
     assert bool(torch.autograd.grad(gradients[0].sum(), x)[0].isfinite().all())
 
 
+_STEEP: list[tuple[Callable[..., Any], dict[str, Any]]] = [
+    (Tensor.sqrt, {}),
+    (Tensor.pow, {"exponent": 0.5}),
+    (Tensor.pow, {"exponent": 0.3}),
+    (torch.special.entr, {}),
+]
+
+
+@pytest.mark.parametrize(("torchs", "options"), _STEEP)
+def test_roots_of_zero(torchs: Callable[..., Any], options: dict[str, Any]) -> None:
+    """As torch's, with its infinite gradient at zero; where something selects that away, the derivative there is 0."""
+    x, ours = torch.rand(4, 3, requires_grad=True), replacements.REPLACEMENTS[torchs]
+    assert torch.autograd.gradgradcheck(lambda x: ours(x, **options), x)
+    rows = torch.where(torch.tensor([[True], [False], [True], [False]]), x, 0.0)
+    results = [func(rows, **options) * x.sum() for func in (ours, torchs)]  # on which the gradient at zero depends
+    torch.testing.assert_close(*results)
+    for at in (rows, x):
+        gradients = [torch.autograd.grad(result.sum(), at, create_graph=True)[0] for result in results]
+        torch.testing.assert_close(*gradients)
+        assert bool(gradients[0].isfinite().all()) == (at is x)
+    (second,) = torch.autograd.grad(gradients[0].sum(), x)
+    assert bool(second.isfinite().all())
+
+
+_NASTY: list[tuple[Any, list[float], dict[str, Any]]] = [
+    (F.hardsigmoid, [-4.0, -1.0, 2.0, 5.0], {}),
+    (F.mish, [-2.0, 0.3, 39.0, 120.0, 800.0], {}),
+    (torch.sinc, [0.0, 0.3, -1.5], {}),
+    (torch.logit, [-0.2, 0.0, 0.3, 0.9, 1.0], {"eps": 0.2}),
+    (torch.logaddexp, [-900.0, -1.0, 0.5, 900.0], {"other": [0.2]}),
+    (torch.logaddexp2, [-2000.0, -1.0, 0.5, 2000.0], {"other": [0.2]}),
+    (Tensor.pow, [0.0, 0.3], {"exponent": [2.0, 1.7]}),
+]
+
+
+@pytest.mark.parametrize(("torchs", "at", "options"), _NASTY)
+def test_where_torchs_second_derivative_is_no_number(torchs: Any, at: list[float], options: dict[str, Any]) -> None:
+    x, ours = torch.tensor(at).requires_grad_(), replacements.REPLACEMENTS[torchs]
+    tensors = {name: torch.tensor(given).requires_grad_() for name, given in options.items() if type(given) is list}
+    leaves = [x, *tensors.values()]
+    results = [func(x, **{**options, **tensors}) * x.sum().sin() for func in (ours, torchs)]
+    torch.testing.assert_close(*results)
+    gradients = [torch.autograd.grad(result.sum(), leaves, create_graph=True) for result in results]
+    torch.testing.assert_close(*gradients)
+    second = torch.autograd.grad(torch.cat([g.flatten() for g in gradients[0]]).sum(), leaves)
+    assert all(bool(g.isfinite().all()) for g in second)
+    away = torch.tensor([0.9 * value for value in at if value]).requires_grad_()
+    if torchs is not Tensor.pow:
+        assert torch.autograd.gradgradcheck(lambda x: ours(x, **{**options, **tensors}), away)
+
+
+def test_the_curvature_of_a_power_of_zero() -> None:
+    x, exponent = torch.zeros((), requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    ours = replacements.REPLACEMENTS[Tensor.pow]
+    (slope,) = torch.autograd.grad(ours(x, exponent), x, create_graph=True)
+    assert [g.item() for g in torch.autograd.grad(slope, (x, exponent))] == [2.0, 0.0]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_binary_cross_entropy_near_certainty(reduction: str, weighted: bool) -> None:
+    """torch's second derivative is not that of its gradient there."""
+    ours = replacements.REPLACEMENTS[F.binary_cross_entropy]
+    z = torch.tensor([-31.0, -27.0, -2.0, 0.5, 3.0, 27.0]).requires_grad_()
+    target = torch.tensor([1.0, 0.4, 0.0, 1.0, 0.3, 0.0]).requires_grad_()
+    weight = torch.rand(6) if weighted else None
+
+    def loss(func: Any, z: Tensor, target: Tensor) -> Tensor:
+        found: Tensor = func(torch.sigmoid(z), target, weight, reduction=reduction).sum()
+        return found
+
+    torch.testing.assert_close(loss(ours, z, target), loss(F.binary_cross_entropy, z, target))
+    gradients = [
+        torch.autograd.grad(loss(func, z, target), (z, target), create_graph=True)
+        for func in (ours, F.binary_cross_entropy)
+    ]
+    torch.testing.assert_close(*gradients)
+    second = torch.autograd.grad(gradients[0][0].sum(), z)[0]
+    step = 1e-5
+    ends = [torch.autograd.grad(loss(F.binary_cross_entropy, z + s, target), z)[0] for s in (step, -step)]
+    torch.testing.assert_close(second, (ends[0] - ends[1]) / (2 * step), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("torchs", [torch.acos, torch.asin])
+def test_angles_at_their_ends(torchs: Callable[..., Any]) -> None:
+    """`acos(x.clamp(-1, 1))`, whose infinite gradient the clamp selects away."""
+    x, ours = torch.tensor([0.3, 1.2, -0.5, -1.2], requires_grad=True), replacements.REPLACEMENTS[torchs]
+    assert torch.autograd.gradgradcheck(lambda x: ours(x.clamp(-1, 1)) * x.cos(), x)
+    results = [func(x.clamp(-1, 1)) * x.sum() for func in (ours, torchs)]
+    torch.testing.assert_close(*results)
+    gradients = [torch.autograd.grad(result.sum(), x, create_graph=True)[0] for result in results]
+    torch.testing.assert_close(*gradients)
+    assert bool(torch.autograd.grad(gradients[0].sum(), x)[0].isfinite().all())
+
+
+def test_logarithms_of_zero() -> None:
+    """``p log p`` of a probability that something selects away."""
+    x, kept = torch.rand(4, requires_grad=True), torch.tensor([True, False, True, False])
+    ours = replacements.REPLACEMENTS[torch.xlogy]
+    assert torch.autograd.gradgradcheck(lambda x: ours(x, 2 * x) + ours(x, 0.5) + ours(torch.ones(4), x), x)
+    for pair in (lambda p: (p, p), lambda p: (p, x), lambda p: (torch.zeros(4), x), lambda p: (torch.zeros(4), p)):
+        values = [func(*pair(torch.where(kept, x, 0.0))) * x.sum() for func in (ours, torch.xlogy)]
+        torch.testing.assert_close(*values)
+        gradients = [torch.autograd.grad(value.sum(), x, create_graph=True)[0] for value in values]
+        torch.testing.assert_close(*gradients)
+        assert bool(torch.autograd.grad(gradients[0].sum(), x)[0].isfinite().all())
+
+
 def test_a_hypotenuse_of_zero() -> None:
     x = torch.tensor([3.0, 0.0], requires_grad=True)
     (gradient,) = torch.autograd.grad(replacements.REPLACEMENTS[torch.hypot](x, x * 2).sum(), x, create_graph=True)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from metaopt.capture.cells import Cell, version_of
+from metaopt.errors import CaptureError
 
 Geometry = tuple[torch.Size, tuple[int, ...], int, torch.dtype, bool]
 
@@ -129,6 +130,16 @@ class Binding:
         """This view is a view of what it was."""
         before = copy.copy(self)
         self.base, self.base_value, self.via = before, -1, via
+
+    def recipe(self) -> View:
+        """How this view is made of its base; raise if that was given another shape in place since."""
+        if self.via is None:
+            raise CaptureError(
+                "a view of a tensor was used after the tensor itself was given another shape in place (`x.t_()`, "
+                "`x.unsqueeze_(0)`), which can't be followed. Write `x = x.t()`: what the view was made of stays as it "
+                "is."
+            )
+        return self.via
 
     @property
     def root(self) -> Binding:

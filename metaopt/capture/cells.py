@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["LOST", "Cell", "Cells", "Copy", "Kept", "Lost", "version_of", "versions_of"]
+__all__ = ["LOST", "Cell", "Cells", "Copy", "Kept", "Lost", "size_of", "version_of", "versions_of"]
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -44,6 +44,17 @@ def versions_of(tensors: Iterable[Tensor]) -> list[int]:
         return [version_of(tensor) for tensor in tensors]
 
 
+def size_of(tensor: Tensor) -> int:
+    """The bytes of a tensor, those of a sparse one's indices included; torch has no ``nbytes`` for these."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices().nbytes + tensor._values().nbytes
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices().nbytes + tensor.col_indices().nbytes + tensor.values().nbytes
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices().nbytes + tensor.row_indices().nbytes + tensor.values().nbytes
+    return tensor.nbytes
+
+
 class Cell:
     """The value that a tensor had when the cell was made.
 
@@ -72,7 +83,7 @@ class Cell:
     @property
     def nbytes(self) -> int:
         """The size of the value."""
-        return self._held.nbytes
+        return size_of(self._held) if isinstance(self._held, Tensor) else self._held.nbytes
 
     def commit(self, copy: Copy) -> None:
         """Copy the value, so that the tensor may be overwritten; the copy may lie on another device."""

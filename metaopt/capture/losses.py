@@ -6,6 +6,9 @@
 ``F.soft_margin_loss`` by its target. The loop may give them what it computed under ``no_grad``, which the trajectory
 depends on (classes weighted by the model's own predictions).
 
+``F.binary_cross_entropy`` divides its gradient by ``max(p (1 - p), 1e-12)``, and its second derivative by something
+else: that is wrong, by any factor, for probabilities nearer than 1e-11 to 0 or 1 (torch 2.13).
+
 ``F.cross_entropy`` and ``F.nll_loss`` with more than two dimensions: the kernel behind them refuses gradients that
 are not contiguous, which the transposed pass of forward mode has (torch 2.13: "grad_input must be contiguous").
 """
@@ -98,10 +101,23 @@ def binary_cross_entropy(
     reduction: str = "mean",
 ) -> Tensor:
     """``F.binary_cross_entropy``, times a weight that may have a derivative."""
-    if weight is None or not _moves(weight):
-        return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
-    loss = weight * F.binary_cross_entropy(input, target, reduction="none")
-    return _reduced(loss, size_average, reduce, reduction)
+    loss: Tensor = _BinaryCrossEntropy.apply(input, target)
+    return _reduced(loss if weight is None else weight * loss, size_average, reduce, reduction)
+
+
+class _BinaryCrossEntropy(torch.autograd.Function):
+    """That of each entry, with torch's gradient, in operations that have its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, target: Tensor) -> Tensor:
+        ctx.save_for_backward(p, target)
+        return F.binary_cross_entropy(p, target, reduction="none")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        p, target = ctx.saved_tensors
+        by_p = gradient * (p - target) / (p * (1 - p)).clamp_min(1e-12) if ctx.needs_input_grad[0] else None
+        return by_p, gradient * (torch.log1p(-p) - p.log()) if ctx.needs_input_grad[1] else None
 
 
 def binary_cross_entropy_with_logits(

@@ -3,11 +3,27 @@
 ``|x| ** 1.5`` has the gradient 0 at ``x = 0``, and so has, in torch, the standard deviation of equal numbers; the
 derivative of that gradient is not a number. What is exactly zero is so because it always is (a mask, a dead unit,
 padding), so that 0 is the derivative of the training there, as for `norms`.
+
+A root has an infinite gradient at 0, which a training survives where something behind it selects (``x.relu().sqrt()``
+where x is negative, ``torch.where``). What is selected away is a constant, and so has the replay's gradient there.
 """
 
 from __future__ import annotations
 
-__all__ = ["POWERS", "deviation", "deviation_mean", "float_power", "hypot", "power", "renorm"]
+__all__ = [
+    "POWERS",
+    "acos",
+    "asin",
+    "deviation",
+    "deviation_mean",
+    "entr",
+    "float_power",
+    "hypot",
+    "power",
+    "renorm",
+    "sqrt",
+    "xlogy",
+]
 
 from collections.abc import Callable
 from typing import Any
@@ -20,18 +36,82 @@ from metaopt.capture.norms import root, vector_norm
 Number = Tensor | float
 
 
+class _Steep(torch.autograd.Function):
+    """Zeros with an infinite slope, or none, in some places; the gradient there is a constant, and 0 elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor, slope: float) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.slope = slope
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        return torch.where(places, gradient.detach() * ctx.slope, 0.0), None, None
+
+
+def _steep(x: Tensor, places: Tensor, slope: float) -> Tensor:
+    steep: Tensor = _Steep.apply(x, places, slope)
+    return steep
+
+
+def sqrt(input: Tensor) -> Tensor:  # noqa: A002 (torch's name for it)
+    """``torch.sqrt``."""
+    if not input.is_floating_point():
+        return torch.sqrt(input)
+    zero = input == 0
+    return torch.where(zero, _steep(input, zero, float("inf")), torch.where(zero, 1.0, input).sqrt())
+
+
+def entr(input: Tensor) -> Tensor:  # noqa: A002 (torch's name for it)
+    """``torch.special.entr``, ``-x log x``."""
+    zero = input == 0
+    return torch.where(zero, _steep(input, zero, float("inf")), torch.special.entr(torch.where(zero, 1.0, input)))
+
+
+def xlogy(x: Number, y: Number) -> Tensor:
+    """``torch.xlogy``, ``x log y``."""
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
+        return torch.xlogy(x, y)  # type: ignore[arg-type]  # which takes numbers too
+    first, second = torch.broadcast_tensors(x, y)
+    zero = (first == 0) & (second == 0)
+    steep = _steep(first, zero, -float("inf")) + _steep(second, zero, float("nan"))
+    return torch.where(zero, steep, torch.xlogy(first, torch.where(zero, 1.0, second)))
+
+
+def acos(input: Tensor) -> Tensor:  # noqa: A002 (torch's name for it)
+    """``torch.acos``, infinitely steep at 1 and -1."""
+    ends = input.abs() == 1
+    steep = _steep(input, ends, -float("inf")) + torch.acos(input.detach())
+    return torch.where(ends, steep, torch.acos(torch.where(ends, 0.0, input)))
+
+
+def asin(input: Tensor) -> Tensor:  # noqa: A002 (torch's name for it)
+    """``torch.asin``, likewise."""
+    ends = input.abs() == 1
+    steep = _steep(input, ends, float("inf")) + torch.asin(input.detach())
+    return torch.where(ends, steep, torch.asin(torch.where(ends, 0.0, input)))
+
+
 def power(x: Number, exponent: Number) -> Tensor:
     """``x ** exponent``: with an exponent above 1 that is not whole, all derivatives are 0 at zero."""
     if not isinstance(x, Tensor):
         return torch.pow(x, exponent)  # type: ignore[arg-type]  # which takes numbers too
+    if not isinstance(exponent, (Tensor, complex)) and 0 < exponent < 1 and x.is_floating_point():
+        zero = x == 0
+        return torch.where(zero, _steep(x, zero, float("inf")), torch.where(zero, 1.0, x).pow(exponent))
     if isinstance(exponent, Tensor):
         if not exponent.is_floating_point():
             return torch.pow(x, exponent)
-        zero = (x == 0) & (exponent > 1) & (exponent != exponent.round())
-    elif isinstance(exponent, complex) or exponent <= 1 or exponent == round(exponent):
+        zero = (x == 0) & (exponent > 1)
+        # Of a power of 0 all derivatives by its exponent are 0; so are those by 0 itself, if the exponent is not whole.
+        whole = zero & (exponent == exponent.round())
+        at_zero = torch.where(whole, torch.where(whole, x, 1.0).pow(exponent.detach()), 0.0)
+        return torch.where(zero, at_zero, torch.where(zero, 1.0, x).pow(exponent))
+    if isinstance(exponent, complex) or exponent <= 1 or exponent == round(exponent):
         return torch.pow(x, exponent)
-    else:
-        zero = x == 0
+    zero = x == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, x).pow(exponent))
 
 
@@ -68,6 +148,11 @@ def renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:  # noqa
 POWERS: dict[Callable[..., Any], Callable[..., Any]] = {
     **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), power),
     **dict.fromkeys((torch.float_power, Tensor.float_power), float_power),
+    **dict.fromkeys((torch.sqrt, Tensor.sqrt), sqrt),
+    torch.special.entr: entr,
+    **dict.fromkeys((torch.acos, Tensor.acos, torch.arccos, Tensor.arccos), acos),
+    **dict.fromkeys((torch.asin, Tensor.asin, torch.arcsin, Tensor.arcsin), asin),
+    **dict.fromkeys((torch.xlogy, Tensor.xlogy, torch.special.xlogy), xlogy),
     **dict.fromkeys((torch.hypot, Tensor.hypot), hypot),
     **dict.fromkeys((torch.std, Tensor.std), deviation),
     torch.std_mean: deviation_mean,

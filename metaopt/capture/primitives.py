@@ -11,6 +11,7 @@ __all__ = [
     "Phase",
     "assign",
     "flatten",
+    "has_graph",
     "hooked",
     "inner_gradient",
     "leaf",
@@ -135,6 +136,11 @@ def inner_gradient(
 def pick(result: Any, place: int) -> Any:
     """One tensor of a nested result."""
     return flatten([result])[place]
+
+
+def has_graph(arguments: Sequence[Any]) -> bool:
+    """Whether the loop's own gradients pass a call with these arguments."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in flatten(arguments))
 
 
 def flatten(arguments: Iterable[Any], found: list[Tensor] | None = None) -> list[Tensor]:

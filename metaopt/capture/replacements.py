@@ -23,7 +23,7 @@ version counters, and whose backward leaves in the gradient of what is overwritt
 ``Tensor.view`` needs the memory that the loop's kernels laid out; those of the replay (attention with a second
 derivative) may lay it out otherwise.
 
-Norms and distances: see `norms`; powers and deviations: see `powers`; losses: see `losses`.
+Norms and distances: see `norms`; powers, roots and deviations: see `powers`; losses: see `losses`; others: `curved`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metaopt.capture.curved import CURVED
 from metaopt.capture.losses import LOSSES
 from metaopt.capture.norms import NORMS
 from metaopt.capture.powers import POWERS
@@ -214,4 +215,5 @@ REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
     **NORMS,
     **POWERS,
     **LOSSES,
+    **CURVED,
 }

@@ -131,9 +131,14 @@ class Segment:
         """The memory of what it computed on the way."""
         return sum(cell.nbytes for cell in self.known.values())
 
-    def held(self) -> list[Tensor]:
-        """The loop's own tensors that it keeps alive: batches, mostly."""
-        return [cell.tensor for cell in self.constants]
+    def held(self) -> list[tuple[Tensor, int, bool]]:
+        """The tensors that it keeps alive, with their bytes: the loop's own, batches mostly, and what requires grad.
+
+        The last entry says whether a tensor is a constant. One that requires grad is a hyperparameter, which is there
+        anyway, or something that the loop made of it, or to take gradients at.
+        """
+        leaves = [external.cell for external in self.externals]
+        return [(c.tensor, c.nbytes, True) for c in self.constants] + [(c.tensor, c.nbytes, False) for c in leaves]
 
     def drop_values(self) -> None:
         """Give up what it computed on the way."""

@@ -160,8 +160,7 @@ class Tape(Following):
         value = self.read_binding(base)
         if view.epoch == self.epoch and view.base_value == value:
             return
-        via = view.via
-        assert via is not None
+        via = view.recipe()
         if not via.stopped:
             view.inner = max(view.inner, base.inner)
         number = self.make_view(via, self.iteration.stopped(value) if via.stopped and base.inner else value)

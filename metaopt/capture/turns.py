@@ -26,7 +26,11 @@ def turn(watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwar
     tape, tensor = watcher.tape, args[0]
     binding = tape.find(tensor)
     if binding is None or binding.base is None:
-        return watcher.call(func, args, kwargs)
+        result = watcher.call(func, args, kwargs)
+        for view in tape.living() if binding is not None else ():
+            if view.base is binding:
+                view.via = None  # it is one of what this tensor was
+        return result
     tape.read_binding(binding, tensor)
     tape.before_write(tensor)
     result = func(*args, **kwargs)

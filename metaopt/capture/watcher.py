@@ -21,7 +21,7 @@ from metaopt.capture.functions import apply_function
 from metaopt.capture.hooks import observed
 from metaopt.capture.notices import Notices, name_of
 from metaopt.capture.overwrites import OVERWRITES, last_written
-from metaopt.capture.primitives import flatten
+from metaopt.capture.primitives import flatten, has_graph
 from metaopt.capture.replacements import REPLACEMENTS
 from metaopt.capture.steps import ROOTS, in_step
 from metaopt.capture.surroundings import generators, surroundings
@@ -232,7 +232,7 @@ class Watcher(TorchFunctionMode):
             replaced = in_step(func, args, kwargs)
             if replaced is not None:
                 return replaced
-        if func in ROOTS and not torch.is_grad_enabled() and self.tape.are_of_state(args[:1]):
+        if func in ROOTS and not has_graph(args[:1]) and self.tape.are_of_state(args[:1]):
             return ROOTS[func]  # an optimizer that the loop has written out
         if func in OVERWRITES and not kwargs and len(args) > 2:
             sources = flatten(args)

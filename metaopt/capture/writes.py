@@ -280,8 +280,7 @@ def _clone(tape: Tape, root: Binding, stopped: bool) -> int:
 def _view_of_clone(tape: Tape, binding: Binding, clone: int) -> int:
     if binding.base is None:
         return clone
-    via = binding.via
-    assert via is not None
+    via = binding.recipe()
     if via.func is stop:  # detach and data are the same memory
         return _view_of_clone(tape, binding.base, clone)
     return tape.make_view(via, _view_of_clone(tape, binding.base, clone))

@@ -41,32 +41,39 @@ def grid(steps: int) -> tuple[int, int]:
     return math.ceil(steps / stride), stride if stride > 1 else 0
 
 
-def inputs_of(held: Sequence[Iterable[Tensor]]) -> tuple[int, int]:
+def inputs_of(held: Sequence[Iterable[tuple[Tensor, int, bool]]]) -> tuple[int, int]:
     """The memory of the tensors that each step holds, and of those among them which more steps will not add to.
 
-    What early and late steps share (a full batch, a data set of which batches are slices) is there once.
+    What early and late steps share (a full batch, a data set of which batches are slices) is there once; what they
+    share and is no constant is a hyperparameter, and not counted.
+
+    Args:
+        held: for each step its tensors, with their bytes and whether they are constants.
     """
     memories: dict[int, _Held] = {}
     for place, tensors in enumerate(held):
-        for tensor in tensors:
+        for tensor, size, constant in tensors:
             strided = tensor.layout is torch.strided
             storage = tensor.untyped_storage() if strided else None
             known = memories.setdefault(id(tensor) if storage is None else storage._cdata, _Held({}, set()))
             part = (tensor.storage_offset(), tensor.shape, tensor.stride()) if strided else None
-            known.parts[part] = tensor.nbytes
-            known.size = tensor.nbytes if storage is None else storage.nbytes()
+            known.parts[part] = size
+            known.size = size if storage is None else storage.nbytes()
             known.halves.add(2 * place >= len(held))
-    sizes = [(min(known.size, sum(known.parts.values())), len(known.halves) == 2) for known in memories.values()]
+            known.constant |= constant
+    counted = [known for known in memories.values() if known.constant or len(known.halves) == 1 < len(held)]
+    sizes = [(min(known.size, sum(known.parts.values())), len(known.halves) == 2) for known in counted]
     return sum(size for size, _ in sizes), sum(size for size, lasts in sizes if lasts)
 
 
 @dataclass
 class _Held:
-    """A memory that steps hold: the parts of it, its size, and whether early and late steps do."""
+    """A memory that steps hold: the parts of it, its size, whether early and late steps do, if it holds a constant."""
 
     parts: dict[Any, int]
     halves: set[bool]
     size: int = 0
+    constant: bool = False
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,11 @@ class Adjoint:
         for key, grad in pulled.external.items():
             _add(self.external, key, grad)
 
+    def join(self, part: Adjoint) -> None:
+        """Add what the hyperparameters got from a part of the objective."""
+        for key, grad in part.external.items():
+            _add(self.external, key, grad)
+
     def _refuse_opaque(self, adjoint: Mapping[int, Tensor]) -> None:
         known = self.loop.tape.opaque
         for key in known.keys() & adjoint.keys() if known else ():

@@ -10,16 +10,16 @@ from __future__ import annotations
 __all__ = ["Carried"]
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from metaopt.capture.segment import Segment
 from metaopt.errors import CaptureError
-from metaopt.modes.adjoint import opaque, retold
-from metaopt.modes.columns import Columns
-from metaopt.modes.pullback import places_of
+from metaopt.modes.adjoint import Adjoint, opaque, retold
+from metaopt.modes.columns import Columns, coordinates
+from metaopt.modes.pullback import PullBack, places_of
 from metaopt.modes.survivors import moves, worth_keeping
 from metaopt.modes.tangents import push_forward
 from metaopt.step import Loop
@@ -50,6 +50,7 @@ class Carried:
         self._columns = columns
         self._compiled = compiled
         self._chunk = chunk
+        self._verifies = loop.verifier.which != "never"
         self._discount = discount
         self._recent: deque[tuple[Segment, Tangents, bool]] = deque()
         self._lost: set[int] = set()
@@ -67,10 +68,25 @@ class Carried:
         self._still |= self._lost
         self._lost.clear()
 
-    def back(self) -> Iterator[tuple[Segment, Tangents]]:
-        """The last iterations, the last one first, each with the tangents that it began with."""
-        for segment, tangents, _ in reversed(self._recent):
-            yield segment, tangents
+    def products(self, adjoint: Adjoint) -> list[Tensor]:
+        """``α Z`` along all columns, for each tensor; what has no tangent is pulled back to where it was computed.
+
+        Raises:
+            CaptureError: if that was longer ago than iterations are kept.
+        """
+        found, pending = _products(adjoint.carried, self.tangents)
+        for segment, before, _ in reversed(self._recent):
+            part = Adjoint(self._loop)
+            part.carried = {key: pending.pop(key) for key in list(pending) if key in segment.outputs}
+            part.pull_back(PullBack(), segment, self._loop.steps)
+            adjoint.join(part)
+            more, pulled = _products(part.carried, before)
+            found += more
+            for key, alpha in pulled.items():
+                pending[key] = pending[key] + alpha if key in pending else alpha
+        if any(key in self._lost for key in pending):
+            raise _lost(next(alpha for key, alpha in pending.items() if key in self._lost))
+        return found
 
     def widen(self, count: int) -> None:
         """There are so many columns now: those of new hyperparameters are zero."""
@@ -86,11 +102,7 @@ class Carried:
             if key in self.tangents or key in self._still:
                 continue
             if key in self._lost:
-                raise CaptureError(
-                    f"a tensor of shape {tuple(cell.tensor.shape)} that was computed several steps ago, and not read "
-                    "since, is used again; its tangent was not kept, as it is a number or there are many such. "
-                    "Compute it again, use it in the step after the one that computes it, or take `metaopt.record`."
-                )
+                raise _lost(cell.tensor)
             for earlier, tangents, _ in reversed(self._recent):
                 if key in earlier.outputs:
                     found = self._push(earlier, [key], tangents, {})
@@ -150,7 +162,7 @@ class Carried:
         try:
             # The loop may look for anomalies of its own; a way to push that is tried and given up is none.
             with torch.autograd.set_detect_anomaly(False):
-                return push_forward(segment, keys, tangents, self._columns, self._chunk)
+                return push_forward(segment, keys, tangents, self._columns, self._chunk, verify=self._verifies)
         except RuntimeError as error:
             raise retold(error, self._loop.steps) from error
 
@@ -172,6 +184,24 @@ class Carried:
             for binding in tape.living()
             if binding.buffer or id(tensor := binding.ref()) in tape.trained or id(tensor) in states
         }
+
+
+def _products(carried: Tangents, tangents: Tangents) -> tuple[list[Tensor], Tangents]:
+    """``α Z`` of what has a tangent, and the adjoints of what has none."""
+    found = [
+        (coordinates(tangents[key]) @ coordinates(alpha.to(tangents[key].dtype).unsqueeze(0))[0]).double()
+        for key, alpha in carried.items()
+        if key in tangents
+    ]
+    return found, {key: alpha for key, alpha in carried.items() if key not in tangents}
+
+
+def _lost(tensor: Tensor) -> CaptureError:
+    return CaptureError(
+        f"a tensor of shape {tuple(tensor.shape)} that was computed several steps ago, and not read since, is used "
+        "again; its tangent was not kept, as it is a number or there are many such. Compute it again, use it in the "
+        "step after the one that computes it, or take `metaopt.record`."
+    )
 
 
 def _widened(tangent: Tensor, count: int) -> Tensor:

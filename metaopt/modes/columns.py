@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Columns", "Directions", "coordinates"]
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metaopt.capture.bindings import leaves_of
+from metaopt.capture.segment import Segment
 from metaopt.errors import StaleError
 from metaopt.modes.passes import reverse_pass
 
@@ -59,6 +60,11 @@ class Columns:
             derivative = _derivative(external, leaf)
             whole[start : start + len(derivative)] = derivative
         return whole[rows]
+
+    def moving(self, segment: Segment, tangents: Mapping[int, Tensor]) -> tuple[bool, ...]:
+        """Which of the values that an iteration reads have a tangent: of the state, then of the hyperparameters."""
+        carried = [key in tangents for key, _ in segment.inputs]
+        return (*carried, *(bool(self._known(external.tensor)) for external in segment.externals))
 
     def gradients(self, along: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The gradient of each leaf, from the derivatives along all columns."""

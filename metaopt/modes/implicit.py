@@ -90,7 +90,7 @@ class Implicit(Run):
         Raises:
             SweepError: if the series does not converge.
         """
-        with self._loop.paused():
+        with self._sweeping():
             accumulate(self._solved(outer))
 
     def hypergradient(self, outer: Objective, wrt: Named) -> tuple[Tensor, ...]:
@@ -112,7 +112,7 @@ class Implicit(Run):
                 "`wrt` has a trained weight, but a stationary point does not depend on the initial weights. Use "
                 "`metaopt.record` for a training that ends before."
             )
-        with self._loop.paused():
+        with self._sweeping():
             return collect(self._solved(outer), wanted)
 
     def _solved(self, outer: Objective) -> Adjoint:

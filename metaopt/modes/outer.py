@@ -17,6 +17,7 @@ from metaopt.capture.externals import led_error
 from metaopt.errors import HeldConstantWarning, MetaoptWarning, StaleError, SweepError, warn
 from metaopt.modes.adjoint import Adjoint
 from metaopt.modes.statistics import statistics_gradients
+from metaopt.modes.within import computed_inside
 from metaopt.step import Loop
 
 Objective = Tensor | Callable[[], Tensor] | Sequence[Any]
@@ -67,6 +68,12 @@ def _differentiate(outer: Tensor, adjoint: Adjoint) -> None:
             "objective's graph does not reach it. Compute the objective with the weights unfrozen, or pass a "
             "function: `run.backward(lambda: loss(model(x), y))`."
         )
+    inside = computed_inside(outer, loop)
+    if inside:
+        grads = torch.autograd.grad(outer, [tensor for _, tensor in inside], retain_graph=True)
+        for (at, _), grad in zip(inside, grads, strict=True):
+            adjoint.add(at.key, grad)
+        return
     followed = [leaf for leaf in leaves if tape.find(leaf) is not None]
     with _unhooked(outer, leaves):
         statistics = statistics_gradients(outer, tape)

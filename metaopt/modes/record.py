@@ -153,7 +153,7 @@ class Recording(Run):
             SweepError: if ``E`` does not depend on the trained weights, if nothing was recorded, or if it was freed.
             StaleError: if weights, inputs or hyperparameters changed since they were recorded.
         """
-        with self._loop.paused():
+        with self._sweeping():
             adjoint = self._adjoint(outer)
             self._sweep(adjoint, None, retain)
             accumulate(adjoint)
@@ -175,7 +175,7 @@ class Recording(Run):
             StaleError: as for `backward`.
         """
         wanted = self._wanted(wrt)
-        with self._loop.paused():
+        with self._sweeping():
             adjoint = self._adjoint(outer)
             self._sweep(adjoint, wanted, retain)
             return collect(adjoint, wanted)
@@ -200,7 +200,7 @@ class Recording(Run):
             raise SweepError(
                 "the Jacobian is that of several objectives: give a list of them, or ask for `run.hypergradient`."
             )
-        with self._loop.paused():
+        with self._sweeping():
             adjoint = Adjoint.stack([self._adjoint(outer) for outer in outers])
             self._sweep(adjoint, wanted, retain)
             return collect(adjoint, wanted)

@@ -5,10 +5,12 @@ from __future__ import annotations
 __all__ = ["Run", "Watchable"]
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import NoReturn, Self, SupportsIndex, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -64,11 +66,18 @@ class Run(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open = False
-        self._loop.close(failed=kind is not None)
-        assert self._start is not None
-        self._start.close()
-        if kind is not None:
-            self._free()
+        # A generator whose caller has seen enough (`for step in fit(): ... break`) did not fail.
+        failed = kind is not None and kind is not GeneratorExit
+        try:
+            self._loop.close(failed=failed)
+        except BaseException:
+            failed = True
+            raise
+        finally:
+            assert self._start is not None
+            self._start.close()
+            if failed:
+                self._free()
 
     def _free(self) -> None:
         self._forget()
@@ -115,6 +124,13 @@ class Run(ABC):
             f"{type(self).__name__}({names}, {state}: {self.steps} steps, "
             f"{count} program{'s' if count != 1 else ''}, {len(self.hyperparameters)} hyperparameters)"
         )
+
+    @contextmanager
+    def _sweeping(self) -> Iterator[None]:
+        """While hypergradients are computed: nothing is recorded, and ``inference_mode`` rests."""
+        inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+        with self._loop.paused(), inference:
+            yield
 
     # -- the outer objective -----------------------------------------------------------------------------------------
 

@@ -20,12 +20,11 @@ from metaopt.errors import MetaoptWarning, SweepError, warn, whole
 from metaopt.hyperparameters import name_of
 from metaopt.modes.adjoint import Adjoint
 from metaopt.modes.carried import Carried
-from metaopt.modes.columns import Columns, Directions, coordinates
+from metaopt.modes.columns import Columns, Directions
 from metaopt.modes.compiled import CompiledPush
 from metaopt.modes.hypergradients import accumulate, collect, made_inside
 from metaopt.modes.named import Named, leaves_of_named, tensors_of
 from metaopt.modes.outer import Objective
-from metaopt.modes.pullback import PullBack
 from metaopt.modes.resuming import Saved, load, save
 from metaopt.modes.run import Run, Watchable
 
@@ -207,7 +206,7 @@ class Streaming(Run):
         Raises:
             SweepError: if ``E`` does not depend on the trained weights, or ``Z`` overflowed.
         """
-        with self._loop.paused():
+        with self._sweeping():
             accumulate(self._evaluate(outer))
 
     def hypergradient(self, outer: Objective, wrt: Named) -> tuple[Tensor, ...]:
@@ -238,23 +237,13 @@ class Streaming(Run):
                 "`metaopt.stream(optimizer, hyper=...)`, so that no tangent was carried along for it. Name it there, "
                 "or leave `hyper=` out, and all that the loop uses are found."
             )
-        with self._loop.paused():
+        with self._sweeping():
             return collect(self._evaluate(outer), wanted)
 
     def _evaluate(self, outer: Objective) -> Adjoint:
         adjoint = self._adjoint(outer)
         adjoint.check_value()
-        tangents = self._carried.tangents
-        for segment, before in self._carried.back():
-            if all(key in tangents or key not in segment.outputs for key in adjoint.carried):
-                break
-            adjoint.pull_back(PullBack(), segment, self._loop.steps)
-            tangents = before
-        parts = [
-            (coordinates(tangents[key]) @ coordinates(alpha.to(tangents[key].dtype).unsqueeze(0))[0]).double()
-            for key, alpha in adjoint.carried.items()
-            if key in tangents
-        ]
+        parts = self._carried.products(adjoint)
         if parts:
             along = torch.stack(parts).sum(0)
             adjoint.direct += self._columns.gradients(along)

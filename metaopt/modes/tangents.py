@@ -13,7 +13,7 @@ __all__ = ["push_forward", "transposed"]
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -22,8 +22,11 @@ from torch.autograd import forward_ad
 from metaopt.capture.program import Program
 from metaopt.capture.segment import Replay, Segment
 from metaopt.capture.split import Split
+from metaopt.errors import SweepError
 from metaopt.modes.columns import Columns
 from metaopt.modes.passes import reverse_pass
+from metaopt.modes.pullback import places_of
+from metaopt.modes.transposes import transposes
 
 # From tangents of the sources (each with its columns first) to those of the outputs.
 Push = Callable[[Sequence[Tensor | None]], list[Tensor | None]]
@@ -31,9 +34,21 @@ Push = Callable[[Sequence[Tensor | None]], list[Tensor | None]]
 # Whether forward-mode AD pushes tangents through a program's update rightly, by which of its values have one.
 _forward_is_right: weakref.WeakKeyDictionary[Program, dict[tuple[bool, ...], bool]] = weakref.WeakKeyDictionary()
 
+# Which pushes were compared with the pull of adjoints (which outputs, and what had a tangent), and whether the program
+# may be cut at its gradients.
+_cut_is_right: weakref.WeakKeyDictionary[Program, dict[tuple[tuple[int, ...], tuple[bool, ...]], bool]] = (
+    weakref.WeakKeyDictionary()
+)
+
 
 def push_forward(
-    segment: Segment, keys: list[int], tangents: dict[int, Tensor], columns: Columns, chunk: int | None
+    segment: Segment,
+    keys: list[int],
+    tangents: dict[int, Tensor],
+    columns: Columns,
+    chunk: int | None,
+    *,
+    verify: bool = True,
 ) -> dict[int, Tensor]:
     """``Z`` of some outputs of an iteration, from ``Z`` of its inputs and the hyperparameters' own columns.
 
@@ -43,9 +58,40 @@ def push_forward(
         tangents: ``Z`` before it, by key; what is missing has none.
         columns: the layout of ``Z``.
         chunk: how many columns at once.
+        verify: compare the first of a kind with the pull of adjoints.
+
+    Raises:
+        SweepError: if no way to push is its transpose.
     """
-    split = segment.program.split(tuple(segment.outputs[key] for key in keys))
-    push = _whole(segment, keys, tangents, columns) if split is None else _split(segment, split, tangents, columns)
+    split = segment.program.split(places_of(segment, keys))
+    known = _cut_is_right.setdefault(segment.program, {})
+    case = places_of(segment, keys), columns.moving(segment, tangents)
+    if not verify or case in known:
+        cut = split if known.get(case, True) else None
+        return _push(segment, cut, keys, tangents, columns, chunk)
+    for cut in (split, None) if split is not None else (None,):
+        push = partial(_push, cut=cut, keys=keys, tangents=tangents, columns=columns, chunk=chunk)
+        found = push(segment)
+        if transposes(segment, keys, tangents, columns, found, push):
+            known[case] = cut is not None
+            return found
+    raise SweepError(
+        "forward mode can't differentiate this step: its tangents are not what reverse mode says. The gradient of one "
+        "of its operations has no derivative in torch (that by the values of a sparse matrix has none), or a wrong "
+        "one. Take `metaopt.record`, whose derivative is compared with finite differences, or compute the same from "
+        "dense operations."
+    )
+
+
+def _push(
+    segment: Segment,
+    cut: Split | None,
+    keys: list[int],
+    tangents: dict[int, Tensor],
+    columns: Columns,
+    chunk: int | None,
+) -> dict[int, Tensor]:
+    push = _whole(segment, keys, tangents, columns) if cut is None else _split(segment, cut, tangents, columns)
     size = chunk or max(columns.count, 1)
     chunks = [slice(start, min(start + size, columns.count)) for start in range(0, columns.count, size)]
     parts = [push(rows) for rows in chunks]
