@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from metaopt.capture.stand_ins import Nature
 from metaopt.errors import ResponseError
-from metaopt.stn.calls import Call, Place
+from metaopt.stn.calls import Call, Place, placed
 from metaopt.stn.functions import Unsupported, by_value, nature_of
 from metaopt.stn.guards import CHECKPOINT, unhooked
 from metaopt.stn.instances import LARGEST, Instances, apply
@@ -113,6 +113,8 @@ class Pass(TorchFunctionMode):
 
     def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = self.rules.get(func)
+        if rule is not None and kwargs and len(args) < 2:
+            args, kwargs = placed(args, kwargs)
         if not self.marks:
             return self.plain(func, args, kwargs) if rule is None else rule(self, func, *args, **kwargs)
         # What was computed from parameters; they themselves may have a rule here.
