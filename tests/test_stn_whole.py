@@ -137,3 +137,67 @@ def test_a_state_between_batches_moves_as_in_plain_training(method: str) -> None
         assert [tuner.train_step(x) for x in batches] == losses
     assert tuned.model.calls == 3
     torch.testing.assert_close(tuned.model.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+class Buffered(nn.Module):
+    """A state that is a buffer: written in place, a new tensor each time, or none at first."""
+
+    state: Tensor | None
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.layer, self.other, self.way = nn.Linear(3, 3), nn.Linear(3, 3), way
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("state", None if way == "none" else torch.zeros(3))
+        self.seen: list[list[Tensor | None]] = [[]]
+
+    def forward(self, x: Tensor, *, first: bool = True) -> Tensor:
+        y: Tensor = (self.layer if first else self.other)(torch.tanh(self.norm(x)))
+        state = self.state
+        self.seen[0].append(None if state is None else state.clone())
+        if state is not None:
+            y = y + state
+        if self.training and self.way == "written" and state is not None:
+            state.mul_(0.5).add_(x.mean(0))
+        elif self.training:
+            self.state = x.mean(0) + (0 if state is None else 0.5 * state)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("way", ["written", "new", "none"])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_both_steps_start_from_the_same_buffers(way: str, method: str) -> None:
+    """The response's step began from what the weights' step had left."""
+    torch.manual_seed(0)
+    model, state = Buffered(way), None
+    tuned = problem(lambda: model, method, bind={})
+    with train(tuned, lambda m, b, _: F.mse_loss(m(b), torch.ones(5, 3)), lambda m, b: m(b).square().mean()) as tuner:
+        for number in range(1, 4):
+            x = torch.randn(5, 3)
+            tuner.train_step(x)
+            for seen in model.seen[0][-1 if method == "stn" else -2 :]:
+                torch.testing.assert_close(seen, torch.zeros(3) if state is None and way != "none" else state)
+            state = x.mean(0) + (0 if state is None else 0.5 * state)
+            torch.testing.assert_close(model.state, state)
+            assert int(model.norm.num_batches_tracked or 0) == number
+            tuner.valid_step(x)
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning", "ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_a_step_that_is_done_again_moves_buffers_once(method: str) -> None:
+    """A layer that the first batches did not use takes groups, when the step is half done."""
+    model, state = Buffered("written"), torch.zeros(3)
+    tuned = problem(lambda: model, method)
+
+    def loss_of(model: Any, batch: tuple[Tensor, bool], _: Any) -> Tensor:
+        return F.mse_loss(model(batch[0], first=batch[1]), torch.ones(5, 3))
+
+    with train(tuned, loss_of, valid_loss) as tuner:
+        for number, first in enumerate([True, True, False, False], 1):
+            x = torch.randn(5, 3)
+            tuner.train_step((x, first))
+            state = 0.5 * state + x.mean(0)
+            torch.testing.assert_close(model.state, state)
+            assert int(model.norm.num_batches_tracked or 0) == number

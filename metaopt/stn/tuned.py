@@ -91,6 +91,23 @@ class Tuned(Compared):
         self.names = {entry.name for entry in self.responses.entries}
         self.warned: set[str] = set()
 
+    def __getattr__(self, name: str) -> Any:
+        """Say what to do where a loss function asks for something of the model's own.
+
+        Raises:
+            AttributeError: there is nothing of that name here.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or not hasattr(self.model, name):
+                raise
+            raise AttributeError(
+                f"{name!r} is of the original model, and its weights respond where that is called as `model(x)` alone: "
+                f"let `forward` do what `{name}` does, as by an argument. Where no weights are used, read it from the "
+                f"original, `model.model.{name}`."
+            ) from None
+
     # -- scales
 
     @property
