@@ -17,7 +17,7 @@ from metaopt.hyperparameters import Hyperparameters
 from metaopt.stn.batches import count, join, split
 from metaopt.stn.binding import Bound
 from metaopt.stn.comparing import Compared
-from metaopt.stn.engines import ENGINES
+from metaopt.stn.engines import ENGINES, Runner
 from metaopt.stn.generators import random_state, set_random_state
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.masks import masks_of
@@ -26,7 +26,7 @@ from metaopt.stn.perturbations import Coordinates, Perturbation, inverse_softplu
 from metaopt.stn.responses import Responses
 from metaopt.stn.running import Found
 from metaopt.stn.substitution import Slots
-from metaopt.stn.trees import objects
+from metaopt.stn.trees import mapped, objects
 
 # The groups into which a batch is split where a parameter can't respond per example.
 GROUPS = 8
@@ -217,13 +217,24 @@ class Tuned(Compared):
         return join(outputs, self.batch_dim)
 
     def _whole(self, at: Perturbation, z: Tensor, values: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
-        """One run of the model, or several until one engine can do it."""
+        """One run of the model."""
 
         def run(point: Tensor, kind: type[Pass]) -> tuple[Any, Pass]:
             return self._run(point, kind, values, args, kwargs, response=at.response, at=at)
 
         if not at.linearised:
             return run(z, Pass)[0]
+        if torch.is_grad_enabled():
+            return self._linearised(run, z, values, args, kwargs, at)
+        # Pseudo-labels and the like, which a loss computes under `no_grad`: a constant, of the perturbed weights.
+        with torch.inference_mode(False), torch.enable_grad():
+            output = self._linearised(run, z, values, args, kwargs, at)
+        return mapped(lambda y: y.detach() if isinstance(y, Tensor) else y, output)
+
+    def _linearised(
+        self, run: Runner, z: Tensor, values: Mapping[str, Tensor], args: Any, kwargs: Any, at: Perturbation
+    ) -> Any:
+        """One run of the model, or several until one engine can do it."""
         engines = self._engines[self.model.training]
         if self.verify and self.model.training not in self._compared:
             self._compare(z, values, args, kwargs, engines)
