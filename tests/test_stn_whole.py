@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metaopt.errors import FallbackWarning
-from metaopt.stn import l2, train
+from metaopt.stn import l2, train, transform
+from tests.stn_models import at, hyperparameters
 from tests.test_stn_users import FIXED, problem
 
 
@@ -201,3 +202,36 @@ def test_a_step_that_is_done_again_moves_buffers_once(method: str) -> None:
             state = 0.5 * state + x.mean(0)
             torch.testing.assert_close(model.state, state)
             assert int(model.norm.num_batches_tracked or 0) == number
+
+
+class Masked(nn.Module):
+    """Attention with a mask that all examples have in common, and a parameter that takes groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(3, 4), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        y = self.layer(x) * self.scale[self.scale != 0]
+        scores = y @ y.transpose(1, 2)
+        return (scores if hidden is None else scores.masked_fill(hidden, -1e9)).softmax(-1) @ y
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning")
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_mask_as_long_as_the_batch_is_large_is_not_split(by_name: bool) -> None:
+    """Its rows were given to the examples, in silence."""
+    torch.manual_seed(0)
+    tuned = transform(Masked(), hyperparameters(), "centered")
+    with torch.no_grad():
+        tuned.responses.weight.normal_()
+    hidden = torch.ones(8, 8).triu(1).bool()
+    for examples in (6, 8):
+        x, z = torch.randn(examples, 8, 3), torch.randn(examples, 3)
+        tuned.fallback = {"scale": "its indices depend on its values"}
+        with tuned.perturbed(at(tuned, z, groups=examples)):
+            y = tuned(x, hidden=hidden) if by_name else tuned(x, hidden)
+        for i in range(examples):
+            changes = tuned.responses.changes(z[i])
+            weights = {n: p + changes[n] for n, p in tuned.model.named_parameters()}
+            torch.testing.assert_close(y[i : i + 1], functional_call(tuned.model, weights, (x[i : i + 1], hidden)))

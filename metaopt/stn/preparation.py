@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metaopt.errors import ResponseError
-from metaopt.stn.batches import count, join, select, split
+from metaopt.stn.batches import Shared, count, join, shared, split
 from metaopt.stn.calls import Call, Place, confirmed, follow
 from metaopt.stn.generators import other_state, random_state, same_randomness
 from metaopt.stn.layouts import Layout, NeedsGroups, Site, infer, reordered
@@ -48,12 +48,15 @@ class Prepared(Running):
     verify: bool
     names: set[str]
     mixes: bool
+    # What the model is called with beside examples.
+    shared: Shared
 
     def _prepare(self, args: Any, kwargs: Any) -> None:
         """Find out where the examples are in the model, and check that every use of a weight was seen."""
         training = self.model.training
         if training in self._layouts:
             return
+        self.shared |= shared(args, kwargs, self.batch_dim, count(args, kwargs, self.batch_dim))
         try:
             with self._unmoved(), torch.no_grad(), self._unwritten() as ran:
                 self._look(training, args, kwargs, ran)
@@ -66,6 +69,10 @@ class Prepared(Running):
             raise
         if training and self.draws is None:
             self.draws = False
+
+    def _part(self, args: Any, kwargs: Any, part: Tensor) -> tuple[Any, Any]:
+        """The arguments for some of the examples."""
+        return split(args, kwargs, part, self.batch_dim, count(args, kwargs, self.batch_dim), self.shared)
 
     @contextmanager
     def _unmoved(self) -> Iterator[None]:
@@ -142,7 +149,8 @@ class Prepared(Running):
 
     def _infer(self, args: Any, kwargs: Any, known: Found | None) -> tuple[Found, dict[Place, Call]]:
         """What is seen in this mode; and calls that were not seen in evaluation, where ``known`` was."""
-        parts = [(select(args, kwargs, n, self.batch_dim), n) for n in (2, 3)]
+        whole = count(args, kwargs, self.batch_dim)
+        parts = [(self._part(args, kwargs, torch.arange(n) % whole), n) for n in (2, 3)]
         two, three = (self._recorded(*inputs, n, Tracer) for inputs, n in parts)
         layouts = infer(two.seen, three.seen, None if known is None else known.layouts)
         calls = follow(two.noted, three.noted, (two.starts, three.starts))
@@ -158,8 +166,7 @@ class Prepared(Running):
         first = order.sort().values
         try:
             given, permuted = (
-                self._recorded(*split(args, kwargs, part, self.batch_dim, whole), len(part), Recorder).seen
-                for part in (first, order)
+                self._recorded(*self._part(args, kwargs, part), len(part), Recorder).seen for part in (first, order)
             )
         except Inseparable:
             # It insists on an order, such as sequences of falling length: then it keeps the one that it is given.
@@ -169,7 +176,7 @@ class Prepared(Running):
             # Few values that are drawn at random may be those of other examples; drawn anew they are others.
             with same_randomness(self.device):
                 torch.rand(7, device=self.device)
-                part = split(args, kwargs, first, self.batch_dim, whole)
+                part = self._part(args, kwargs, first)
                 again = self._recorded(*part, len(first), Recorder).seen
             found = {s: why for s, why in found.items() if all(map(torch.equal, given[s], again.get(s, ())))}
         return found
@@ -183,7 +190,7 @@ class Prepared(Running):
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
-            parts = [split(args, kwargs, part, self.batch_dim, whole) for part in (examples, *examples.tensor_split(2))]
+            parts = [self._part(args, kwargs, part) for part in (examples, *examples.tensor_split(2))]
             before = random_state(self.device)
             together, *halves = [self.model(*inputs, **options) for inputs, options in parts]
             drawn = moved(before, random_state(self.device))
@@ -256,11 +263,11 @@ class Prepared(Running):
         try:
             try:
                 # A model that sorts its examples does not keep this order.
-                inputs = split(args, kwargs, order, self.batch_dim, whole)
+                inputs = self._part(args, kwargs, order)
                 return self._alone(len(order), *inputs)
             except (RuntimeError, ValueError, TypeError, IndexError):
                 # It insists on one.
-                return self._alone(len(order), *split(args, kwargs, order.sort().values, self.batch_dim, whole))
+                return self._alone(len(order), *self._part(args, kwargs, order.sort().values))
         finally:
             self._layouts.pop(mode)
             if kept is not None:

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from metaopt.errors import ResponseError
 from metaopt.hyperparameters import Hyperparameters
-from metaopt.stn.batches import count, join, split
+from metaopt.stn.batches import Shared, count, join, shared
 from metaopt.stn.binding import Bound
 from metaopt.stn.comparing import Compared
 from metaopt.stn.engines import ENGINES, Runner
@@ -82,6 +82,7 @@ class Tuned(Compared):
         self.fallback: dict[str, str] = {}
         # Whether the model's output for some examples depends on others: then they are not split into groups.
         self.mixes = False
+        self.shared: Shared = frozenset()
         self.draws = None
         self.engine = engine
         self._engines = {mode: list(ENGINES) if engine == "auto" else [engine] for mode in (True, False)}
@@ -203,9 +204,9 @@ class Tuned(Compared):
             raise NeedsGroups(*next(iter(self.fallback.items())))
         if not self.fallback or at.groups in (None, 1):
             return self._whole(at, at.z, at.values, args, kwargs)
-        outputs = []
+        outputs, self.shared = [], self.shared | shared(args, kwargs, self.batch_dim, examples)
         for part in torch.arange(at.z.shape[0], device=at.z.device).tensor_split(at.groups):
-            inputs = split(args, kwargs, part, self.batch_dim, at.z.shape[0])
+            inputs = self._part(args, kwargs, part)
             values = {name: value[part] for name, value in at.values.items()}
             outputs.append(self._whole(at, at.z[part], values, *inputs))
         kinds = objects(outputs[0])
