@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from metaopt.errors import FallbackWarning
 from metaopt.stn import l2, train, transform
+from metaopt.stn.checks import groups_of
 from tests.stn_models import at, hyperparameters
 from tests.test_stn_users import FIXED, problem
 
@@ -235,3 +236,40 @@ def test_a_mask_as_long_as_the_batch_is_large_is_not_split(by_name: bool) -> Non
             changes = tuned.responses.changes(z[i])
             weights = {n: p + changes[n] for n, p in tuned.model.named_parameters()}
             torch.testing.assert_close(y[i : i + 1], functional_call(tuned.model, weights, (x[i : i + 1], hidden)))
+
+
+class Normalised(nn.Module):
+    """A batch norm that is written by hand, and a parameter that takes groups: from the start, or by another task."""
+
+    def __init__(self, late: bool, rate: float) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(3, 4), nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.randn(4), requires_grad=not late)
+        self.late, self.drop = late, nn.Dropout(rate)
+        self.register_buffer("mean", torch.zeros(4))
+        self.mean: Tensor
+
+    def forward(self, x: Tensor, first: bool = True) -> Tensor:
+        y = self.layer(x)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+            y = self.drop(y) - y.mean(0)
+        else:
+            y = y - (y.mean(0) if self.late else self.mean)
+        y = torch.tanh(y if first else self.other(y))
+        return y if self.late else y * self.scale[self.scale != 0]
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning", "ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_examples_that_see_each_other_in_training_are_not_split(late: bool, rate: float) -> None:
+    """Groups had statistics of their own, in silence."""
+    torch.manual_seed(0)
+    tuned = transform(Normalised(late, rate), hyperparameters(), "centered")
+    loss: Callable[..., Tensor] = lambda m, b, v=None: m(*b).square().mean()  # noqa: E731
+    with train(tuned, loss, loss) as tuner:
+        for first in (True, not late, not late):
+            tuner.train_step((torch.randn(6, 3), first))
+        assert (tuned.mixes, groups_of(tuned, 6)) == (True, 1)
+        tuner.valid_step((torch.randn(6, 3), not late))

@@ -81,7 +81,7 @@ class Tuned(Compared):
         self.groups, self.batch_dim, self.verify = groups, batch_dim, verify
         self.fallback: dict[str, str] = {}
         # Whether the model's output for some examples depends on others: then they are not split into groups.
-        self.mixes = False
+        self.mixes, self.looked, self.epsilon = False, False, None
         self.shared: Shared = frozenset()
         self.draws = None
         self.engine = engine
@@ -200,6 +200,7 @@ class Tuned(Compared):
                 "batch of data be one with its examples."
             )
         self._prepare(args, kwargs)
+        self._look_for_mixing(args, kwargs)
         if self.fallback and at.z.shape[0] > 1 and (at.groups is None or (self.mixes and at.groups > 1)):
             raise NeedsGroups(*next(iter(self.fallback.items())))
         if not self.fallback or at.groups in (None, 1):
