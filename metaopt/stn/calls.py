@@ -40,7 +40,7 @@ Place = tuple[str, str, int, int]
 SIZED = {"expand", "view", "reshape", "repeat", "tile", "unflatten", "broadcast_to", "repeat_interleave"}
 
 # By which names torch's functions take their first tensor, and their second.
-FIRST = ("input", "tensors"), ("other", "mat2", "tensor2")
+FIRST = ("input", "tensors", "tensor"), ("other", "mat2", "tensor2")
 
 
 @dataclass

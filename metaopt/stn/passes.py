@@ -94,6 +94,8 @@ class Pass(TorchFunctionMode):
         # Parameters of which every example has an instance.
         self.apart: set[str] = set()
         self.held: dict[int, Instances] = {}
+        # By which functions a view of a parameter came from it.
+        self.paths: dict[int, str] = {}
         self._asked: set[int] = set()
         # Whether a custom function of the model's is computing.
         self._within = False
@@ -251,7 +253,9 @@ class Pass(TorchFunctionMode):
         name, examples = active.entry.name, active.coefficients[0].shape[0]
         if examples * tensor.numel() > LARGEST:
             raise NeedsGroups(name, "it is too large to be made for each example")
-        held = Instances(name, name, self.join(tensor.expand(examples, *tensor.shape), active.changes()))
+        held = Instances(
+            name, self.paths.get(id(tensor), name), self.join(tensor.expand(examples, *tensor.shape), active.changes())
+        )
         self.used.add(name)
         self.apart.add(name)
         self.hold(tensor, held)
