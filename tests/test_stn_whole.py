@@ -149,7 +149,7 @@ class Buffered(nn.Module):
     def __init__(self, way: str) -> None:
         super().__init__()
         self.layer, self.other, self.way = nn.Linear(3, 3), nn.Linear(3, 3), way
-        self.norm = nn.BatchNorm1d(3)
+        self.norm: Any = nn.BatchNorm1d(3)
         self.register_buffer("state", None if way == "none" else torch.zeros(3))
         self.seen: list[list[Tensor | None]] = [[]]
 
@@ -273,3 +273,32 @@ def test_examples_that_see_each_other_in_training_are_not_split(late: bool, rate
             tuner.train_step((torch.randn(6, 3), first))
         assert (tuned.mixes, groups_of(tuned, 6)) == (True, 1)
         tuner.valid_step((torch.randn(6, 3), not late))
+
+
+class Averaging(Buffered):
+    """With a parameter that takes groups."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(way)
+        self.scale, self.norm = nn.Parameter(torch.randn(3)), nn.Identity()
+
+    def forward(self, x: Tensor, *, first: bool = True) -> Tensor:
+        y: Tensor = super().forward(x, first=first) * self.scale[self.scale != 0]
+        return y
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning", "ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("way", ["written", "new"])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_statistics_are_those_of_the_whole_batch(way: str, method: str) -> None:
+    """With STN each group moved them."""
+    torch.manual_seed(0)
+    model, state = Averaging(way), torch.zeros(3)
+    tuned = transform(model, hyperparameters(), method)
+    loss: Callable[..., Tensor] = lambda m, b, v=None: m(b).square().mean()  # noqa: E731
+    with train(tuned, loss, loss) as tuner:
+        for x in torch.randn(3, 6, 3):
+            tuner.train_step(x)
+            state = x.mean(0) + 0.5 * state
+            torch.testing.assert_close(model.state, state)
+    assert tuned.fallback

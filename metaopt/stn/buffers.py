@@ -31,8 +31,13 @@ class Kept:
 
     @property
     def written(self) -> bool:
-        """Whether it is another by now."""
+        """Whether it was written by now."""
         return self.buffer._version != self.version
+
+    @property
+    def moved(self) -> bool:
+        """Whether it was, or there is another in its place."""
+        return self.written or self.store.get(self.place[1]) is not self.buffer
 
 
 class Statistics:

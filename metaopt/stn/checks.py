@@ -150,8 +150,9 @@ def groups_of(tuned: Tuned, examples: int) -> int | None:
         )
     if tuned.mixes and tuned.groups > 1:
         raise ResponseError(
-            "the model's output for an example depends on the others of the batch, which groups of examples would "
-            "change; set `groups=1` in `transform`, so that the batch has one perturbation."
+            "the model's output for an example depends on the others of the batch, or the model keeps statistics of "
+            "them, which groups of examples would change; set `groups=1` in `transform`, so that the batch has one "
+            "perturbation."
         )
     return tuned.groups
 

@@ -151,7 +151,7 @@ class Tuner:
 
         with watch:
             if self.tuned.method == "stn":
-                loss: float = self._attempt(lambda: self._joint(batch), lambda: back(self.statistics.restore))
+                loss: float = self._attempt(lambda: self._joint(batch, kept), lambda: back(self.statistics.restore))
             else:
                 loss = self._weights(batch)
         self.statistics.note(kept)
@@ -213,10 +213,14 @@ class Tuner:
             loss = self._loss(self.train_loss, batch, again)
             yield again.outputs, loss
 
-    def _joint(self, batch: Any) -> float:
+    def _joint(self, batch: Any, kept: Sequence[Kept]) -> float:
         _, point, groups = self._perturb(size_of(batch, self.tuned.batch_dim))
         at = Perturbation(point, self.tuned.coordinates.values(point), groups, weights=True, response=True)
         loss = self._loss(self.train_loss, batch, at)
+        if groups not in (None, 1) and any(k.moved for k in kept):
+            # Each group moved them, by its own examples.
+            self.tuned.mixes = True
+            raise NeedsGroups(*next(iter(self.tuned.fallback.items())))
         if self.steps == 1:
             check_first(loss, at, self.weights, self.tuned.bound)
         self.optimizer.zero_grad()
