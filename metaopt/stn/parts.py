@@ -68,10 +68,9 @@ class Parted(Running):
             return False
         modes = [(module, module.training) for module in self.model.modules()]
         try:
-            with substituted(self.slots, {}, buffers=True, rates=False):
-                return self._depends(args, kwargs, examples, epsilon) or self._mixes_in_evaluation(
-                    args, kwargs, examples, epsilon
-                )
+            return self._depends(args, kwargs, examples, epsilon) or self._mixes_in_evaluation(
+                args, kwargs, examples, epsilon
+            )
         finally:
             for module, mode in modes:
                 module.training = mode
@@ -82,27 +81,28 @@ class Parted(Running):
             if isinstance(module, _BatchNorm):
                 module.eval()  # as is known of it, and matters in training alone
         half = len(examples) // 2
-        found = []
         try:
             # In their order, which a model may insist on, such as sequences of falling length.
-            for part in (examples, examples.clamp(max=half - 1)):
-                inputs, options = self._part(args, kwargs, part)
-                with same_randomness(self.device):
-                    found.append(self.model(*inputs, **options))
+            found = [self._once(args, kwargs, part)[0] for part in (examples, examples.clamp(max=half - 1))]
             first, second = ([rows(y, len(examples), i, self.batch_dim) for i in range(half)] for y in found)
             return not close(first, second, epsilon)
         except (RuntimeError, ValueError, TypeError, IndexError):
             return True  # the others matter, if it can't be run beside copies of one
 
+    def _once(self, args: Any, kwargs: Any, part: Tensor) -> tuple[Any, bool]:
+        """The output for some examples, each time from the same state; and whether random numbers were drawn."""
+        inputs, options = self._part(args, kwargs, part)
+        with self._unmoved(), substituted(self.slots, {}, buffers=True, rates=False):
+            before = random_state(self.device)
+            return self.model(*inputs, **options), moved(before, random_state(self.device))
+
     def _mixes_in_evaluation(self, args: Any, kwargs: Any, examples: Tensor, epsilon: float) -> bool:
         self.model.eval()
-        parts = [self._part(args, kwargs, part) for part in (examples, *examples.tensor_split(2))]
-        before = random_state(self.device)
-        together, *halves = [self.model(*inputs, **options) for inputs, options in parts]
-        drawn = moved(before, random_state(self.device))
+        runs = [self._once(args, kwargs, part) for part in (examples, *examples.tensor_split(2))]
+        (together, drawn), *halves = runs
         if objects(together) or any(len(shape) <= self.batch_dim for shape in shapes(together)):
             # It has no axis of examples, such as a loss; or is of a kind that can't be put together from groups.
             return True
-        joined = join(halves, self.batch_dim)
+        joined = join([half for half, _ in halves], self.batch_dim)
         # Where the model draws random numbers in evaluation, no two runs agree, and shapes must do.
         return shapes(together) != shapes(joined) or not (drawn or close(together, joined, epsilon))
