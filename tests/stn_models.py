@@ -60,6 +60,25 @@ class Bare(nn.Module):
         return y
 
 
+class Views(nn.Module):
+    """Weights that are transposed and cut to pieces, as by those who write their own layers, and where widths vary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied, self.inner, self.bias = (nn.Parameter(torch.randn(shape)) for shape in ((5, 4), (12, 4), (12,)))
+        self.conv, self.words = nn.Conv1d(1, 4, 3, bias=False), nn.Embedding(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(x @ self.tied.t()) @ self.tied
+        q, k, v = self.inner.chunk(3)
+        y = F.linear(y, q, self.bias[:4]) * F.linear(y, k, self.bias[4:8]) + y @ v.T
+        a, b = torch.split(tensor=self.inner, split_size_or_sections=[5, 7])
+        y = y + F.linear(y[:, 1:3], a[:4, 1:3]) + torch.mm(y, b.transpose(0, 1))[:, :4] + F.linear(y, self.inner[::3])
+        y = F.conv1d(y.unsqueeze(1), self.conv.weight[:2], self.bias[10:]).flatten(1)
+        word = F.embedding((x[:, :2] > 0).long(), self.words.weight[:3]).mean(1)
+        return torch.einsum("bi,io->bo", y + word, self.words.weight.t()) + y @ self.words.weight.mT[:, :5]
+
+
 class Kept(nn.Module):
     """As many entries of a parameter as are not zero: a number that could differ from example to example."""
 
@@ -449,6 +468,7 @@ CASES: dict[str, Case] = {
     ),
     "tied": Case(Tied, (B, 4), classes=7, exact=False),
     "reused": Case(Reused, (B, 4)),
+    "views": Case(Views, (B, 4), exact=False),
     "computed": Case(Computed, (B, 3)),
     "paths": Case(Paths, (B, 3)),
     "bare": Case(Bare, (B, 3), exact=False),  # a product of batches rounds as the processor likes

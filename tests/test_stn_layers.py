@@ -352,6 +352,27 @@ def hidden(x: Tensor, weight: Tensor) -> Tensor:
         return x @ weight.t()
 
 
+class Transposed(nn.Module):
+    """A layer that is written by hand, with a part of its weight and of its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(x @ self.weight.t())
+        return F.linear(x, self.weight[:4], self.bias[1:]) + F.linear(y, self.weight.T[:, :])[:, :1]
+
+
+@pytest.mark.parametrize("linearised", [False, True])
+def test_views_of_weights_are_not_made_for_each_example(linearised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transposed weight took its memory times the batch."""
+    tuned, x, z = transform(Transposed(), hyperparameters()), torch.randn(6, 3), torch.randn(6, 3)
+    monkeypatch.setattr("metaopt.stn.passes.LARGEST", 0)
+    output(tuned, x, at(tuned, z, linearised=linearised))
+    assert not tuned.fallback
+
+
 class Hidden(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, x: Tensor, weight: Tensor) -> Tensor:

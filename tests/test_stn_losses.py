@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import metaopt
 from metaopt.errors import ResponseError
 from metaopt.stn import l2, train, transform
+from tests.stn_models import hyperparameters
 from tests.test_stn_training import METHODS, data, problem, train_loss, valid_loss
 
 
@@ -150,3 +151,31 @@ def test_a_loss_that_is_linear_in_a_linearised_output_is_refused(name: str, meth
         tuner.train_step(x)
         tuner.train_step(x)
         tuner.valid_step(x)
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("stopped", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("engine", ["manual", "forward", "double"])
+def test_what_a_loss_computes_without_gradients_is_of_the_perturbed_weights(stopped: Any, engine: str) -> None:
+    """Pseudo-labels were those of w0 where the output is linearised, or had a gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    tuned = transform(model, hyperparameters(), engine=engine)
+    with torch.no_grad():
+        tuned.responses.weight.normal_()
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def loss(model: Any, batch: Tensor, values: Any = None) -> Tensor:
+        with stopped():
+            target = model(batch)
+        output = model(batch)
+        found.append((target, output))
+        return F.mse_loss(output, 1 + target.clone())
+
+    with train(tuned, loss, loss, linearize_valid=True) as tuner:
+        tuner.train_step(torch.randn(5, 3))
+        tuner.valid_step(torch.randn(5, 3))
+    assert len(found) >= 3
+    for target, output in found:
+        assert not target.requires_grad
+        torch.testing.assert_close(target, output.detach(), rtol=1e-12, atol=1e-12)

@@ -24,6 +24,7 @@ from metaopt.errors import (
     UnusedHyperparameterWarning,
 )
 from metaopt.stn import Tuned, Tuner, l2, train, transform
+from metaopt.stn.descent import _finite
 from metaopt.stn.perturbations import draw, inverse_softplus
 from tests.stn_models import CASES, at, hyperparameters, responding
 
@@ -514,3 +515,16 @@ def test_hyperparameters_of_several_entries_respond_each() -> None:
     assert tuned.coordinates.size == 3
     values = tuned.coordinates.values(torch.randn(4, 3))
     assert values.b.shape == (4, 2)
+
+
+def test_complex_parameters_say_what_to_do() -> None:
+    """They ended in errors of torch's about softplus and gradients."""
+    with pytest.raises(ResponseError, match=r"'weight' is complex.*view_as_complex"):
+        transform(nn.Linear(3, 2, dtype=torch.complex64), hyperparameters())
+
+
+def test_a_sum_that_overflows_is_finite() -> None:
+    """Many small gradients in half precision; the step was left out."""
+    large, small = torch.full((200000,), 1.0, dtype=torch.half), torch.ones(3)
+    assert _finite([large, None, small])
+    assert not _finite([large, small / 0])

@@ -13,6 +13,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
@@ -481,6 +482,60 @@ def test_a_parameter_that_is_frozen_too_late_is_said() -> None:
         next(tuned.model.parameters()).requires_grad_(False)
         with pytest.raises(ResponseError, match="frozen after the response"):
             tuner.train_step(torch.randn(6, 4))
+
+
+def unfrozen(model: Any) -> None:
+    model.b.requires_grad_(True)
+
+
+def pruned(model: Any) -> None:
+    nn.utils.prune.l1_unstructured(model.a, "weight", amount=0.3)
+
+
+def exchanged(model: Any) -> None:
+    model.a = nn.Linear(4, 4)
+
+
+def initialised(model: Any) -> None:
+    model.a.weight = nn.Parameter(torch.randn(4, 4))
+
+
+@pytest.mark.parametrize("change", [unfrozen, pruned, exchanged, initialised])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_parameters_that_come_later_are_said(change: Callable[[Any], None], method: str) -> None:
+    """They were not trained, in silence."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.drop = nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False), nn.Dropout(0.2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.drop(self.b(torch.tanh(self.a(x))))
+            return y
+
+    tuned, x = problem(Two, method), torch.randn(6, 4)
+    with train(tuned, train_loss, valid_loss) as tuner:
+        tuner.train_step(x)
+        tuner.valid_step(x)
+        change(tuned.model)
+        with pytest.raises(ResponseError, match=r"(b\.weight|a\.weight).*before `transform`"):
+            tuner.train_step(x)
+            tuner.valid_step(x)
+
+
+def test_a_method_of_the_model_says_what_to_do() -> None:
+    tuned = problem(Encoding)
+    loss, text = lambda m, b, _: m.encode(b).square().mean(), "'encode' is of the original model.*let `forward` do"
+    with train(tuned, loss, valid_loss) as tuner, pytest.raises(AttributeError, match=text):
+        tuner.train_step(torch.randn(6, 4))
+    with pytest.raises(AttributeError, match="no attribute 'decode'"):
+        tuned.decode  # noqa: B018
+
+
+class Encoding(Siamese):
+    def encode(self, x: Tensor) -> Tensor:
+        return 2 * x
 
 
 def test_sequences_with_the_time_first_are_counted_along_their_own_axis() -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import metaopt
 from metaopt.errors import ResponseError
 from metaopt.stn import transform
 from tests.stn_models import at, hyperparameters, output
@@ -88,3 +89,72 @@ def test_a_parameter_that_is_kept_elsewhere_is_an_error(way: str, method: str) -
         return
     with pytest.raises(ResponseError, match=r"uses its parameter 'encoder\.weight' by another way.*as an attribute"):
         output(tuned, torch.randn(4, 3), point)
+
+
+class Dropped(nn.Module):
+    """A dropout, and what it did to ones."""
+
+    def __init__(self, kind: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.drop, self.scale = kind(0.5), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.drop(x)
+        return y * self.scale
+
+
+@pytest.mark.filterwarnings("ignore:dropout:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (nn.Dropout, (4, 3)),
+        (nn.Dropout1d, (4, 3)),
+        (nn.Dropout2d, (4, 3)),
+        (nn.Dropout2d, (4,)),
+        (nn.Dropout2d, (4, 3, 2, 2)),
+        (nn.Dropout3d, (4, 3, 2)),
+        (nn.Dropout3d, (4, 3, 2, 2)),
+        (nn.Dropout3d, (4, 3, 2, 2, 2)),
+    ],
+)
+def test_a_bound_dropout_drops_what_torchs_own_does(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
+    """Entries or channels: `Dropout2d` of (N, C, L) dropped whole examples."""
+    torch.manual_seed(0)
+    x = torch.ones(99, *shape)
+
+    def together(y: Tensor) -> list[bool]:
+        return [bool((y == y.narrow(d, 0, 1)).all()) for d in range(y.ndim)]
+
+    hyper = metaopt.Hyperparameters(rate=metaopt.interval(0.5, 0, 0.9))
+    tuned = transform(Dropped(kind), hyper, "centered", bind={"rate": "drop"})
+    y = output(tuned, x, at(tuned, torch.zeros(99, 1)))
+    assert together(y) == together(kind(0.5)(x))
+    assert not together(y)[0]
+
+
+class ByName(nn.Module):
+    """Functions that are given their tensors by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.matrix = nn.Linear(3, 4), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(input=F.linear(input=x, weight=self.layer.weight, bias=self.layer.bias))
+        y = torch.cat(tensors=[y, torch.sum(input=y, dim=1, keepdim=True)], dim=1)
+        y = torch.mul(input=y, other=F.softmax(input=y, dim=-1))
+        y = torch.add(y, other=torch.tanh(input=F.pad(input=y, pad=(1, 0))[:, 1:]))
+        return torch.mm(input=torch.flatten(input=y, start_dim=1)[:, 1:], mat2=self.matrix).sub(other=1.0)
+
+
+@pytest.mark.parametrize("engine", ["manual", "forward", "double"])
+def test_functions_may_be_given_their_tensors_by_name(engine: str) -> None:
+    torch.manual_seed(0)
+    tuned = transform(ByName(), hyperparameters(), engine=engine)
+    with torch.no_grad():
+        tuned.responses.weight.normal_()
+    x, z, h = torch.randn(4, 3), torch.randn(4, 3), 1e-5
+    moved = [output(tuned, x, at(tuned, sign * h * z)) for sign in (1, -1)]
+    expected = tuned.model(x) + (moved[0] - moved[1]) / (2 * h)
+    torch.testing.assert_close(output(tuned, x, at(tuned, z, linearised=True)), expected, rtol=1e-7, atol=1e-8)
+    assert not tuned.fallback

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metaopt.errors import FallbackWarning
-from metaopt.stn import l2, train
+from metaopt.stn import l2, train, transform
+from metaopt.stn.checks import groups_of
+from tests.stn_models import at, hyperparameters
 from tests.test_stn_users import FIXED, problem
 
 
@@ -137,3 +139,166 @@ def test_a_state_between_batches_moves_as_in_plain_training(method: str) -> None
         assert [tuner.train_step(x) for x in batches] == losses
     assert tuned.model.calls == 3
     torch.testing.assert_close(tuned.model.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+class Buffered(nn.Module):
+    """A state that is a buffer: written in place, a new tensor each time, or none at first."""
+
+    state: Tensor | None
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.layer, self.other, self.way = nn.Linear(3, 3), nn.Linear(3, 3), way
+        self.norm: Any = nn.BatchNorm1d(3)
+        self.register_buffer("state", None if way == "none" else torch.zeros(3))
+        self.seen: list[list[Tensor | None]] = [[]]
+
+    def forward(self, x: Tensor, *, first: bool = True) -> Tensor:
+        y: Tensor = (self.layer if first else self.other)(torch.tanh(self.norm(x)))
+        state = self.state
+        self.seen[0].append(None if state is None else state.clone())
+        if state is not None:
+            y = y + state
+        if self.training and self.way == "written" and state is not None:
+            state.mul_(0.5).add_(x.mean(0))
+        elif self.training:
+            self.state = x.mean(0) + (0 if state is None else 0.5 * state)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("way", ["written", "new", "none"])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_both_steps_start_from_the_same_buffers(way: str, method: str) -> None:
+    """The response's step began from what the weights' step had left."""
+    torch.manual_seed(0)
+    model, state = Buffered(way), None
+    tuned = problem(lambda: model, method, bind={})
+    with train(tuned, lambda m, b, _: F.mse_loss(m(b), torch.ones(5, 3)), lambda m, b: m(b).square().mean()) as tuner:
+        for number in range(1, 4):
+            x = torch.randn(5, 3)
+            tuner.train_step(x)
+            for seen in model.seen[0][-1 if method == "stn" else -2 :]:
+                torch.testing.assert_close(seen, torch.zeros(3) if state is None and way != "none" else state)
+            state = x.mean(0) + (0 if state is None else 0.5 * state)
+            torch.testing.assert_close(model.state, state)
+            assert int(model.norm.num_batches_tracked or 0) == number
+            tuner.valid_step(x)
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning", "ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_a_step_that_is_done_again_moves_buffers_once(method: str) -> None:
+    """A layer that the first batches did not use takes groups, when the step is half done."""
+    model, state = Buffered("written"), torch.zeros(3)
+    tuned = problem(lambda: model, method)
+
+    def loss_of(model: Any, batch: tuple[Tensor, bool], _: Any) -> Tensor:
+        return F.mse_loss(model(batch[0], first=batch[1]), torch.ones(5, 3))
+
+    with train(tuned, loss_of, valid_loss) as tuner:
+        for number, first in enumerate([True, True, False, False], 1):
+            x = torch.randn(5, 3)
+            tuner.train_step((x, first))
+            state = 0.5 * state + x.mean(0)
+            torch.testing.assert_close(model.state, state)
+            assert int(model.norm.num_batches_tracked or 0) == number
+
+
+class Masked(nn.Module):
+    """Attention with a mask that all examples have in common, and a parameter that takes groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(3, 4), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor, hidden: Tensor | None = None) -> Tensor:
+        y = self.layer(x) * self.scale[self.scale != 0]
+        scores = y @ y.transpose(1, 2)
+        return (scores if hidden is None else scores.masked_fill(hidden, -1e9)).softmax(-1) @ y
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning")
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_mask_as_long_as_the_batch_is_large_is_not_split(by_name: bool) -> None:
+    """Its rows were given to the examples, in silence."""
+    torch.manual_seed(0)
+    tuned = transform(Masked(), hyperparameters(), "centered")
+    with torch.no_grad():
+        tuned.responses.weight.normal_()
+    hidden = torch.ones(8, 8).triu(1).bool()
+    for examples in (6, 8):
+        x, z = torch.randn(examples, 8, 3), torch.randn(examples, 3)
+        tuned.fallback = {"scale": "its indices depend on its values"}
+        with tuned.perturbed(at(tuned, z, groups=examples)):
+            y = tuned(x, hidden=hidden) if by_name else tuned(x, hidden)
+        for i in range(examples):
+            changes = tuned.responses.changes(z[i])
+            weights = {n: p + changes[n] for n, p in tuned.model.named_parameters()}
+            torch.testing.assert_close(y[i : i + 1], functional_call(tuned.model, weights, (x[i : i + 1], hidden)))
+
+
+class Normalised(nn.Module):
+    """A batch norm that is written by hand, and a parameter that takes groups: from the start, or by another task."""
+
+    def __init__(self, late: bool, rate: float) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(3, 4), nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.randn(4), requires_grad=not late)
+        self.late, self.drop = late, nn.Dropout(rate)
+        self.register_buffer("mean", torch.zeros(4))
+        self.mean: Tensor
+
+    def forward(self, x: Tensor, first: bool = True) -> Tensor:
+        y = self.layer(x)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * y.detach().mean(0)
+            y = self.drop(y) - y.mean(0)
+        else:
+            y = y - (y.mean(0) if self.late else self.mean)
+        y = torch.tanh(y if first else self.other(y))
+        return y if self.late else y * self.scale[self.scale != 0]
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning", "ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_examples_that_see_each_other_in_training_are_not_split(late: bool, rate: float) -> None:
+    """Groups had statistics of their own, in silence."""
+    torch.manual_seed(0)
+    tuned = transform(Normalised(late, rate), hyperparameters(), "centered")
+    loss: Callable[..., Tensor] = lambda m, b, v=None: m(*b).square().mean()  # noqa: E731
+    with train(tuned, loss, loss) as tuner:
+        for first in (True, not late, not late):
+            tuner.train_step((torch.randn(6, 3), first))
+        assert (tuned.mixes, groups_of(tuned, 6)) == (True, 1)
+        tuner.valid_step((torch.randn(6, 3), not late))
+
+
+class Averaging(Buffered):
+    """With a parameter that takes groups."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(way)
+        self.scale, self.norm = nn.Parameter(torch.randn(3)), nn.Identity()
+
+    def forward(self, x: Tensor, *, first: bool = True) -> Tensor:
+        y: Tensor = super().forward(x, first=first) * self.scale[self.scale != 0]
+        return y
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning", "ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("way", ["written", "new"])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_statistics_are_those_of_the_whole_batch(way: str, method: str) -> None:
+    """With STN each group moved them."""
+    torch.manual_seed(0)
+    model, state = Averaging(way), torch.zeros(3)
+    tuned = transform(model, hyperparameters(), method)
+    loss: Callable[..., Tensor] = lambda m, b, v=None: m(b).square().mean()  # noqa: E731
+    with train(tuned, loss, loss) as tuner:
+        for x in torch.randn(3, 6, 3):
+            tuner.train_step(x)
+            state = x.mean(0) + 0.5 * state
+            torch.testing.assert_close(model.state, state)
+    assert tuned.fallback

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["count", "join", "select", "size_of", "split"]
+__all__ = ["Shared", "count", "join", "shared", "size_of", "split"]
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from itertools import count as count_up
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch.utils import _pytree as pytree
 
 from metaopt.errors import ResponseError
 from metaopt.stn.trees import leaves, mapped
+
+# Arguments by their place among all, their number of axes and their type.
+Shared = Set[tuple[int, int, torch.dtype]]
 
 
 def count(args: Any, kwargs: Any, dim: int) -> int:
@@ -38,12 +42,39 @@ def count(args: Any, kwargs: Any, dim: int) -> int:
     )
 
 
-def split(args: Any, kwargs: Any, part: Tensor, dim: int, examples: int) -> tuple[Any, Any]:
-    """The arguments for some of the examples; what has no axis of examples stays whole."""
+def shared(args: Any, kwargs: Any, dim: int, examples: int) -> Shared:
+    """The arguments that all examples have in common, as a mask of attention, by place and kind."""
+    found, places = set(), count_up()
+
+    def note(leaf: Any) -> Any:
+        place = next(places)
+        if isinstance(leaf, Tensor) and leaf.ndim > dim and leaf.shape[dim] != examples:
+            found.add((place, leaf.ndim, leaf.dtype))
+        return leaf
+
+    mapped(note, (args, kwargs))
+    return found
+
+
+def split(
+    args: Any, kwargs: Any, part: Tensor, dim: int, examples: int, whole: Shared = frozenset()
+) -> tuple[Any, Any]:
+    """The arguments for some of the examples; what has no axis of examples stays whole.
+
+    Args:
+        args: the model's.
+        kwargs: the same.
+        part: the numbers of the examples.
+        dim: their axis.
+        examples: how many there are.
+        whole: what is shared, though it may be as long as the batch is large.
+    """
+    places = count_up()
 
     def take(leaf: Any) -> Any:
+        place = next(places)
         if isinstance(leaf, Tensor) and leaf.ndim > dim and leaf.shape[dim] == examples:
-            return leaf.index_select(dim, part.to(leaf.device))
+            return leaf if (place, leaf.ndim, leaf.dtype) in whole else leaf.index_select(dim, part.to(leaf.device))
         return leaf
 
     taken: tuple[Any, Any] = mapped(take, (args, kwargs))
@@ -73,12 +104,6 @@ def _joined(parts: tuple[Any, ...], dim: int) -> Any:
             "them to one length (`total_length=` of `pad_packed_sequence`), or set `groups=1` in `transform`."
         )
     return torch.cat(parts, dim)
-
-
-def select(args: Any, kwargs: Any, number: int, dim: int) -> tuple[Any, Any]:
-    """The arguments for the first few examples, again from the start where there are fewer."""
-    examples = count(args, kwargs, dim)
-    return split(args, kwargs, torch.arange(number) % examples, dim, examples)
 
 
 def size_of(batch: Any, dim: int) -> int:

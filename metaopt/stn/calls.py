@@ -16,6 +16,7 @@ __all__ = [
     "follow",
     "has_views",
     "out_of_place",
+    "placed",
     "plain_sizes",
     "written_in_place",
 ]
@@ -37,6 +38,9 @@ Place = tuple[str, str, int, int]
 
 # Functions whose numbers are sizes: of a batch of one they are smaller.
 SIZED = {"expand", "view", "reshape", "repeat", "tile", "unflatten", "broadcast_to", "repeat_interleave"}
+
+# By which names torch's functions take their first tensor, and their second.
+FIRST = ("input", "tensors", "tensor"), ("other", "mat2", "tensor2")
 
 
 @dataclass
@@ -61,6 +65,16 @@ class Call:
     inputs: tuple[Layout | None, ...]
     sizes: frozenset[int]
     outputs: tuple[Layout | None, ...]
+
+
+def placed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with the tensors in front that torch's functions also take by name, ``F.softmax(input=x, dim=-1)``."""
+    for names in FIRST[len(args) :]:
+        name = next((n for n in names if n in kwargs), None)
+        if name is None:
+            break
+        args, kwargs = (*args, kwargs[name]), {k: v for k, v in kwargs.items() if k != name}
+    return args, kwargs
 
 
 def plain_sizes(value: Any) -> Any:

@@ -6,6 +6,7 @@ __all__ = [
     "adds_up",
     "check_curvature",
     "check_first",
+    "check_trained",
     "check_validation",
     "evaluation",
     "groups_of",
@@ -21,12 +22,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import LBFGS, Optimizer
 
 from metaopt.errors import FallbackWarning, ResponseError, UnusedHyperparameterWarning, warn
 from metaopt.stn.perturbations import Perturbation
+from metaopt.stn.substitution import ANOTHER
 from metaopt.stn.tuned import GROUPS, Tuned
 
 
@@ -148,8 +150,9 @@ def groups_of(tuned: Tuned, examples: int) -> int | None:
         )
     if tuned.mixes and tuned.groups > 1:
         raise ResponseError(
-            "the model's output for an example depends on the others of the batch, which groups of examples would "
-            "change; set `groups=1` in `transform`, so that the batch has one perturbation."
+            "the model's output for an example depends on the others of the batch, or the model keeps statistics of "
+            "them, which groups of examples would change; set `groups=1` in `transform`, so that the batch has one "
+            "perturbation."
         )
     return tuned.groups
 
@@ -228,6 +231,15 @@ def check_curvature(outputs: Sequence[Tensor], loss: Tensor, moved: Iterable[tup
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
+
+
+def check_trained(model: nn.Module, weights: Iterable[Tensor]) -> None:
+    """Refuse a model that got other parameters to train, which no optimizer of the tuner has."""
+    known = {id(weight) for weight in weights}
+    new = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+    if new:
+        names = ", ".join(new)
+        raise ResponseError(f"parameters that were frozen, or not there, when training began: {names}; {ANOTHER}.")
 
 
 def check_validation(loss: Tensor, weights: Iterable[Tensor]) -> None:

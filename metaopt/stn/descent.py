@@ -63,6 +63,8 @@ class Descent:
 
 
 def _finite(tensors: list[Tensor | None]) -> bool:
-    # A sum is finite if its terms are, and one number is waited for, not one a tensor.
+    # A sum is finite if its terms are, and one number is waited for, not one a tensor; in half precision, unless it
+    # overflows.
     with torch.no_grad():
-        return math.isfinite(float(torch.stack([t.sum() for t in tensors if t is not None]).sum()))
+        sums = [t.sum(dtype=torch.float if t.dtype is torch.half else None) for t in tensors if t is not None]
+        return math.isfinite(float(torch.stack(sums).sum()))

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils import _pytree as pytree
 
-from metaopt.stn.calls import has_views, out_of_place, written_in_place
+from metaopt.stn.calls import has_views, out_of_place, placed, written_in_place
 from metaopt.stn.forward_mode import dual_level
 from metaopt.stn.functions import Call, by_value, pushed
 from metaopt.stn.layouts import NeedsGroups
@@ -46,6 +46,7 @@ class LinearisedPass(Pass):
             return func(*args, **kwargs)
         rule = self.tangent_rules.get(func)
         if rule is not None:
+            args, kwargs = placed(args, kwargs) if kwargs and len(args) < 2 else (args, kwargs)
             return rule(self, func, *args, **kwargs)
         if func in SPELT_OUT:
             with self:

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from metaopt.capture.stand_ins import Nature
 from metaopt.errors import ResponseError
-from metaopt.stn.calls import Call, Place
+from metaopt.stn.calls import Call, Place, placed
 from metaopt.stn.functions import Unsupported, by_value, nature_of
 from metaopt.stn.guards import CHECKPOINT, unhooked
 from metaopt.stn.instances import LARGEST, Instances, apply
@@ -94,6 +94,8 @@ class Pass(TorchFunctionMode):
         # Parameters of which every example has an instance.
         self.apart: set[str] = set()
         self.held: dict[int, Instances] = {}
+        # By which functions a view of a parameter came from it.
+        self.paths: dict[int, str] = {}
         self._asked: set[int] = set()
         # Whether a custom function of the model's is computing.
         self._within = False
@@ -113,6 +115,8 @@ class Pass(TorchFunctionMode):
 
     def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = self.rules.get(func)
+        if rule is not None and kwargs and len(args) < 2:
+            args, kwargs = placed(args, kwargs)
         if not self.marks:
             return self.plain(func, args, kwargs) if rule is None else rule(self, func, *args, **kwargs)
         # What was computed from parameters; they themselves may have a rule here.
@@ -249,7 +253,9 @@ class Pass(TorchFunctionMode):
         name, examples = active.entry.name, active.coefficients[0].shape[0]
         if examples * tensor.numel() > LARGEST:
             raise NeedsGroups(name, "it is too large to be made for each example")
-        held = Instances(name, name, self.join(tensor.expand(examples, *tensor.shape), active.changes()))
+        held = Instances(
+            name, self.paths.get(id(tensor), name), self.join(tensor.expand(examples, *tensor.shape), active.changes())
+        )
         self.used.add(name)
         self.apart.add(name)
         self.hold(tensor, held)

@@ -15,20 +15,17 @@ from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from metaopt.errors import ResponseError
-from metaopt.stn.batches import count, join, select, split
+from metaopt.stn.batches import count, shared
 from metaopt.stn.calls import Call, Place, confirmed, follow
-from metaopt.stn.generators import other_state, random_state, same_randomness
+from metaopt.stn.generators import same_randomness
 from metaopt.stn.layouts import Layout, NeedsGroups, Site, infer, reordered
 from metaopt.stn.orders import noted
-from metaopt.stn.outputs import close, moved, rows, shapes
+from metaopt.stn.outputs import close, rows
+from metaopt.stn.parts import MOST, Parted
 from metaopt.stn.passes import Pass
 from metaopt.stn.recorders import Recorder, Tracer
-from metaopt.stn.running import Found, Running
-from metaopt.stn.substitution import attributes, set_attributes
-from metaopt.stn.trees import objects
+from metaopt.stn.running import Found
 
-# Examples on which it is seen whether a model keeps their order.
-MOST = 16
 # Different perturbations of these examples.
 POINTS = 4
 
@@ -40,20 +37,19 @@ class Inseparable(Exception):
     """The model can't be run on a part of a batch."""
 
 
-class Prepared(Running):
+class Prepared(Parted):
     """The part of `Tuned` that looks at the model before it relies on it."""
 
     rho: Parameter
-    batch_dim: int
     verify: bool
     names: set[str]
-    mixes: bool
 
     def _prepare(self, args: Any, kwargs: Any) -> None:
         """Find out where the examples are in the model, and check that every use of a weight was seen."""
         training = self.model.training
         if training in self._layouts:
             return
+        self.shared |= shared(args, kwargs, self.batch_dim, count(args, kwargs, self.batch_dim))
         try:
             with self._unmoved(), torch.no_grad(), self._unwritten() as ran:
                 self._look(training, args, kwargs, ran)
@@ -66,20 +62,6 @@ class Prepared(Running):
             raise
         if training and self.draws is None:
             self.draws = False
-
-    @contextmanager
-    def _unmoved(self) -> Iterator[None]:
-        """Leave random generators and modules as they are."""
-        kept, drawn = attributes(self.slots.modules), other_state()
-        try:
-            with same_randomness(self.device):
-                try:
-                    yield
-                finally:
-                    if other_state() != drawn:
-                        self.draws = True
-        finally:
-            set_attributes(kept)
 
     @contextmanager
     def _unwritten(self) -> Iterator[Callable[[], None]]:
@@ -124,8 +106,8 @@ class Prepared(Running):
             module.training = mode
         self._layouts[training] = self._trained(known, args, kwargs) if training else known
         if self.verify:
-            epsilon = self._check(args, kwargs)
-            self.mixes = self.mixes or (bool(self.fallback) and self._mixes(args, kwargs, epsilon))
+            self.epsilon = self._check(args, kwargs)
+            self._look_for_mixing(args, kwargs)
 
     def _trained(self, known: Found, args: Any, kwargs: Any) -> Found:
         found, new = self._infer(args, kwargs, known)
@@ -142,7 +124,8 @@ class Prepared(Running):
 
     def _infer(self, args: Any, kwargs: Any, known: Found | None) -> tuple[Found, dict[Place, Call]]:
         """What is seen in this mode; and calls that were not seen in evaluation, where ``known`` was."""
-        parts = [(select(args, kwargs, n, self.batch_dim), n) for n in (2, 3)]
+        whole = count(args, kwargs, self.batch_dim)
+        parts = [(self._part(args, kwargs, torch.arange(n) % whole), n) for n in (2, 3)]
         two, three = (self._recorded(*inputs, n, Tracer) for inputs, n in parts)
         layouts = infer(two.seen, three.seen, None if known is None else known.layouts)
         calls = follow(two.noted, three.noted, (two.starts, three.starts))
@@ -158,8 +141,7 @@ class Prepared(Running):
         first = order.sort().values
         try:
             given, permuted = (
-                self._recorded(*split(args, kwargs, part, self.batch_dim, whole), len(part), Recorder).seen
-                for part in (first, order)
+                self._recorded(*self._part(args, kwargs, part), len(part), Recorder).seen for part in (first, order)
             )
         except Inseparable:
             # It insists on an order, such as sequences of falling length: then it keeps the one that it is given.
@@ -169,33 +151,10 @@ class Prepared(Running):
             # Few values that are drawn at random may be those of other examples; drawn anew they are others.
             with same_randomness(self.device):
                 torch.rand(7, device=self.device)
-                part = split(args, kwargs, first, self.batch_dim, whole)
+                part = self._part(args, kwargs, first)
                 again = self._recorded(*part, len(first), Recorder).seen
             found = {s: why for s, why in found.items() if all(map(torch.equal, given[s], again.get(s, ())))}
         return found
-
-    def _mixes(self, args: Any, kwargs: Any, epsilon: float) -> bool:
-        """Whether groups of examples have another output than all at once, as with negatives from the batch."""
-        whole = count(args, kwargs, self.batch_dim)
-        examples = torch.arange(min(whole, MOST))
-        if len(examples) < 2:
-            return False
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            parts = [split(args, kwargs, part, self.batch_dim, whole) for part in (examples, *examples.tensor_split(2))]
-            before = random_state(self.device)
-            together, *halves = [self.model(*inputs, **options) for inputs, options in parts]
-            drawn = moved(before, random_state(self.device))
-        finally:
-            for module, mode in modes:
-                module.training = mode
-        if objects(together) or any(len(shape) <= self.batch_dim for shape in shapes(together)):
-            # It has no axis of examples, such as a loss; or is of a kind that can't be put together from groups.
-            return True
-        joined = join(halves, self.batch_dim)
-        # Where the model draws random numbers in evaluation, no two runs agree, and shapes must do.
-        return shapes(together) != shapes(joined) or not (drawn or close(together, joined, epsilon))
 
     def _recorded(self, args: Any, kwargs: Any, examples: int, kind: type[Traced]) -> Traced:
         z = self.rho.new_zeros(examples, self.coordinates.size)
@@ -256,11 +215,11 @@ class Prepared(Running):
         try:
             try:
                 # A model that sorts its examples does not keep this order.
-                inputs = split(args, kwargs, order, self.batch_dim, whole)
+                inputs = self._part(args, kwargs, order)
                 return self._alone(len(order), *inputs)
             except (RuntimeError, ValueError, TypeError, IndexError):
                 # It insists on one.
-                return self._alone(len(order), *split(args, kwargs, order.sort().values, self.batch_dim, whole))
+                return self._alone(len(order), *self._part(args, kwargs, order.sort().values))
         finally:
             self._layouts.pop(mode)
             if kept is not None:

@@ -68,9 +68,9 @@ def _shape(func: Any, x: Tensor) -> torch.Size:
     """What has a mask of its own: every entry, or a whole channel."""
     if func is F.dropout or func is F.alpha_dropout:
         return x.shape
-    batched = (
-        func is F.feature_alpha_dropout or x.ndim == {"dropout1d": 3, "dropout2d": 4, "dropout3d": 5}[func.__name__]
-    )
+    # The first two axes are examples and channels, whatever torch's `dropout2d` is given, such as (N, C, L); the others
+    # take what has other axes than a batch for a single example.
+    batched = x.ndim == {F.dropout1d: 3, F.dropout3d: 5}.get(func, x.ndim)
     kept = 2 if batched else 1
     return torch.Size([n if d < kept else 1 for d, n in enumerate(x.shape)])
 

@@ -152,6 +152,12 @@ class Responses(nn.Module):
                 f"{', '.join(f'{d} on {v}' for d, v in sorted(kinds, key=str)) or 'none'}; convert the model with "
                 "`model.to(...)`, or unfreeze the parameters that should respond."
             )
+        if not next(iter(kinds))[0].is_floating_point:
+            name = found[0][1][0]
+            raise ResponseError(
+                f"the parameter {name!r} is complex, and responses are of real ones; let the model hold its real and "
+                "imaginary parts along a last axis, and use `torch.view_as_complex(parameter)`."
+            )
         self.entries: list[Entry] = []
         self.bases, self.mixers = nn.ParameterList(), nn.ParameterList()
         self._slots: list[tuple[int, ...]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Slots", "attributes", "rate_attribute", "set_attributes", "substituted"]
+__all__ = ["ANOTHER", "Slots", "attributes", "rate_attribute", "set_attributes", "substituted"]
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,8 +11,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from metaopt.errors import ResponseError
+from metaopt.stn.buffers import copied
 from metaopt.stn.masks import Mask
 from metaopt.stn.randomness import DROPOUTS, Rate
+
+# What to do where a model has other parameters than it had.
+ANOTHER = (
+    "to unfreeze, prune, add or replace parameters changes what is trained, and what responds, and neither follows; do "
+    "that before `transform`, or call `metaopt.stn.transform` and `metaopt.stn.train` anew after it"
+)
 
 
 class Slots:
@@ -27,10 +35,11 @@ class Slots:
     def __init__(self, model: nn.Module, bound: Mapping[str, str], masks: Sequence[Mask] = ()) -> None:
         self.masks = list(masks)
         self.parameters: dict[str, list[tuple[dict[str, Any], str]]] = {}
-        self.buffers: list[tuple[dict[str, Any], str]] = []
         # Modules, and not their `__dict__`: a copy of the model has others.
         self.rates: list[tuple[nn.Module, str, Rate]] = []
         self.modules = list(model.modules())
+        # Whole, since a buffer may be None at first, or come later.
+        self.buffers = [module._buffers for module in self.modules]
         # For which something stands in: they compute another thing once a pass is over.
         self.responding = [m for n, m in model.named_modules() if n in bound or _trained(m)]
         self.recurrent = [m for m in self.modules if isinstance(m, nn.RNNBase)]
@@ -40,7 +49,6 @@ class Slots:
                 if parameter is not None:
                     name = first.setdefault(id(parameter), f"{prefix}.{key}" if prefix else key)
                     self.parameters.setdefault(name, []).append((module._parameters, key))
-            self.buffers += [(module._buffers, key) for key, b in module._buffers.items() if b is not None]
             attribute = rate_attribute(module)
             if attribute is not None:
                 rate = Rate(getattr(module, attribute), prefix, bound.get(prefix))
@@ -49,7 +57,10 @@ class Slots:
     def parameter(self, name: str) -> Tensor:
         """The parameter of a name, as the model has it now."""
         store, key = self.parameters[name][0]
-        return store[key]
+        parameter: Tensor | None = store.get(key)
+        if parameter is None:
+            raise ResponseError(f"the model no longer has its parameter {name!r}: {ANOTHER}.")
+        return parameter
 
 
 def _trained(module: nn.Module) -> bool:
@@ -69,7 +80,9 @@ Attributes = list[tuple[dict[str, Any], list[str], list[Any]]]
 
 def attributes(modules: Sequence[nn.Module]) -> Attributes:
     """What modules keep in their attributes now, such as the state of a recurrence between two batches."""
-    return [(now, list(now), list(now.values())) for now in [module.__dict__ for module in modules]]
+    # Buffers too: one may be a new tensor each time, or none at first.
+    stores = [module.__dict__ for module in modules] + [module._buffers for module in modules if module._buffers]
+    return [(now, list(now), list(now.values())) for now in stores]
 
 
 def set_attributes(kept: Attributes) -> None:
@@ -117,8 +130,11 @@ def substituted(
             now = {id(p): module._parameters[key] for key, p in kept.items()}
             if replaced or masked:
                 put(module.__dict__, "_flat_weights", [now.get(id(w), w) for w in module._flat_weights])
-        for store, key in slots.buffers if buffers else ():
-            put(store, key, store[key].clone())
+        copies: dict[int, Tensor] = {}
+        for store in slots.buffers if buffers else ():
+            for key, buffer in store.items():
+                if buffer is not None:
+                    put(store, key, copied(buffer, copies))
         for holder, key, rate in slots.rates if rates else ():
             put(holder.__dict__, key, Rate(holder.__dict__[key], rate.module, rate.hyper))
         yield

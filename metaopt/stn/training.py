@@ -18,10 +18,12 @@ from metaopt.errors import ResponseError, whole
 from metaopt.stn.aside import Aside
 from metaopt.stn.batches import size_of
 from metaopt.stn.bounds import keep_inside
+from metaopt.stn.buffers import Kept, Statistics
 from metaopt.stn.checks import (
     adds_up,
     check_curvature,
     check_first,
+    check_trained,
     check_validation,
     evaluation,
     groups_of,
@@ -93,6 +95,7 @@ class Tuner:
         self._at_bounds: set[str] = set()
         self._accepts_values = takes_values(train_loss, valid_loss)
         self._trained = self._validated = False
+        self.statistics = Statistics(tuned.slots.modules)
         self._watched: set[int] = set()
 
     def __repr__(self) -> str:
@@ -139,17 +142,27 @@ class Tuner:
             ResponseError: if the loss is no scalar, or the batch does not fit.
         """
         self.steps += 1
-        state = self._state()
+        state, kept = self._state(), self.statistics.keep()
         watch = nullcontext() if self._trained else self._first(state)
-        if self.tuned.method == "stn":
-            with watch:
-                return self._attempt(lambda: self._joint(batch), state)
+
+        def back(then: Callable[[Sequence[Kept]], None]) -> None:
+            self._set_state(state)
+            then(kept)
+
         with watch:
-            loss = self._weights(batch)
+            if self.tuned.method == "stn":
+                loss: float = self._attempt(lambda: self._joint(batch, kept), lambda: back(self.statistics.restore))
+            else:
+                loss = self._weights(batch)
+        self.statistics.note(kept)
+        if self.tuned.method == "stn":
+            return loss
         after = self._state()
-        self._set_state(state)
-        self._attempt(lambda: self._response(batch), state)
-        self._set_state(after)
+        back(self.statistics.stand_in)
+        try:
+            self._attempt(lambda: self._response(batch), lambda: back(self.statistics.stand_in))
+        finally:
+            self._set_state(after)
         return loss
 
     def valid_step(self, batch: Any) -> float:
@@ -161,8 +174,10 @@ class Tuner:
         Returns:
             The validation loss.
         """
+        check_trained(self.tuned.model, self.weights)
         with evaluation(self.tuned):
-            loss: float = self._attempt(lambda: self._validation(batch), self._state())
+            state = self._state()
+            loss: float = self._attempt(lambda: self._validation(batch), lambda: self._set_state(state))
         return loss
 
     # -- the steps
@@ -198,10 +213,14 @@ class Tuner:
             loss = self._loss(self.train_loss, batch, again)
             yield again.outputs, loss
 
-    def _joint(self, batch: Any) -> float:
+    def _joint(self, batch: Any, kept: Sequence[Kept]) -> float:
         _, point, groups = self._perturb(size_of(batch, self.tuned.batch_dim))
         at = Perturbation(point, self.tuned.coordinates.values(point), groups, weights=True, response=True)
         loss = self._loss(self.train_loss, batch, at)
+        if groups not in (None, 1) and any(k.moved for k in kept):
+            # Each group moved them, by its own examples.
+            self.tuned.mixes = True
+            raise NeedsGroups(*next(iter(self.tuned.fallback.items())))
         if self.steps == 1:
             check_first(loss, at, self.weights, self.tuned.bound)
         self.optimizer.zero_grad()
@@ -246,8 +265,8 @@ class Tuner:
         require_scalar(loss)
         return loss
 
-    def _attempt(self, step: Callable[[], float], state: Any) -> float:
-        """Do a step; again, with groups of examples, where a parameter turns out not to respond per example."""
+    def _attempt(self, step: Callable[[], float], back: Callable[[], None]) -> float:
+        """Do a step; go back and do it again, with groups, where a parameter turns out not to respond per example."""
         while True:
             try:
                 return step()
@@ -259,7 +278,7 @@ class Tuner:
                         "`batch_first=True`); name its hyperparameter in `per_batch` where it can't."
                     ) from needs
                 self.tuned.fallback[needs.name] = needs.why
-                self._set_state(state)
+                back()
 
     @contextmanager
     def _first(self, state: tuple[Any, Any]) -> Iterator[None]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from metaopt.errors import ResponseError, whole
 from metaopt.hyperparameters import Hyperparameters
-from metaopt.stn import attention, composites, norms, tangents  # noqa: F401 -- they register their rules
+from metaopt.stn import attention, composites, norms, tangents, viewing  # noqa: F401 -- they register their rules
 from metaopt.stn.binding import bound
 from metaopt.stn.engines import ENGINES
 from metaopt.stn.tuned import Tuned

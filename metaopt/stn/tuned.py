@@ -14,10 +14,10 @@ from torch.nn import Parameter
 
 from metaopt.errors import ResponseError
 from metaopt.hyperparameters import Hyperparameters
-from metaopt.stn.batches import count, join, split
+from metaopt.stn.batches import Shared, count, join, shared
 from metaopt.stn.binding import Bound
 from metaopt.stn.comparing import Compared
-from metaopt.stn.engines import ENGINES
+from metaopt.stn.engines import ENGINES, Runner
 from metaopt.stn.generators import random_state, set_random_state
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.masks import masks_of
@@ -26,7 +26,7 @@ from metaopt.stn.perturbations import Coordinates, Perturbation, inverse_softplu
 from metaopt.stn.responses import Responses
 from metaopt.stn.running import Found
 from metaopt.stn.substitution import Slots
-from metaopt.stn.trees import objects
+from metaopt.stn.trees import mapped, objects
 
 # The groups into which a batch is split where a parameter can't respond per example.
 GROUPS = 8
@@ -81,7 +81,8 @@ class Tuned(Compared):
         self.groups, self.batch_dim, self.verify = groups, batch_dim, verify
         self.fallback: dict[str, str] = {}
         # Whether the model's output for some examples depends on others: then they are not split into groups.
-        self.mixes = False
+        self.mixes, self.looked, self.epsilon = False, False, None
+        self.shared: Shared = frozenset()
         self.draws = None
         self.engine = engine
         self._engines = {mode: list(ENGINES) if engine == "auto" else [engine] for mode in (True, False)}
@@ -90,6 +91,23 @@ class Tuned(Compared):
         self._at: Perturbation | None = None
         self.names = {entry.name for entry in self.responses.entries}
         self.warned: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        """Say what to do where a loss function asks for something of the model's own.
+
+        Raises:
+            AttributeError: there is nothing of that name here.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or not hasattr(self.model, name):
+                raise
+            raise AttributeError(
+                f"{name!r} is of the original model, and its weights respond where that is called as `model(x)` alone: "
+                f"let `forward` do what `{name}` does, as by an argument. Where no weights are used, read it from the "
+                f"original, `model.model.{name}`."
+            ) from None
 
     # -- scales
 
@@ -182,13 +200,14 @@ class Tuned(Compared):
                 "batch of data be one with its examples."
             )
         self._prepare(args, kwargs)
+        self._look_for_mixing(args, kwargs)
         if self.fallback and at.z.shape[0] > 1 and (at.groups is None or (self.mixes and at.groups > 1)):
             raise NeedsGroups(*next(iter(self.fallback.items())))
         if not self.fallback or at.groups in (None, 1):
             return self._whole(at, at.z, at.values, args, kwargs)
-        outputs = []
+        outputs, self.shared = [], self.shared | shared(args, kwargs, self.batch_dim, examples)
         for part in torch.arange(at.z.shape[0], device=at.z.device).tensor_split(at.groups):
-            inputs = split(args, kwargs, part, self.batch_dim, at.z.shape[0])
+            inputs = self._part(args, kwargs, part)
             values = {name: value[part] for name, value in at.values.items()}
             outputs.append(self._whole(at, at.z[part], values, *inputs))
         kinds = objects(outputs[0])
@@ -200,13 +219,24 @@ class Tuned(Compared):
         return join(outputs, self.batch_dim)
 
     def _whole(self, at: Perturbation, z: Tensor, values: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
-        """One run of the model, or several until one engine can do it."""
+        """One run of the model."""
 
         def run(point: Tensor, kind: type[Pass]) -> tuple[Any, Pass]:
             return self._run(point, kind, values, args, kwargs, response=at.response, at=at)
 
         if not at.linearised:
             return run(z, Pass)[0]
+        if torch.is_grad_enabled():
+            return self._linearised(run, z, values, args, kwargs, at)
+        # Pseudo-labels and the like, which a loss computes under `no_grad`: a constant, of the perturbed weights.
+        with torch.inference_mode(False), torch.enable_grad():
+            output = self._linearised(run, z, values, args, kwargs, at)
+        return mapped(lambda y: y.detach() if isinstance(y, Tensor) else y, output)
+
+    def _linearised(
+        self, run: Runner, z: Tensor, values: Mapping[str, Tensor], args: Any, kwargs: Any, at: Perturbation
+    ) -> Any:
+        """One run of the model, or several until one engine can do it."""
         engines = self._engines[self.model.training]
         if self.verify and self.model.training not in self._compared:
             self._compare(z, values, args, kwargs, engines)
