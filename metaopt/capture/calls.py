@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaopt.capture import embeddings, made, statistics, writes
+from metaopt.capture.arrivals import set_grad
 from metaopt.capture.bindings import BASE, View
 from metaopt.capture.ctc import LOSSES, ctc
 from metaopt.capture.gradients import autograd_backward, autograd_grad, tensor_backward
@@ -170,6 +171,7 @@ SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.new: made.new,
     torch._standard_gamma: _gamma,
     Tensor.grad.__get__: get_grad,  # type: ignore[union-attr]
+    Tensor.grad.__set__: set_grad,  # type: ignore[union-attr]
     Tensor.data.__get__: _detach,  # type: ignore[attr-defined]
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.requires_grad_: made.requires_grad,

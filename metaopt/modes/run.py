@@ -64,9 +64,14 @@ class Run(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._open = False
-        self._loop.close(failed=kind is not None)
         assert self._start is not None
-        self._start.close()
+        try:
+            self._loop.close(failed=kind is not None)
+        except BaseException:
+            self._free()  # a part of the loop is missing
+            raise
+        finally:
+            self._start.close()
         if kind is not None:
             self._free()
 
