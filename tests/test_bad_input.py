@@ -1608,3 +1608,12 @@ def test_an_objective_that_changes_weights_is_passed_as_a_function() -> None:
         with pytest.raises(metaopt.StaleError, match="pass it as a function"):
             run.hypergradient(model(x_val).square().mean(), [lr])
     torch.testing.assert_close(*gradients)
+
+
+def test_a_setting_without_entries_or_in_a_list() -> None:
+    model = mlp(5, 6, 3)
+    for wrong in (torch.ones(0, requires_grad=True), torch.tensor(1j, requires_grad=True)):
+        with pytest.raises(metaopt.DomainError, match="a real scalar, or a vector"):
+            metaopt.optim.SGD(model.parameters(), lr=wrong)
+    with pytest.raises(metaopt.RuleError, match="a list with a hyperparameter in it"):
+        metaopt.optim.SGD(model.parameters(), lr=[torch.tensor(0.1, requires_grad=True)])  # type: ignore[arg-type]

@@ -124,7 +124,9 @@ def test_smoothing_of_many_positions_is_torchs_own() -> None:
     expected = F.cross_entropy(logits, targets, label_smoothing=0.3)
     torch.testing.assert_close(augment.smoothed_cross_entropy(logits, targets, 0.3), expected)
     rates = [0.0, 0.2, 0.4]
-    each = [F.cross_entropy(z[None], t[None], label_smoothing=s) for z, t, s in zip(logits, targets, rates, strict=True)]
+    each = [
+        F.cross_entropy(z[None], t[None], label_smoothing=s) for z, t, s in zip(logits, targets, rates, strict=True)
+    ]
     found = augment.smoothed_cross_entropy(logits, targets, torch.tensor(rates))
     torch.testing.assert_close(found, torch.stack(each).mean())
     for wrong in (targets[:, 0], torch.rand(3, 4, 2, 6)):

@@ -514,3 +514,34 @@ def test_hyperparameters_of_several_entries_respond_each() -> None:
     assert tuned.coordinates.size == 3
     values = tuned.coordinates.values(torch.randn(4, 3))
     assert values.b.shape == (4, 2)
+
+
+def test_objects_of_another_kind_are_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.1))
+    hyper = metaopt.Hyperparameters(rate=metaopt.interval(0.1, 0, 0.9))
+    with pytest.raises(ResponseError, match="the model to train is"), train(model, None, None):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(ResponseError, match="the loss function was given"):
+        l2(model, 0.1)  # type: ignore[arg-type]
+    with pytest.raises(ResponseError, match="takes the tuner"):
+        metaopt.stn.diagnose(model, None, None)  # type: ignore[arg-type]
+    with pytest.raises(ResponseError, match="bind it to a name"):
+        transform(model, hyper, bind={"rate": model[1]})  # type: ignore[dict-item]
+    with pytest.raises(ResponseError, match="per_batch is a list"):
+        transform(model, hyper, per_batch=3)  # type: ignore[arg-type]
+    with pytest.raises(ResponseError, match="compute with floats"):
+        metaopt.stn.augment.brightness(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), 0.1)
+
+
+def test_a_run_shows_its_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    model = nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.1))
+    hyper = metaopt.Hyperparameters(rate=metaopt.interval(0.1, 0, 0.9))
+    tuned = transform(model, hyper, bind={"rate": "1"})
+
+    def loss(model: Any, batch: Tensor, values: Any = None) -> Tensor:
+        return model(batch).square().mean()
+
+    with train(tuned, loss, loss) as tuner:
+        tuner.run([torch.ones(4, 2)] * 3, [torch.ones(4, 2)], progress=True)
+    assert "training:" in capsys.readouterr().err

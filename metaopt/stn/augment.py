@@ -244,6 +244,10 @@ def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: Strength)
 
 def _column(strength: Strength, like: Tensor, ndim: int) -> Tensor:
     """A strength in a shape that multiplies a batch; constant, of its type and on its device."""
+    if not like.is_floating_point():
+        raise ResponseError(
+            f"augmentations compute with floats, and this batch is of {like.dtype}; convert it, `images.float() / 255`."
+        )
     value = torch.as_tensor(strength, dtype=like.dtype, device=like.device).detach()
     return value.reshape(-1, *(1,) * (ndim - 1))
 
