@@ -1617,3 +1617,21 @@ def test_a_setting_without_entries_or_in_a_list() -> None:
             metaopt.optim.SGD(model.parameters(), lr=wrong)
     with pytest.raises(metaopt.RuleError, match="a list with a hyperparameter in it"):
         metaopt.optim.SGD(model.parameters(), lr=[torch.tensor(0.1, requires_grad=True)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [lambda model: nn.Linear(5, 3), copy.deepcopy])
+def test_a_module_that_is_converted_inside_is_told_how_to_be_made(make: Callable[[nn.Module], nn.Module]) -> None:
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    refused = pytest.raises(metaopt.CaptureError, match=r"became one of torch.float16 on cpu.*load_state_dict")
+    with refused, metaopt.record(optimizer):
+        make(model).half()
+    with metaopt.record(optimizer) as run:
+        loss(model).backward()
+        optimizer.step()
+        teacher = mlp(5, 6, 3).requires_grad_(False).float().double()  # what nothing follows may be converted
+        teacher.load_state_dict(model.state_dict())
+        optimizer.zero_grad()
+        (loss(model) + (outer(model) - outer(teacher).detach()).square()).backward()
+        optimizer.step()
+    run.backward(lambda: outer(model))

@@ -109,6 +109,14 @@ def _set_data(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kw
     owner = None if given is None else given.root.ref()
     shared = owner is not None and owner.requires_grad and owner.is_leaf
     viewed = binding is not None and binding.base is not None
+    if (source.dtype, source.device) != (target.dtype, target.device):
+        raise CaptureError(
+            f"a tensor of shape {tuple(target.shape)} became one of {source.dtype} on {source.device} inside the "
+            "context, by `.data`, as `module.to(...)`, `.half()` and `.double()` do it, which is not followed. Convert "
+            "modules before the context, or make them so (`nn.Linear(3, 1, dtype=..., device=...)`, `with "
+            "torch.device(...)`). For a converted copy of what the loop trains make a module of that kind, and "
+            "`load_state_dict(model.state_dict())`."
+        )
     if viewed or shared or not _alike(target, source):
         raise CaptureError(
             f"`.data` of a tensor of shape {tuple(target.shape)} was replaced inside the context; afterwards two "
