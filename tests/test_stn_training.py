@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -545,3 +547,11 @@ def test_a_run_shows_its_progress(capsys: pytest.CaptureFixture[str]) -> None:
     with train(tuned, loss, loss) as tuner:
         tuner.run([torch.ones(4, 2)] * 3, [torch.ones(4, 2)], progress=True)
     assert "training:" in capsys.readouterr().err
+
+
+def test_forward_mode_opens_without_warnings_of_torchs_own() -> None:
+    code = (
+        "import warnings, torch\nfrom metaopt.stn.forward_mode import dual_level\nwarnings.simplefilter('error')\n"
+        "with dual_level():\n    torch.autograd.forward_ad.make_dual(torch.ones(2), torch.ones(2))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
