@@ -1635,3 +1635,11 @@ def test_a_module_that_is_converted_inside_is_told_how_to_be_made(make: Callable
         (loss(model) + (outer(model) - outer(teacher).detach()).square()).backward()
         optimizer.step()
     run.backward(lambda: outer(model))
+
+
+def test_an_optimizer_that_is_not_there_is_told_the_way() -> None:
+    with pytest.raises(AttributeError, match="An optimizer of another package"):
+        metaopt.optim.AdaBelief  # noqa: B018
+    if not hasattr(torch.optim, "Muon"):
+        with pytest.raises(AttributeError, match="in a later version"):
+            metaopt.optim.Muon  # noqa: B018

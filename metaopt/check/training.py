@@ -20,6 +20,7 @@ from metaopt.modes.run import Run, Watchable
 from metaopt.modes.start import random_states, set_random_states
 from metaopt.watched import listed
 
+# What ``train`` is given, to be used where `metaopt.record` would be.
 Watch = Callable[[Watchable], AbstractContextManager[Any]]
 Train = Callable[[Watch], Any] | Callable[[], Any]
 Outer = Callable[[Any], Tensor] | Callable[[], Tensor]
