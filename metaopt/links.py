@@ -211,6 +211,11 @@ def _differentiable(value: Any) -> bool:
 
 def _linkable(rule: Rule, key: str, place: int | None) -> str:
     name = rule.name_of(key, place)
+    if name is None and rule.name_of(key, None) is not None:
+        raise RuleError(
+            f"{key} of {rule.optimizer.__name__} is a list with a hyperparameter in it, and is to be the "
+            f"hyperparameter itself, `{key}=hyper.{key}`; a value for each step is a vector, `torch.stack([...])`."
+        )
     if name is None:
         raise RuleError(
             f"{key} of {rule.optimizer.__name__} can't be a hyperparameter: it is no continuous setting of its rule. "
@@ -221,6 +226,11 @@ def _linkable(rule: Rule, key: str, place: int | None) -> str:
 
 
 def _first(value: Any) -> float:
+    if isinstance(value, Tensor) and (value.is_complex() or not value.numel()):
+        raise DomainError(
+            "a setting of an optimizer is a real scalar, or a vector with one entry per step, and not "
+            f"{value.dtype} of shape {tuple(value.shape)}."
+        )
     return float(value.detach().reshape(-1)[0]) if isinstance(value, Tensor) else float(value)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from metaopt.errors import require
+from metaopt.hyperparameters import Hyperparameters
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +27,10 @@ BARS = 50
 
 
 def plot_history(
-    history: Mapping[str, Sequence[Any]], ax: Axes | None = None, *, names: Iterable[str] | None = None
+    history: Mapping[str, Sequence[Any]] | Hyperparameters,
+    ax: Axes | None = None,
+    *,
+    names: str | Iterable[str] | None = None,
 ) -> Axes:
     """Draw the schedules of hyperparameters over hyper-iterations.
 
@@ -35,9 +39,9 @@ def plot_history(
     and spans two decades or more.
 
     Args:
-        history: the recorded series, ``hyper.history``.
+        history: the recorded series, ``hyper.history``, or the hyperparameters that have it.
         ax: the axes to draw on; a new figure's by default.
-        names: the hyperparameters to draw; all by default.
+        names: the hyperparameters to draw, or the name of one; all by default.
 
     Returns:
         The axes.
@@ -46,6 +50,9 @@ def plot_history(
         KeyError: if one of ``names`` was not recorded.
         MissingExtraError: if matplotlib is not installed.
     """
+    if isinstance(history, Hyperparameters):
+        history = history.history
+    names = [names] if isinstance(names, str) else names
     axes = _axes(ax, "plotting a history")
     recorded = dict.fromkeys(key.partition(".")[0] for key in history)
     drawn = [_draw_schedule(axes, history, name) for name in (recorded if names is None else names)]
@@ -56,13 +63,16 @@ def plot_history(
     return axes
 
 
-def plot_hypergradient(gradient: Tensor | Mapping[str, Tensor | None], ax: Axes | None = None) -> Axes:
+def plot_hypergradient(
+    gradient: Tensor | Mapping[str, Tensor | None] | Sequence[Tensor | None], ax: Axes | None = None
+) -> Axes:
     """Draw a hypergradient entry by entry, or several by name.
 
     Args:
         gradient: a tensor of any shape, drawn flattened: a schedule's hypergradient over its steps, or one of
             example weights; or tensors by name (None for one that took no part), of which those of one
-            element share a bar chart if all are such.
+            element share a bar chart if all are such. Those of a tuple, as ``run.hypergradient`` returns it, have
+            their numbers for names.
         ax: the axes to draw on; a new figure's by default.
 
     Returns:
@@ -77,7 +87,8 @@ def plot_hypergradient(gradient: Tensor | Mapping[str, Tensor | None], ax: Axes 
     if isinstance(gradient, Tensor):
         _draw_entries(axes, _array(gradient))
         return axes
-    arrays = {name: _array(tensor) for name, tensor in gradient.items() if tensor is not None}
+    named = gradient if isinstance(gradient, Mapping) else {str(place): tensor for place, tensor in enumerate(gradient)}
+    arrays = {name: _array(tensor) for name, tensor in named.items() if tensor is not None}
     if all(array.size == 1 for array in arrays.values()):
         axes.bar(list(arrays), [array.item() for array in arrays.values()])
         return axes

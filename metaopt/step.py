@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["Loop"]
 
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,7 +27,7 @@ from metaopt.errors import CaptureError
 from metaopt.hyperparameters import owner_of
 from metaopt.links import links_of
 from metaopt.rules import rule_of
-from metaopt.stepping import clearing, method_hooks, step_hooks
+from metaopt.stepping import Home, clearing, elsewhere, method_hooks, step_hooks
 from metaopt.update import RuledUpdate, sparse
 from metaopt.watched import WatchedWeights, listed, weights_of
 from metaopt.wrapping import steps_on_stack, wrapped
@@ -79,7 +78,7 @@ class Loop:
             self.watcher.numbers_held = all(wrap.hold_numbers for wrap in wraps)
         self._in_closure = False
         self._exit: ExitStack | None = None
-        self._thread = 0
+        self._home = Home()
         self._bystanders = Bystanders(self.watcher, weakly(self._is_inside), self.tape.protected)
         # What the loop may have caught (`except RuntimeError: continue`), though a part of it is missing since.
         self._error: CaptureError | None = None
@@ -110,14 +109,15 @@ class Loop:
                 "this optimizer is watched already: contexts on one optimizer can't be nested. Close the outer one "
                 "first, or use its run."
             )
-        if any(isinstance(mode, Watcher) for mode in torch.overrides._get_current_function_mode_stack()):
+        modes = torch.overrides._get_current_function_mode_stack()
+        if any(isinstance(mode, Watcher) and not mode.left for mode in modes):
             raise CaptureError(
                 "another context of metaopt is open in this thread; the one would see what the other does. If the two "
                 "optimizers train together, watch both in one context, `metaopt.record([first, second])`; if not, open "
                 "the contexts one after the other."
             )
         self.guard.begin()
-        self._thread = threading.get_ident()
+        self._home = Home()
         self.tape.begin()
         with ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -137,6 +137,8 @@ class Loop:
         """Stop watching, whatever happened; the calls since the last step become a last iteration."""
         self._note_failed_step()
         if self._exit is not None:
+            if not self._home.is_here():
+                self._error = elsewhere("was left")
             self._exit.close()
             self._exit = None
         if self._error is not None and not failed:
@@ -181,6 +183,9 @@ class Loop:
     # -- the optimizer's step -----------------------------------------------------------------------------------------
 
     def _pre_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if not self._home.is_here():
+            self._error = elsewhere("saw `optimizer.step()`")
+            raise self._error
         closure = closure_of(args, kwargs)
         update = self.updates.get(id(optimizer))
         if update is None:
@@ -210,6 +215,7 @@ class Loop:
             for weight in self.weights():
                 if weight.grad is not None and weight.grad.is_sparse:
                     raise sparse(weight)
+                self.tape.arrivals.refuse_unseen(self.tape, weight)
         if not callable(closure):
             return None
 
@@ -266,7 +272,7 @@ class Loop:
     def _is_inside(self, optimizer: Optimizer) -> bool:
         """Whether a step belongs to the watched loop: another optimizer's may run within a wrapped one's."""
         within = any(id(own) not in self.updates and steps_on_stack(own) for own in self.optimizers)
-        return within or optimizer in self.optimizers or threading.get_ident() != self._thread
+        return within or optimizer in self.optimizers or not self._home.is_here()
 
     # -- iterations -------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["clearing", "method_hooks", "step_hooks"]
+__all__ = ["Home", "clearing", "elsewhere", "method_hooks", "step_hooks"]
 
 import functools
 import threading
@@ -14,9 +14,32 @@ from typing import Any, cast
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from metaopt.errors import CaptureError
+
 # What runs before a step and what runs after it, as torch calls them.
 _Hooks = tuple[Callable[[Optimizer, Any, Any], Any], Callable[[Optimizer, Any, Any], None]]
 _Around = Callable[..., AbstractContextManager[Any]]
+
+
+class Home:
+    """The thread that opens a context; torch shows the calls of a loop to its own thread only."""
+
+    def __init__(self) -> None:
+        self._thread = threading.current_thread()  # the object: its number may be given to another
+
+    def is_here(self) -> bool:
+        """Whether this is it."""
+        return threading.current_thread() is self._thread
+
+
+def elsewhere(what: str) -> CaptureError:
+    """The error for what a context met with in another thread."""
+    return CaptureError(
+        f"the context {what} in another thread than the one that opened it, and torch shows the calls of a loop to its "
+        "own thread only, so a part of the training was not seen. Open the context and run the loop in one thread: "
+        "all of it in a worker, or none. (A generator that is resumed by a pool of workers changes threads.) Other "
+        "threads may load data."
+    )
 
 
 @contextmanager
@@ -29,10 +52,10 @@ def step_hooks(optimizers: Sequence[Optimizer], own: _Hooks, others: _Hooks) -> 
         others: what runs around the steps of others, and around those in another thread.
     """
     first: dict[int, int] = {}
-    thread = threading.get_ident()
+    home = Home()
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        if id(optimizer) in first and threading.get_ident() == thread:
+        if id(optimizer) in first and home.is_here():
             # Ours follows, after all of the optimizer's own hooks: what they do is a part of the loop.
             cast("OrderedDict[int, Any]", optimizer._optimizer_step_pre_hooks).move_to_end(first[id(optimizer)])
             return None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from metaopt.capture.arrivals import read_gradient
 from metaopt.capture.bindings import Binding
 from metaopt.capture.tape import Tape
 from metaopt.capture.trace import Group, Instruction, Val
@@ -106,7 +107,7 @@ class RuledUpdate:
             assert grad is not None
             if grad.is_sparse:
                 raise sparse(weight)
-            grads.append(read(grad))
+            grads.append(read_gradient(tape, weight))
         update = Update(rule, tuple([(flag, group.get(flag, False)) for flag in rule.flags]))
         settings, zeros = self._settings(group)
         self.begins |= bool(zeros) and any(entries.get(name) is None for entries in held for name in zeros)

@@ -72,6 +72,7 @@ class WatchedWeights:
         for weight in self.weights():
             _check(weight)
         self.trainable = {id(weight) for weight in self.weights() if weight.requires_grad}
+        self.tape.arrivals.note_present(self.weights())
 
     def grow(self) -> None:
         """The optimizers may have got weights; raise `CaptureError` if one can't be followed from here on."""
@@ -88,6 +89,7 @@ class WatchedWeights:
             if tape.find(weight) is None and tape.alias(weight) is None:  # it may be a copy of what is followed
                 tape.refuse_hidden(weight)
             tape.train(weight)
+            tape.arrivals.note_present([weight])
             self.added.add(id(weight))
             self.trainable |= {id(weight)} if weight.requires_grad else set()
         self._refuse_shared_memory()

@@ -356,6 +356,14 @@ MUTANTS = [
         (INPUT, "hidden_state"),
         unverified=False,
     ),
+    Mutant(
+        "unseen-is-constant",
+        "a gradient that another thread computed is a constant",
+        "capture/arrivals.py",
+        "if grad is None or tape",
+        "if True or tape",
+        (INPUT, "gradient_from_another_thread"),
+    ),
     # -- the rules
     Mutant(
         "plain-root",

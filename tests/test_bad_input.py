@@ -783,6 +783,114 @@ def test_another_thread_is_left_alone() -> None:
     assert lr.grad == alone.grad
 
 
+def test_a_gradient_from_another_thread_is_refused() -> None:
+    """Losses of tasks in a pool of workers, say: they would be held constant."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def whole(model: nn.Module) -> None:
+        loss(model).backward()
+
+    def forward(model: nn.Module, pool: ThreadPoolExecutor) -> None:
+        pool.submit(loss, model).result().backward()
+
+    def both(model: nn.Module, pool: ThreadPoolExecutor) -> None:
+        pool.submit(whole, model).result()
+
+    for compute in (forward, both):
+        for mode in (metaopt.record, metaopt.stream):
+            model = mlp(5, 6, 3)
+            optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+            refused = pytest.raises(metaopt.CaptureError, match="in another thread")
+            with ThreadPoolExecutor(1) as pool, refused, mode(optimizer):
+                compute(model, pool)
+                optimizer.step()
+            assert_torch_is_as_it_was(optimizer)
+    model = mlp(5, 6, 3)
+    wrapped = metaopt.wrap(torch.optim.SGD(model.parameters(), lr=0.1))
+    refused = pytest.raises(metaopt.CaptureError, match="in another thread")
+    with ThreadPoolExecutor(1) as pool, refused, metaopt.record(wrapped):
+        both(model, pool)
+        wrapped.step()
+
+
+def test_gradients_that_are_there_or_put_there_are_constants() -> None:
+    lr = torch.tensor(0.1, requires_grad=True)
+    model = mlp(5, 6, 3)
+    earlier = [torch.ones_like(weight) for weight in model.parameters()]
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+    for weight, grad in zip(model.parameters(), earlier, strict=True):
+        weight.grad = grad.clone()
+    with metaopt.record(optimizer) as run:
+        optimizer.step()
+        for weight, grad in zip(model.parameters(), earlier, strict=True):
+            weight.grad = grad
+        optimizer.step()
+    sums = lambda: sum(weight.sum() for weight in model.parameters())  # noqa: E731
+    (found,) = run.hypergradient(sums(), lr)
+    assert found == pytest.approx(-2.0 * sum(weight.numel() for weight in model.parameters()))
+
+
+def test_steps_in_another_thread_are_refused() -> None:
+    import threading
+
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    seen: list[BaseException] = []
+
+    def one() -> None:
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+
+    def elsewhere() -> None:
+        try:
+            one()
+        except metaopt.CaptureError as error:
+            seen.append(error)
+
+    with pytest.raises(metaopt.CaptureError, match="in another thread"), metaopt.record(optimizer) as run:
+        one()
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert len(seen) == 1
+    with pytest.raises(metaopt.SweepError, match="freed"):
+        run.backward(outer(model))
+    assert_torch_is_as_it_was(optimizer)
+
+
+def test_a_context_that_is_left_in_another_thread() -> None:
+    """As a generator is whose values are fetched by a pool of workers."""
+    import threading
+
+    lr = torch.tensor(0.1, requires_grad=True)
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=lr)
+    seen: list[BaseException] = []
+    run = metaopt.record(optimizer).__enter__()
+
+    def leave() -> None:
+        try:
+            run.__exit__(None, None, None)
+        except metaopt.CaptureError as error:
+            seen.append(error)
+
+    thread = threading.Thread(target=leave)
+    thread.start()
+    thread.join()
+    assert "was left in another thread" in str(seen[0])
+    left = _get_current_function_mode_stack()[-1]
+    try:
+        with metaopt.record(optimizer) as again:  # nothing is in the way of another one
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+        again.backward(outer(model))
+        assert lr.grad is not None
+    finally:
+        torch.overrides.TorchFunctionMode.__exit__(left, None, None, None)
+
+
 def test_an_input_changed_after_the_context() -> None:
     weights = torch.rand(12)
     model = mlp(5, 6, 3)
@@ -1584,3 +1692,38 @@ def test_a_function_that_was_bound_before_metaopt_was_imported_is_named() -> Non
     bound(model(x)).mean().backward()
     with metaopt.record(optimizer):
         assert bound(torch.arange(3)).tolist() == [0, 2, 4]
+
+
+def test_a_setting_without_entries_or_in_a_list() -> None:
+    model = mlp(5, 6, 3)
+    for wrong in (torch.ones(0, requires_grad=True), torch.tensor(1j, requires_grad=True)):
+        with pytest.raises(metaopt.DomainError, match="a real scalar, or a vector"):
+            metaopt.optim.SGD(model.parameters(), lr=wrong)
+    with pytest.raises(metaopt.RuleError, match="a list with a hyperparameter in it"):
+        metaopt.optim.SGD(model.parameters(), lr=[torch.tensor(0.1, requires_grad=True)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [lambda model: nn.Linear(5, 3), copy.deepcopy])
+def test_a_module_that_is_converted_inside_is_told_how_to_be_made(make: Callable[[nn.Module], nn.Module]) -> None:
+    model = mlp(5, 6, 3)
+    optimizer = metaopt.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+    refused = pytest.raises(metaopt.CaptureError, match=r"became one of torch.float16 on cpu.*load_state_dict")
+    with refused, metaopt.record(optimizer):
+        make(model).half()
+    with metaopt.record(optimizer) as run:
+        loss(model).backward()
+        optimizer.step()
+        teacher = mlp(5, 6, 3).requires_grad_(False).float().double()  # what nothing follows may be converted
+        teacher.load_state_dict(model.state_dict())
+        optimizer.zero_grad()
+        (loss(model) + (outer(model) - outer(teacher).detach()).square()).backward()
+        optimizer.step()
+    run.backward(lambda: outer(model))
+
+
+def test_an_optimizer_that_is_not_there_is_told_the_way() -> None:
+    with pytest.raises(AttributeError, match="An optimizer of another package"):
+        metaopt.optim.AdaBelief  # noqa: B018
+    if not hasattr(torch.optim, "Muon"):
+        with pytest.raises(AttributeError, match="in a later version"):
+            metaopt.optim.Muon  # noqa: B018

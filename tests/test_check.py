@@ -355,3 +355,16 @@ def test_the_sides_of_a_domain() -> None:
     assert found.value == pytest.approx(2.718281828, rel=1e-8)
     left = difference(lambda h: right(-h), right(0.0), 1e-4)
     assert left.value == pytest.approx(-2.718281828, rel=1e-8)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"step": 0.0}, {"step": float("nan")}, {"rtol": -1.0}, {"atol": "a"}, {"entries": -1}]
+)
+def test_arguments_of_the_wrong_kind_are_not_the_trainings_fault(wrong: dict[str, Any]) -> None:
+    lr = torch.tensor(0.1, requires_grad=True)
+    with pytest.raises(metaopt.CheckError, match=f"^{next(iter(wrong))} must be a"):
+        hypergradcheck(lambda watch: None, lambda model: torch.ones(()), lr, **wrong)
+    with pytest.raises(metaopt.CheckError, match="no function: hypergradcheck"):
+        hypergradcheck(None, lambda model: None, lr)  # type: ignore[call-overload]
+    with pytest.raises(metaopt.RuleError, match="an optimizer's class"):
+        metaopt.check.rulecheck(torch.optim.SGD([torch.ones(2, requires_grad=True)], lr=0.1))  # type: ignore[call-overload]

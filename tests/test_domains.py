@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import constraints
 
+import metaopt
 from metaopt.errors import DomainError, MetaoptWarning
 from metaopt.hyperparameters import (
     Constrained,
@@ -243,3 +244,16 @@ def test_each_hyperparameter_has_a_scale() -> None:
 def test_a_scale_is_positive_and_finite(scale: float) -> None:
     with pytest.raises(DomainError, match="perturbation scale"):
         positive(1.0, scale=scale)
+
+
+def test_bounds_and_scales_are_numbers_and_values_dense() -> None:
+    for make in (
+        lambda: metaopt.interval(torch.rand(3), torch.zeros(3), torch.ones(3)),  # type: ignore[arg-type]
+        lambda: metaopt.interval(0.5, None, 1),  # type: ignore[arg-type]
+        lambda: metaopt.box(0.5, "low", 1),  # type: ignore[arg-type]
+        lambda: metaopt.positive(0.5, scale=None),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(metaopt.DomainError, match="one number for all entries"):
+            make()
+    with pytest.raises(metaopt.DomainError, match="to_dense"):
+        metaopt.real(torch.eye(2).to_sparse())

@@ -19,6 +19,7 @@ from metaopt.hyperparameters import (
     l1_box,
     nonnegative,
     positive,
+    real,
     simplex,
 )
 
@@ -248,3 +249,26 @@ def test_projection_names_a_leaf_that_diverged(name: str, bad: float) -> None:
         hyper[name].fill_(bad)
     with pytest.raises(DomainError, match=f"'{name}' can't be projected.*diverged"):
         hyper.project_()
+
+
+def test_a_state_is_loaded_in_the_domains_that_it_was_saved_in() -> None:
+    """A leaf says nothing without its domain: another value would be there, in silence."""
+    saved = Hyperparameters(rate=positive(0.1), weights=box(0.5, 0, 1)).state_dict()
+    for other in (interval(0.1, 0, 1), real(0.1)):
+        hyper = Hyperparameters(rate=other, weights=box(0.5, 0, 1))
+        with pytest.raises(
+            DomainError, match=r"'rate' is in .* and was saved in another domain.*new.set\(rate=old.rate\)"
+        ):
+            hyper.load_state_dict(saved)
+        assert hyper.rate.item() == pytest.approx(0.1)  # nothing was loaded
+    with pytest.raises(DomainError, match="is in positive"):
+        Hyperparameters(rate=positive(0.1)).load_state_dict(Hyperparameters(rate=0.1).state_dict())
+    wider = Hyperparameters(rate=positive(0.2), weights=box(0.7, 0, 2))  # a leaf that is the value
+    wider.load_state_dict(saved)
+    assert wider.weights.item() == 0.5
+    assert not wider.history
+    nested = torch.nn.ModuleDict({"hyper": Hyperparameters(rate=interval(0.1, 0, 1))})
+    with pytest.raises(DomainError, match="in another domain"):
+        nested.load_state_dict(torch.nn.ModuleDict({"hyper": Hyperparameters(rate=positive(0.1))}).state_dict())
+    earlier = {key: value for key, value in saved.items() if key != "_extra_state"} | {"_extra_state": {}}
+    Hyperparameters(rate=positive(0.2), weights=box(0.7, 0, 1)).load_state_dict(earlier)

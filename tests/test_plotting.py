@@ -98,3 +98,11 @@ def test_without_matplotlib_the_error_names_the_extra(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"\[plot\]"):
         plot_hypergradient(torch.ones(2))
+
+
+def test_what_a_run_returns_is_drawn() -> None:
+    axes = plot_hypergradient((torch.tensor(1.0), None, torch.tensor(-2.0)))
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0", "2"]
+    hyper = Hyperparameters(lr=positive(0.1), decay=0.5)
+    hyper.record()
+    assert [line.get_label() for line in plot_history(hyper, names="lr").lines] == ["lr"]

@@ -118,6 +118,24 @@ def test_smoothing_is_torchs_own_where_it_is_one_number() -> None:
     torch.testing.assert_close(augment.smoothed_cross_entropy(logits, targets, torch.arange(5) / 10), each.mean())
 
 
+def test_smoothing_of_many_positions_is_torchs_own() -> None:
+    """As logits of a language model or of pixels are: the classes are the second axis."""
+    logits, targets = torch.randn(3, 4, 2, 6), torch.randint(4, (3, 2, 6))
+    expected = F.cross_entropy(logits, targets, label_smoothing=0.3)
+    torch.testing.assert_close(augment.smoothed_cross_entropy(logits, targets, 0.3), expected)
+    rates = [0.0, 0.2, 0.4]
+    each = [
+        F.cross_entropy(z[None], t[None], label_smoothing=s) for z, t, s in zip(logits, targets, rates, strict=True)
+    ]
+    found = augment.smoothed_cross_entropy(logits, targets, torch.tensor(rates))
+    torch.testing.assert_close(found, torch.stack(each).mean())
+    for wrong in (targets[:, 0], torch.rand(3, 4, 2, 6)):
+        with pytest.raises(ResponseError, match="take classes"):
+            augment.smoothed_cross_entropy(logits, wrong, 0.3)
+    with pytest.raises(ResponseError, match="movedim"):
+        augment.smoothed_cross_entropy(logits.movedim(1, -1), targets, 0.3)
+
+
 def test_mixup_blends_inputs_and_targets_alike() -> None:
     x = torch.eye(6)
     a, b = augment.mixup(x, x.clone(), torch.full((6,), 0.8))

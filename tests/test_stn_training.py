@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -528,3 +530,42 @@ def test_a_sum_that_overflows_is_finite() -> None:
     large, small = torch.full((200000,), 1.0, dtype=torch.half), torch.ones(3)
     assert _finite([large, None, small])
     assert not _finite([large, small / 0])
+
+
+def test_objects_of_another_kind_are_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.1))
+    hyper = metaopt.Hyperparameters(rate=metaopt.interval(0.1, 0, 0.9))
+    with pytest.raises(ResponseError, match="the model to train is"), train(model, None, None):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(ResponseError, match="the loss function was given"):
+        l2(model, 0.1)  # type: ignore[arg-type]
+    with pytest.raises(ResponseError, match="takes the tuner"):
+        metaopt.stn.diagnose(model, None, None)  # type: ignore[arg-type]
+    with pytest.raises(ResponseError, match="bind it to a name"):
+        transform(model, hyper, bind={"rate": model[1]})  # type: ignore[dict-item]
+    with pytest.raises(ResponseError, match="per_batch is a list"):
+        transform(model, hyper, per_batch=3)  # type: ignore[arg-type]
+    with pytest.raises(ResponseError, match="compute with floats"):
+        metaopt.stn.augment.brightness(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), 0.1)
+
+
+def test_a_run_shows_its_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tqdm")
+    model = nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.1))
+    hyper = metaopt.Hyperparameters(rate=metaopt.interval(0.1, 0, 0.9))
+    tuned = transform(model, hyper, bind={"rate": "1"})
+
+    def loss(model: Any, batch: Tensor, values: Any = None) -> Tensor:
+        return model(batch).square().mean()
+
+    with train(tuned, loss, loss) as tuner:
+        tuner.run([torch.ones(4, 2)] * 3, [torch.ones(4, 2)], progress=True)
+    assert "training:" in capsys.readouterr().err
+
+
+def test_forward_mode_opens_without_warnings_of_torchs_own() -> None:
+    code = (
+        "import warnings, torch\nfrom metaopt.stn.forward_mode import dual_level\nwarnings.simplefilter('error')\n"
+        "with dual_level():\n    torch.autograd.forward_ad.make_dual(torch.ones(2), torch.ones(2))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metaopt.capture import embeddings, made, statistics, writes
+from metaopt.capture.arrivals import set_grad
 from metaopt.capture.bindings import BASE, View
 from metaopt.capture.ctc import LOSSES, ctc
 from metaopt.capture.gradients import autograd_backward, autograd_grad, tensor_backward
@@ -108,6 +109,14 @@ def _set_data(watcher: Watcher, func: Callable[..., Any], args: Args, kwargs: Kw
     owner = None if given is None else given.root.ref()
     shared = owner is not None and owner.requires_grad and owner.is_leaf
     viewed = binding is not None and binding.base is not None
+    if (source.dtype, source.device) != (target.dtype, target.device):
+        raise CaptureError(
+            f"a tensor of shape {tuple(target.shape)} became one of {source.dtype} on {source.device} inside the "
+            "context, by `.data`, as `module.to(...)`, `.half()` and `.double()` do it, which is not followed. Convert "
+            "modules before the context, or make them so (`nn.Linear(3, 1, dtype=..., device=...)`, `with "
+            "torch.device(...)`). For a converted copy of what the loop trains make a module of that kind, and "
+            "`load_state_dict(model.state_dict())`."
+        )
     if viewed or shared or not _alike(target, source):
         raise CaptureError(
             f"`.data` of a tensor of shape {tuple(target.shape)} was replaced inside the context; afterwards two "
@@ -170,6 +179,7 @@ SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.new: made.new,
     torch._standard_gamma: _gamma,
     Tensor.grad.__get__: get_grad,  # type: ignore[union-attr]
+    Tensor.grad.__set__: set_grad,  # type: ignore[union-attr]
     Tensor.data.__get__: _detach,  # type: ignore[attr-defined]
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.requires_grad_: made.requires_grad,

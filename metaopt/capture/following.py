@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from metaopt.capture.arrivals import Arrivals
 from metaopt.capture.bindings import Binding, Geometry, Unseen, leaves_of, tensor_geometry
 from metaopt.capture.cells import version_of
 from metaopt.capture.externals import Externals
@@ -28,6 +29,7 @@ class Following:
         trained: the weights of the watched optimizers, by identity.
         externals: the tensors that were taken for hyperparameters, by identity.
         memory: whose memory is whose.
+        arrivals: the gradients that are there without a backward pass of the loop.
         hooked_inside: whether a hook that a model's ``forward`` has set has changed a gradient.
     """
 
@@ -35,6 +37,7 @@ class Following:
         self.trained: dict[int, Tensor] = {}
         self.externals = Externals(moving=moving)
         self.memory = Memory()
+        self.arrivals = Arrivals()
         self.hooked_inside = False
         self._keys = itertools.count()
         self._bindings: dict[int, Binding] = {}
@@ -194,10 +197,10 @@ class Following:
         if any(id(found) in self.trained for found in leaves_of(tensor)):
             raise CaptureError(
                 f"a tensor of shape {tuple(tensor.shape)} depends on the trained weights, but metaopt did not see "
-                "how: it was computed before the context, or by code that hides from torch's function modes (a "
-                "function or model compiled by `torch.jit`, an extension). Compute it inside the context, with torch "
-                "operations called from Python: the function as it was before `torch.jit.script` or `torch.jit.trace`, "
-                "say. Or detach it (`x.detach()`) to hold it constant."
+                "how: it was computed before the context, in another thread, or by code that hides from torch's "
+                "function modes (a function or model compiled by `torch.jit`, an extension). Compute it inside the "
+                "context, with torch operations called from Python: the function as it was before `torch.jit.script` "
+                "or `torch.jit.trace`, say. Or detach it (`x.detach()`) to hold it constant."
             )
 
 

@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from metaopt.capture import calls, made, writes
 from metaopt.capture.bindings import BASE, Binding, View, one_of_many
@@ -52,7 +52,6 @@ _PASS = {
     ).split()
     if hasattr(Tensor, name)
 }
-_PASS |= {Tensor.grad.__set__}  # type: ignore[union-attr]
 # The profiler's marks, of which every optimizer makes some; and what switches autograd.
 _PASS |= {
     torch._C._set_grad_enabled,
@@ -68,6 +67,7 @@ class Watcher(TorchFunctionMode):
         super().__init__()
         self.tape = tape
         self.paused = False
+        self.left = False
         self.in_backward = False
         self.check_functions = True
         self.withheld = Withheld()
@@ -76,6 +76,12 @@ class Watcher(TorchFunctionMode):
         self.stepping: Callable[[], bool] = lambda: False
         self.numbers_held = True
         self._looked_for_compiler = 0
+
+    def __exit__(self, *error: Any) -> None:
+        if any(mode is self for mode in _get_current_function_mode_stack()):
+            super().__exit__(*error)
+        else:  # entered in another thread, and nobody else can take it off there
+            self.left = self.paused = True
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

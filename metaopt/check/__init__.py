@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["Report", "RuleReport", "hypergradcheck", "rulecheck"]
+__all__ = ["Report", "RuleReport", "Watch", "hypergradcheck", "rulecheck"]
 
 from metaopt.check.hypergradient import hypergradcheck
 from metaopt.check.report import Report
 from metaopt.check.rule import RuleReport, rulecheck
+from metaopt.check.training import Watch
 
 
 def __dir__() -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from metaopt.check.causes import causes
 from metaopt.check.differences import Difference, difference
 from metaopt.check.report import Report, Row
-from metaopt.check.training import Outer, Train, Training
+from metaopt.check.training import Outer, Train, Training, refuse_arguments
 from metaopt.errors import CheckError
 from metaopt.hyperparameters import name_of
 from metaopt.modes.run import Watchable
@@ -99,7 +99,8 @@ def hypergradcheck(
         True; or with ``raise_exception=False`` a `Report`, which is true where all agrees and prints as a table.
 
     Raises:
-        CheckError: if something differs, or can't be told; the text is the report, with the likely causes.
+        CheckError: if something differs, or can't be told; the text is the report, with the likely causes. Or if an
+            argument is of the wrong kind.
         CaptureError: if the loop can't be captured at all.
 
     Example:
@@ -116,6 +117,7 @@ def hypergradcheck(
         >>> metaopt.check.hypergradcheck(train, validation_loss, lr)
         True
     """
+    refuse_arguments(train, outer, entries, step, rtol, atol)
     named = _named(hyper)
     training = Training(train, outer, optimizer, verify, list(named.values()))
     checked = _Checked(training, named, step, rtol, atol)
@@ -139,7 +141,7 @@ def _named(hyper: Hyper) -> dict[str, Tensor]:
     elif isinstance(hyper, Mapping):
         named = {str(name): tensor for name, tensor in hyper.items()}
     else:
-        entries = [hyper] if isinstance(hyper, Tensor) else list(hyper)
+        entries = list(hyper) if isinstance(hyper, Iterable) and not isinstance(hyper, Tensor) else [hyper]
         leaves = [leaf for e in entries for leaf in (e.parameters() if isinstance(e, torch.nn.Module) else [e])]
         named = {name_of(leaf) or f"hyper[{place}]": leaf for place, leaf in enumerate(leaves)}
     for name, leaf in named.items():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metaopt.check.differences import difference
-from metaopt.errors import CheckError
+from metaopt.errors import CheckError, RuleError
 from metaopt.rules import Rule, Update, rule_of
 
 Make = Callable[..., torch.optim.Optimizer]
@@ -79,12 +79,17 @@ def rulecheck(
 
     Raises:
         CheckError: if something is wrong; the text says what.
-        RuleError: if there is no rule for the optimizer.
+        RuleError: if there is no rule for the optimizer, or it is an object and no class.
 
     Example:
         >>> metaopt.check.rulecheck(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True)
         True
     """
+    if not callable(optimizer):
+        raise RuleError(
+            f"rulecheck takes an optimizer's class, `rulecheck(torch.optim.SGD, lr=0.1)`, or a function that makes one "
+            f"from its parameters, and this is {type(optimizer).__name__}, an object: it makes its own weights."
+        )
     checked: list[str] = []
     wrong: list[str] = []
     name = ""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Outer", "Train", "Training", "Watch"]
+__all__ = ["Outer", "Train", "Training", "Watch", "refuse_arguments"]
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,15 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metaopt.errors import CheckError, HeldConstantWarning, MetaoptWarning
+from metaopt.errors import CheckError, HeldConstantWarning, MetaoptWarning, whole
 from metaopt.modes import Recording, Streaming, record, stream
 from metaopt.modes.run import Run, Watchable
 from metaopt.modes.start import random_states, set_random_states
 from metaopt.watched import listed
 
+# What ``train`` is given, to be used where `metaopt.record` would be.
 Watch = Callable[[Watchable], AbstractContextManager[Any]]
 Train = Callable[[Watch], Any] | Callable[[], Any]
 Outer = Callable[[Any], Tensor] | Callable[[], Tensor]
+
+
+def refuse_arguments(train: Any, outer: Any, entries: Any, step: Any, rtol: Any, atol: Any) -> None:
+    """Raise if arguments of a check are of the wrong kind: the training would be blamed for them."""
+    for name, given in (("train", train), ("outer", outer)):
+        if not callable(given):
+            raise CheckError(
+                f"{name} is {type(given).__name__}, and no function: hypergradcheck(train, outer, hyper) runs the "
+                "training, `train(watch)`, many times, and asks `outer` for the objective of what it returned."
+            )
+    whole("entries", entries, 0, CheckError)
+    for name, number, zero in (("step", step, False), ("rtol", rtol, True), ("atol", atol, True)):
+        fits = isinstance(number, (int, float)) and math.isfinite(number) and (number > 0 or (zero and number == 0))
+        if not fits:
+            raise CheckError(f"{name} must be a finite number {'of at least' if zero else 'above'} 0, not {number!r}.")
 
 
 class _Bare:

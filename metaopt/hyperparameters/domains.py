@@ -151,6 +151,8 @@ def as_value(value: Value, dtype: torch.dtype | None = None) -> Tensor:
             f"a hyperparameter's value is a number or an array of numbers, got {type(value).__name__}; "
             "convert it to a tensor first."
         ) from error
+    if tensor.layout is not torch.strided:
+        raise DomainError("a hyperparameter's value is dense, and this is a sparse tensor; use `value.to_dense()`.")
     if tensor.is_complex():
         raise DomainError("a hyperparameter is real, got a complex value; use its real and imaginary parts.")
     if dtype is not None or not tensor.is_floating_point():

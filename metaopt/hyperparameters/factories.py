@@ -18,6 +18,7 @@ __all__ = [
 import math
 import numbers
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.distributions import constraints
@@ -117,7 +118,7 @@ def interval(value: Value, low: float, high: float, *, scale: float = SCALE) -> 
     Raises:
         DomainError: if an entry is outside, or the dtype can't resolve the interval.
     """
-    return _constrained(value, Interval(float(low), float(high)), scale)
+    return _constrained(value, Interval(_number("low", low), _number("high", high)), scale)
 
 
 def integer(value: Value, low: int, high: int, *, scale: float = SCALE) -> Constrained:
@@ -169,7 +170,7 @@ def box(value: Value, low: float | None = None, high: float | None = None) -> Co
     Raises:
         DomainError: if an entry is outside, or the box is empty.
     """
-    return _constrained(value, Box(_bound(low, -math.inf), _bound(high, math.inf)))
+    return _constrained(value, Box(_bound("low", low, -math.inf), _bound("high", high, math.inf)))
 
 
 def l1_box(value: Value, radius: float, low: float = 0.0, high: float | None = 1.0) -> Constrained:
@@ -189,7 +190,7 @@ def l1_box(value: Value, radius: float, low: float = 0.0, high: float | None = 1
     Raises:
         DomainError: if the value is outside, ``low < 0``, or the set is empty.
     """
-    return _constrained(value, L1Box(float(radius), float(low), _bound(high, math.inf)))
+    return _constrained(value, L1Box(_number("radius", radius), _number("low", low), _bound("high", high, math.inf)))
 
 
 def constrained(value: Value, constraint: constraints.Constraint) -> Constrained:
@@ -210,9 +211,20 @@ def constrained(value: Value, constraint: constraints.Constraint) -> Constrained
     return _constrained(value, General(constraint))
 
 
-def _bound(bound: float | None, default: float) -> float:
-    return default if bound is None else float(bound)
+def _bound(name: str, bound: float | None, default: float) -> float:
+    return default if bound is None else _number(name, bound)
+
+
+def _number(name: str, given: Any) -> float:
+    try:
+        return float(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DomainError(
+            f"{name} is one number for all entries, and this is {type(given).__name__}. Give a number; entries with "
+            "bounds of their own are hyperparameters of their own, or a computed tensor, `low + (high - low) * "
+            "hyper.share` with `share=metaopt.interval(..., 0, 1)`."
+        ) from error
 
 
 def _constrained(value: Value, domain: Domain, scale: float = SCALE) -> Constrained:
-    return Constrained(domain, domain.to_leaf(as_value(value)), float(scale))
+    return Constrained(domain, domain.to_leaf(as_value(value)), _number("scale", scale))

@@ -21,6 +21,10 @@ from metaopt.hyperparameters.factories import Constrained, real
 from metaopt.hyperparameters.history import History
 from metaopt.hyperparameters.projections import widen
 from metaopt.hyperparameters.registry import enroll
+from metaopt.hyperparameters.transformed import refuse_other, signature
+
+# Before the names of domains, which are saved among the series of a history.
+_DOMAIN = ":"
 
 # The most entries that `repr` spells out.
 SHORT = 6
@@ -261,12 +265,19 @@ class Hyperparameters(torch.nn.Module):
                 self.history.append(name, value, self._leaf(name).grad, full=full)
 
     def get_extra_state(self) -> dict[str, list[Any]]:
-        """The history, as ``state_dict`` keeps it."""
-        return self.history.state_dict()
+        """The history and the domains, as ``state_dict`` keeps them."""
+        return self.history.state_dict() | {_DOMAIN + name: signature(d) for name, d in self._domains.items()}
 
     def set_extra_state(self, state: Mapping[str, list[Any]]) -> None:
         """Load the history that ``state_dict`` kept."""
-        self.history.load_state_dict(state)
+        self.history.load_state_dict({key: series for key, series in state.items() if key[:1] != _DOMAIN})
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # First of all: a leaf says nothing without the domain that it is read in.
+        saved = state_dict.get(f"{prefix}_extra_state", {})
+        for name, domain in self._domains.items():
+            refuse_other(name, domain, saved.get(_DOMAIN + name, []))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __repr__(self) -> str:
         with _unwatched():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["General", "Integer", "Interval", "Positive", "Simplex", "Transformed"]
+__all__ = ["General", "Integer", "Interval", "Positive", "Simplex", "Transformed", "refuse_other", "signature"]
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -237,3 +238,22 @@ def _transform(domain: Transformed) -> Transform:
     # Kept beside the domains, each of which is no more than its bounds.
     transform: Transform = transform_to(domain.constraint)
     return transform
+
+
+def signature(domain: Domain) -> list[float]:
+    """What two leaves stand for, by which a saved domain is known again: numbers, as the rest of a state is."""
+    if isinstance(domain, General):
+        return []  # whose leaves may have any shape
+    leaves = torch.tensor([-1.0, 0.5], dtype=torch.float64, device="cpu")
+    found: list[float] = domain.to_value(leaves).detach().tolist()
+    return found
+
+
+def refuse_other(name: str, domain: Domain, saved: Sequence[float]) -> None:
+    """Raise if a leaf was saved in another domain than it is to be read in: it would be another value."""
+    found = signature(domain)
+    if saved and found and not all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(saved, found, strict=True)):
+        raise DomainError(
+            f"hyperparameter {name!r} is in {domain} and was saved in another domain, where its leaf stands for "
+            f"another value. Load it as it was saved, and take the value over: `new.set({name}=old.{name})`."
+        )

@@ -12,7 +12,7 @@ from metaopt.errors import require
 T = TypeVar("T")
 
 
-def progressing(items: Iterable[T], count: int, show: bool, label: str) -> Iterator[T]:
+def progressing(items: Iterable[T], count: int | None, show: bool, label: str) -> Iterator[T]:
     """The items, under a progress bar if ``show``."""
     if not show:
         yield from items

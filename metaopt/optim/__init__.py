@@ -49,6 +49,10 @@ def __getattr__(name: str) -> NoReturn:
     why = why_without_rule(name)
     if why is None and isinstance(getattr(torch.optim, name, None), type):
         why = f"Follow `torch.optim.{name}` as it runs, `metaopt.wrap(optimizer)`."
+    elif name == "Muon":
+        why = f"It is torch's, which has it in a later version than this, {torch.__version__}."
+    elif why is None and name[:1].isupper():
+        why = "An optimizer of another package, or your own, is followed as it runs, `metaopt.wrap(optimizer)`."
     raise AttributeError(f"module 'metaopt.optim' has no attribute '{name}'." + (f" {why}" if why else ""))
 
 

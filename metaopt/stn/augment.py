@@ -220,20 +220,34 @@ def smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: Strength)
     """Cross entropy with labels smoothed by an amount for each example, averaged over the batch.
 
     Args:
-        logits: ``(B, classes)``.
-        targets: ``(B,)``, the classes.
+        logits: ``(B, classes, ...)``, as for ``F.cross_entropy``.
+        targets: ``(B, ...)``, the classes.
         smoothing: ``s`` in [0, 1], a number or ``(B,)``: the share of the uniform distribution.
+
+    Raises:
+        ResponseError: if the targets are no classes, one for each position of the logits.
 
     References:
         Szegedy et al., *Rethinking the Inception Architecture for Computer Vision*, 2016, Sec. 7.
     """
-    logs = F.log_softmax(logits, -1)
-    share = _column(smoothing, logits, 1)
+    shape = (*logits.shape[:1], *logits.shape[2:])
+    if logits.ndim < 2 or targets.is_floating_point() or targets.shape != shape:
+        raise ResponseError(
+            f"logits of shape {tuple(logits.shape)}, (B, classes, ...), take classes, whole numbers, of "
+            f"shape {tuple(shape)}, and these are {targets.dtype} of shape {tuple(targets.shape)}. If the classes are "
+            "the last axis, `logits.movedim(-1, 1)`."
+        )
+    logs = F.log_softmax(logits, 1)
+    share = _column(smoothing, logits, targets.ndim)
     return -((1 - share) * logs.gather(1, targets.unsqueeze(1)).squeeze(1) + share * logs.mean(1)).mean()
 
 
 def _column(strength: Strength, like: Tensor, ndim: int) -> Tensor:
     """A strength in a shape that multiplies a batch; constant, of its type and on its device."""
+    if not like.is_floating_point():
+        raise ResponseError(
+            f"augmentations compute with floats, and this batch is of {like.dtype}; convert it, `images.float() / 255`."
+        )
     value = torch.as_tensor(strength, dtype=like.dtype, device=like.device).detach()
     return value.reshape(-1, *(1,) * (ndim - 1))
 

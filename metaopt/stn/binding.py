@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Bound", "bound"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -57,7 +57,13 @@ def bound(model: nn.Module, hyper: Hyperparameters, bind: Mapping[str, str | Seq
             raise ResponseError(
                 f"bind names {key!r}, and there is no such hyperparameter; there are: {', '.join(hyper)}."
             )
-        for name in [given] if isinstance(given, str) else given:
+        names = [given] if isinstance(given, str) else given
+        if not (isinstance(names, Iterable) and all(isinstance(name, str) for name in names)):
+            raise ResponseError(
+                f"hyperparameter {key!r} is bound to {type(given).__name__}; bind it to a name, as the model's "
+                "`named_modules()` or `named_parameters()` has it, or to a list of names."
+            )
+        for name in names:
             if name in weights:
                 _refuse_vector(key, name, weights[name], modules)
             if name in tables:

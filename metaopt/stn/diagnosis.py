@@ -77,6 +77,10 @@ def diagnose(
         Lorraine et al., *Optimizing Millions of Hyperparameters by Implicit Differentiation*, 2020. A linearised
         response tends to the Gauss-Newton one, and may differ from this where residuals are large.
     """
+    if not isinstance(tuner, Tuner):
+        raise ResponseError(
+            f"diagnose takes the tuner, `with metaopt.stn.train(...) as tuner`, and not {type(tuner).__name__}."
+        )
     tuned = tuner.tuned
     if tuned.method == "stn":
         raise ResponseError("the weights of an uncentred response are no minimiser at λ0; use a centred method.")

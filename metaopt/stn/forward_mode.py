@@ -21,6 +21,7 @@ def dual_level() -> Iterator[None]:
     if not _opened:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)  # which it became in later versions
             importlib.import_module("torch._decomp")
             importlib.import_module("torch._decomp.decompositions_for_jvp")
             _opened = True

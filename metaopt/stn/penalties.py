@@ -39,6 +39,11 @@ def l2(model: Tuned, coefficient: Tensor | float, names: Collection[str] | None 
     References:
         Bae and Grosse 2020, App. (L2 on UCI regression); the rows are ours.
     """
+    if not isinstance(model, Tuned):
+        raise ResponseError(
+            f"l2 is of the weights that respond: give it the model that the loss function was given, and not "
+            f"{type(model).__name__}."
+        )
     at = model.at
     names = [names] if isinstance(names, str) else names
     entries = {alias: entry.name for entry in model.responses.entries for alias in entry.aliases}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["train"]
 
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -77,12 +78,17 @@ def train(
         The tuner. The model is in training mode within, and in the mode that it had before, afterwards.
 
     Raises:
-        ResponseError: if a number of steps, τ or a bound makes no sense, if a loss can't be called like that, or if an
-            optimizer has other parameters than it was given.
+        ResponseError: if ``tuned`` is another model, a number of steps, τ or a bound makes no sense, if a loss can't be
+            called like that, or if an optimizer has other parameters than it was given.
 
     References:
         Bae and Grosse 2020, Alg. 1; MacKay et al. 2019, Alg. 1 and Eq. 15 (entropy).
     """
+    if not isinstance(tuned, Tuned):
+        raise ResponseError(
+            "the model to train is what `metaopt.stn.transform(model, hyper)` returns, and this is "
+            f"{type(tuned).__name__}."
+        )
     train_steps = whole("train_steps", train_steps, 1, ResponseError)
     valid_steps = whole("valid_steps", valid_steps, 0, ResponseError)
     warmup = whole("warmup", warmup, 0, ResponseError)
@@ -117,13 +123,18 @@ def train(
 
 def _check_numbers(scale_bounds: tuple[float, float], entropy_weight: float, clip: float | None) -> None:
     pair = isinstance(scale_bounds, (tuple, list)) and len(scale_bounds) == 2
-    if not (pair and 0 < scale_bounds[0] <= scale_bounds[1] and entropy_weight >= 0):
+    given = (*(scale_bounds if pair else ()), entropy_weight)
+    if not (pair and all(map(_is_number, given)) and 0 < scale_bounds[0] <= scale_bounds[1] and entropy_weight >= 0):
         raise ResponseError(
             "needs 0 < low <= high for scale_bounds, a pair, and entropy_weight >= 0, got "
             f"{scale_bounds}, {entropy_weight}."
         )
     if clip is not None and not (isinstance(clip, (int, float)) and clip > 0):
         raise ResponseError(f"clip is the largest norm of a gradient, above 0 (or None), not {clip}.")
+
+
+def _is_number(given: object) -> bool:
+    return isinstance(given, numbers.Real)
 
 
 def _check_factories(*factories: Factory) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Factory", "Tuner"]
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metaopt.errors import ResponseError, whole
+from metaopt.modes.progress import progressing
 from metaopt.stn.aside import Aside
 from metaopt.stn.batches import size_of
 from metaopt.stn.bounds import keep_inside
@@ -108,18 +109,27 @@ class Tuner:
 
     # -- the algorithm
 
-    def run(self, train_batches: Iterable[Any], valid_batches: Iterable[Any], steps: int | None = None) -> None:
+    def run(
+        self,
+        train_batches: Iterable[Any],
+        valid_batches: Iterable[Any],
+        steps: int | None = None,
+        *,
+        progress: bool = False,
+    ) -> None:
         """Warm up, then alternate: ``train_steps`` training steps, ``valid_steps`` validation steps, and so on.
 
         Args:
             train_batches: a pass over the training data; repeated if ``steps`` asks for more.
             valid_batches: the validation data, repeated as needed.
             steps: the number of training steps; by default one pass.
+            progress: show a progress bar of the training steps (needs tqdm).
         """
         steps = None if steps is None else whole("steps", steps, 0, ResponseError)
         valid = repeat(valid_batches)
         batches = train_batches if steps is None else islice(repeat(train_batches), steps)
-        for batch in batches:
+        count = len(train_batches) if steps is None and isinstance(train_batches, Sized) else steps
+        for batch in progressing(batches, count, progress, "training"):
             self.train_step(batch)
             after = self.steps - self.warmup
             if after > 0 and after % self.train_steps == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["transform"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -92,6 +92,8 @@ def transform(
     rank = None if rank is None else whole("rank", rank, 1, ResponseError)
     batch_dim = whole("batch_dim", batch_dim, 0, ResponseError)
     per_batch = [per_batch] if isinstance(per_batch, str) else per_batch
+    if not isinstance(per_batch, Iterable):
+        raise ResponseError(f"per_batch is a list of hyperparameters' names, not {type(per_batch).__name__}.")
     names = bound(model, hyper, bind or {})
     return Tuned(
         model,
