@@ -1350,7 +1350,7 @@ def test_an_operation_of_torch_without_second_derivative_is_told(mode: Any) -> N
         train()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning", "ignore:`torch.jit.:FutureWarning")
 @pytest.mark.parametrize("mode", [metaopt.record, metaopt.stream])
 def test_what_torch_jit_compiled_is_told(mode: Any) -> None:
     inner = mlp(5, 6, 3)
@@ -1670,6 +1670,17 @@ def test_an_objective_that_changes_weights_is_passed_as_a_function() -> None:
         with pytest.raises(metaopt.StaleError, match="pass it as a function"):
             run.hypergradient(model(x_val).square().mean(), [lr])
     torch.testing.assert_close(*gradients)
+
+
+def test_a_torch_that_hides_custom_functions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(applied, "_bound", torch.clone)
+    applied._require_sight.cache_clear()
+    optimizer = torch.optim.SGD(mlp(5, 6, 3).parameters(), lr=0.1)
+    with pytest.raises(metaopt.CaptureError, match=r"in a way that metaopt does not see.*Use torch 2"):
+        metaopt.record(optimizer).__enter__()
+    monkeypatch.undo()
+    with metaopt.record(optimizer):
+        pass
 
 
 @pytest.mark.skipif(not applied._IN_C, reason="until torch 2.14 every bound `apply` is seen")

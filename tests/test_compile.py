@@ -32,6 +32,7 @@ EAGER = {
     "backward_that_is_no_derivative": "is an autograd.Function",
     "custom_function": "is an autograd.Function",
     "functions_whose_flags_change": "is an autograd.Function",
+    "kept_aside": "is an autograd.Function",
     "function_of_two_values_one_of_which_is_computed_from_the_other": "is an autograd.Function",
     "gradient_hooks": "gradient hooks run Python code",
     "hooks_of_modules_that_change_gradients": "gradient hooks run Python code",

@@ -13,11 +13,13 @@ __all__ = ["see_functions"]
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from types import BuiltinMethodType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch._C import DisableTorchFunction
 from torch.autograd import Function
 from torch.autograd.function import FunctionMeta
 
@@ -108,9 +110,57 @@ if _IN_C:
 _SEAM = Seam(FunctionMeta, "__getattribute__", _looked_up) if _IN_C else Seam(_PLACE, "apply", classmethod(apply))
 
 
+class _Probe(Function):
+    """A function that does nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class _Counts:
+    """Counts what it is shown."""
+
+    calls = 0
+
+    def apply(self, cls: type, original: Any, args: Any, kwargs: Any) -> Any:
+        self.calls += 1
+        return original(*args, **kwargs)
+
+
+_bound = _Probe.apply
+
+
+@cache
+def _require_sight() -> None:
+    """Raise if this torch calls custom functions in a way that is not seen: they would be followed wrongly, in silence.
+
+    Raises:
+        CaptureError: with the versions that do.
+    """
+    counts, x = _Counts(), torch.zeros(1, device="cpu")
+    with _SEAM.open(), DisableTorchFunction():
+        _here.watchers.append(counts)
+        try:
+            _bound(x)
+            _Probe.apply(x)
+        finally:
+            _here.watchers.remove(counts)
+    if counts.calls != 2:
+        raise CaptureError(
+            f"torch {torch.__version__} calls custom torch.autograd.Functions in a way that metaopt does not see, so "
+            "that their backward would be left out. Use torch 2.6 to 2.15, or a later version of metaopt."
+        )
+
+
 @contextmanager
 def see_functions(watcher: _Sees) -> Iterator[None]:
     """While open, custom functions called in this thread are shown to the watcher."""
+    _require_sight()
     with _SEAM.open():
         _here.watchers.append(watcher)
         try:

@@ -16,6 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from metaopt.capture.draws import UntraceableError
 from metaopt.capture.simplify import simplify
 
+# What `detach` is written as; since torch 2.15 the second.
+_SAME_VALUE = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
 
 @dataclass
 class Graph:
@@ -116,7 +119,7 @@ def _cut(graph: fx.Graph, results: int, known: Sequence[Tensor]) -> None:
     for place, (node, _) in enumerate(zip(returned[results:], known, strict=True)):
         with graph.inserting_before(next(iter(graph.nodes)) if last is None else last.next):
             new = last = graph.placeholder(f"known_{place}")
-        while node.target is torch.ops.aten.detach.default:
+        while node.target in _SAME_VALUE:
             (node,) = node.args
         if node.op == "call_function":
             replaced.setdefault(node, new)

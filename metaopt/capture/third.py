@@ -7,7 +7,7 @@ replayed with the layers written out, which costs a few more operations.
 
 from __future__ import annotations
 
-__all__ = ["batch_norm", "instance_norm", "layer_norm", "written_out"]
+__all__ = ["WRITTEN_OUT", "batch_norm", "instance_norm", "layer_norm", "written_out"]
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -81,7 +81,7 @@ def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-_WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Any]] = {
+WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
     F.layer_norm: layer_norm,
@@ -93,7 +93,7 @@ def written_out(code: Sequence[Instruction]) -> list[Instruction]:
     """The instructions, with the layers written out if a gradient of the loop's goes through another one."""
     if not _nests(code):
         return list(code)
-    return [ins._replace(func=_WRITTEN_OUT[ins.func]) if ins.func in _WRITTEN_OUT else ins for ins in code]
+    return [ins._replace(func=WRITTEN_OUT[ins.func]) if ins.func in WRITTEN_OUT else ins for ins in code]
 
 
 def _nests(code: Sequence[Instruction]) -> bool:

@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,6 +25,7 @@ from torch.nn.modules._functions import BackwardHookFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from metaopt.capture.third import WRITTEN_OUT
 from metaopt.stn.forward_mode import dual_level
 from metaopt.stn.guards import unrepeated
 from metaopt.stn.linearised import LinearisedPass
@@ -88,6 +90,19 @@ class _Spelt(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Thrice(_Spelt):
+    """Likewise for normalisations, whose derivative is taken a third time here; what they keep is moved as ever."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in WRITTEN_OUT or not torch.is_grad_enabled():
+            return super().__torch_function__(func, types, args, kwargs)
+        if func is not F.layer_norm and (args[1] if len(args) > 1 else kwargs.get("running_mean")) is not None:
+            with torch.no_grad():
+                func(*args, **kwargs)
+        return WRITTEN_OUT[func](*args, **kwargs)
+
+
 class _ForwardMode(_Spelt):
     """Torch's forward mode ignores ``no_grad``; what a model computes under it is a constant here, as in training."""
 
@@ -124,7 +139,7 @@ def forward(run: Runner, z: Tensor) -> Any:
 def double(run: Runner, z: Tensor) -> Any:
     """Two backward passes: the derivative by ``v`` of ``vᵀ J`` is ``J``, applied to ε."""
     zero = torch.zeros_like(z).requires_grad_()
-    with torch.enable_grad(), _Spelt(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), _Thrice(), sdpa_kernel(SDPBackend.MATH):
         output, p = run(zero, _Differentiated)
         live = [y for y in leaves(output) if isinstance(y, Tensor) and y.requires_grad]
         tangents: dict[int, Tensor] = {}
