@@ -161,9 +161,10 @@ def _require_sight() -> None:
 def see_functions(watcher: _Sees) -> Iterator[None]:
     """While open, custom functions called in this thread are shown to the watcher."""
     _require_sight()
+    watchers = _here.watchers  # this thread's, wherever the context is left
     with _SEAM.open():
-        _here.watchers.append(watcher)
+        watchers.append(watcher)
         try:
             yield
         finally:
-            _here.watchers.remove(watcher)
+            watchers.remove(watcher)
