@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from metaopt.capture import products, sharing
+from metaopt.capture.aten import trace
 from metaopt.capture.simplify import simplify
 
 
@@ -27,6 +28,36 @@ def rewritten(function: Any, *arguments: Tensor) -> Counter[str]:
     tolerance = 1e-10 if expected.dtype is torch.float64 else 1e-5
     torch.testing.assert_close(graph(*arguments), expected, rtol=tolerance, atol=tolerance)
     return Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+
+
+@pytest.mark.parametrize(
+    "empty",
+    [
+        lambda x: x.new_empty(3, 2),
+        lambda x: x.new_empty_strided((3, 2), (2, 1)),
+        lambda x: torch.empty_strided((3, 2), (1, 3), dtype=x.dtype),
+        lambda x: torch.empty(3, 2, dtype=x.dtype),
+        torch.empty_like,
+    ],
+    ids=["new", "strided", "columns", "empty", "like"],
+)
+def test_memory_that_is_written_through_an_expanded_view_is_that(empty: Any) -> None:
+    def function(given: Any) -> Any:
+        (x,) = given
+        y = empty(x)
+        for i in range(3):
+            y.expand(3, 2)[i].copy_(x[i])
+        return [2 * y], []
+
+    x = torch.randn(3, 2)
+    graph = trace(function, [x])
+    torch.use_deterministic_algorithms(True)  # what is not written is NaN then
+    try:
+        (found,) = graph([x])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found is not None
+    assert torch.equal(found, 2 * x)
 
 
 size = st.integers(1, 6)

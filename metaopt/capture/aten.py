@@ -18,6 +18,13 @@ from metaopt.capture.simplify import simplify
 
 # What `detach` is written as; since torch 2.15 the second.
 _SAME_VALUE = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+_EMPTY = (
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.new_empty_strided.default,
+)
 
 
 @dataclass
@@ -78,10 +85,24 @@ def trace(
         if any(_mutates(node) for node in module.graph.nodes):
             with torch.no_grad():
                 module = make_fx(torch.func.functionalize(module, remove="mutations"))(*arguments)
+            _fill(module.graph)
     _cut(module.graph, sum(there), known)
     module.graph.eliminate_dead_code()
     simplify(module.graph)
     return _split(module, there)
+
+
+def _fill(graph: fx.Graph) -> None:
+    """Let memory begin with zeros, and not with whatever lay there.
+
+    It is written before it is read; but a write through an expanded view of ``x`` was made ``x + (new - x)``.
+    """
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _EMPTY:
+            with graph.inserting_after(node):
+                zeros = graph.call_function(torch.ops.aten.zeros_like.default, (node,))
+            zeros.meta["val"] = node.meta.get("val")
+            node.replace_all_uses_with(zeros, lambda user, zeros=zeros: user is not zeros)
 
 
 def _mutates(node: fx.Node) -> bool:
