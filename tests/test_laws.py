@@ -512,6 +512,7 @@ def alive() -> tuple[int, int, int]:
     # Dynamo's caches, where another test compiled something, hold fake tensors, which have no memory.
     objects = gc.get_objects()
     tensors = [x for x in objects if issubclass(type(x), Tensor) and not issubclass(type(x), FakeTensor)]
+    tensors = [x for x in tensors if torch._C._has_storage(x)]  # an undefined one of torch's has none
     memory = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     places = sum(x.nbytes for x in objects if type(x) is Place)  # copies of states, which are no tensors
     return len(tensors), sum(memory.values()) + places, sum(x.grad_fn is not None for x in tensors)

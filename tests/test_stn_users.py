@@ -665,7 +665,7 @@ def test_a_value_that_is_written_beneath_a_view_of_it_is_right() -> None:
             return part.unsqueeze(1) * hidden
 
     x, z, found = torch.randn(4, 3), torch.randn(4, 2), []
-    with pytest.raises(ResponseError, match="tensor that has views"):
+    with pytest.raises(ResponseError, match=r"tensor that has views|write on its intermediate values"):
         output(problem(lambda: Seen(3, 2), engine="manual"), x, at(problem(lambda: Seen(3, 2)), z, linearised=True))
     for engine in ("forward", "double"):
         tuned = problem(lambda: Seen(3, 2), engine=engine)
