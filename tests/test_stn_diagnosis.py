@@ -39,7 +39,7 @@ def exact(method: str = "delta") -> Tuned:
     tuned = transform(layer, hyper, method)
     with torch.no_grad():
         layer.weight.copy_(w0.reshape(1, -1))
-        tuned.responses.weight.copy_(torch.tensor([[0.5, 0.0]]))
+        tuned.responses.weight.copy_(torch.tensor([[0.5], [0.0]]))
         tuned.responses.bases[0].copy_(-c * torch.linalg.solve(gram, w0).reshape(1, -1))
     return tuned
 

@@ -208,9 +208,9 @@ def test_a8_a_shuffled_perturbation_misses_the_optimum() -> None:
     def shuffle(tuner: Any) -> None:
         perturb = tuner._perturb
 
-        def shuffled(examples: int) -> Any:
-            z, point, groups = perturb(examples)
-            return z[torch.randperm(examples)], point, groups
+        def shuffled(examples: int, *point: Any) -> Any:
+            z, *rest = perturb(examples, *point)
+            return z[torch.randperm(examples)], *rest
 
         tuner._perturb = shuffled
 

@@ -69,11 +69,11 @@ def learnt(net: SmallNetwork, method: str) -> Tensor:
     responses, free = tuned.responses, torch.zeros_like(tuned.responses.weight)
     with torch.no_grad():
         for entry in responses.entries:
-            rows = responses.weight[entry.start : entry.stop]
+            rows = responses.weight[:, entry.start : entry.stop]
             if entry.structure.axis is None:
-                free[entry.start : entry.stop] = 1
+                free[:, entry.start : entry.stop] = 1
             else:
-                rows.copy_(torch.eye(2).repeat_interleave(entry.structure.rows, 0))
+                rows.copy_(torch.eye(2).repeat_interleave(entry.structure.rows, 1))
         for base in responses.bases:
             base.zero_()
     responses.weight.register_hook(lambda gradient: gradient * free)
@@ -137,7 +137,7 @@ def best_fit(net: SmallNetwork, target: Tensor, banks: int) -> float:
     bases = iter(responses.bases)
     with torch.no_grad():
         for entry in responses.entries:
-            found = responses.weight[entry.start : entry.stop]
+            found = responses.weight[:, entry.start : entry.stop].t()
             if entry.structure.axis is None:
                 found.copy_(pieces[entry.name].t())
                 continue

@@ -231,7 +231,7 @@ def test_as_many_banks_as_hyperparameters_impose_nothing(name: str) -> None:
     wanted = {n: torch.randn(3, *tuned.slots.parameter(n).shape) for n in tuned.names}
     with torch.no_grad():
         for entry, slots in zip(tuned.responses.entries, tuned.responses._slots, strict=True):
-            rows = tuned.responses.weight[entry.start : entry.stop]
+            rows = tuned.responses.weight[:, entry.start : entry.stop].t()
             if entry.structure.axis is None:
                 rows.copy_(wanted[entry.name].flatten(1).t())
                 continue

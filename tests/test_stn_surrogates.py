@@ -196,7 +196,7 @@ def test_the_response_is_trained_by_the_backward_and_tuned_by_the_values(name: s
     tuned, x = problem(lambda: Model(build()), method), torch.randn(6, 4)
     with train(tuned, lambda m, b, v: valid_loss(m, b), valid_loss, optimizer=still, **FIXED) as tuner:
         drawn, perturb = [], tuner._perturb
-        tuner._perturb = lambda n: drawn.append(perturb(n)) or drawn[-1]  # type: ignore[assignment, func-returns-value]
+        tuner._perturb = lambda *n: drawn.append(perturb(*n)) or drawn[-1]  # type: ignore[method-assign, func-returns-value]
         tuner.train_step(x)
         tuner.valid_step(x)
     z = (drawn[0][1] if method == "stn" else drawn[0][0] / tuned.reference).detach()
@@ -285,7 +285,7 @@ def test_padding_has_no_response_but_that_of_a_tied_decoder(method: str, rank: i
         for _ in range(2):
             tuner.train_step(x)
         drawn, perturb = [], tuner._perturb
-        tuner._perturb = lambda n: drawn.append(perturb(n)) or drawn[-1]  # type: ignore[assignment, func-returns-value]
+        tuner._perturb = lambda *n: drawn.append(perturb(*n)) or drawn[-1]  # type: ignore[method-assign, func-returns-value]
         tuner.optimizer.param_groups[0]["lr"] = tuner.response_optimizer.param_groups[0]["lr"] = 0.0
         tuner.train_step(x)
     z = (drawn[0][1] if method == "stn" else drawn[0][0] / tuned.reference).detach()

@@ -257,6 +257,16 @@ def test_scales_are_clamped_and_rescaling_keeps_the_response() -> None:
         torch.testing.assert_close(value, before[name])
 
 
+def test_scales_within_their_bounds_are_not_rounded() -> None:
+    hyper = metaopt.Hyperparameters(a=metaopt.real(torch.zeros(1000)))
+    tuned = transform(nn.Linear(2, 1), hyper)
+    with torch.no_grad():
+        tuned.rho.copy_(torch.linspace(-5, 1, 1000))
+    before = tuned.rho.detach().clone()
+    tuned.keep_scale(1e-3, 2.0)
+    assert torch.equal(tuned.rho, before)
+
+
 def big(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=1.0)
 
@@ -528,8 +538,9 @@ def test_complex_parameters_say_what_to_do() -> None:
 def test_a_sum_that_overflows_is_finite() -> None:
     """Many small gradients in half precision; the step was left out."""
     large, small = torch.full((200000,), 1.0, dtype=torch.half), torch.ones(3)
-    assert _finite([large, None, small])
-    assert not _finite([large, small / 0])
+    assert _finite(small.sum(), [large, None, small])
+    assert not _finite(small.sum(), [large, small / 0])
+    assert not _finite(small.sum() / 0, [large, small])
 
 
 def test_objects_of_another_kind_are_named() -> None:

@@ -11,8 +11,7 @@ from __future__ import annotations
 __all__ = ["see_functions"]
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, wraps
 from types import BuiltinMethodType
 from typing import Any, Protocol
@@ -157,14 +156,18 @@ def _require_sight() -> None:
         )
 
 
-@contextmanager
-def see_functions(watcher: _Sees) -> Iterator[None]:
+class see_functions:
     """While open, custom functions called in this thread are shown to the watcher."""
-    _require_sight()
-    watchers = _here.watchers  # this thread's, wherever the context is left
-    with _SEAM.open():
-        watchers.append(watcher)
-        try:
-            yield
-        finally:
-            watchers.remove(watcher)
+
+    def __init__(self, watcher: _Sees) -> None:
+        self._watcher = watcher
+
+    def __enter__(self) -> None:
+        _require_sight()
+        self._watchers = _here.watchers  # this thread's, wherever the context is left
+        _SEAM.__enter__()
+        self._watchers.append(self._watcher)
+
+    def __exit__(self, *_: object) -> None:
+        self._watchers.remove(self._watcher)
+        _SEAM.__exit__()

@@ -5,8 +5,6 @@ from __future__ import annotations
 __all__ = ["Seam", "see_variables"]
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -27,20 +25,21 @@ class Seam:
         self._lock = threading.Lock()
         self._users = 0
 
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """The span of a context."""
+    def open(self) -> Seam:
+        """The span of a context, for ``with``."""
+        return self
+
+    def __enter__(self) -> None:
         with self._lock:
             if self._users == 0:
                 setattr(self._owner, self._name, self._value)
             self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if self._users == 0:
-                    delattr(self._owner, self._name)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                delattr(self._owner, self._name)
 
 
 def _variable(cls: type, *args: Any, **kwargs: Any) -> Any:

@@ -44,7 +44,7 @@ class Descent:
         everything = [parameter for parameters, _ in moves for parameter in parameters]
         with unrepeated(self.modules):
             gradients = differentiate(loss, everything)
-        if not _finite([loss, *gradients]):
+        if not _finite(loss, gradients):
             self.skipped += 1
             warn(
                 f"a step of the {what} was left out: its loss or gradient is not finite. Lower the learning rates, set "
@@ -62,9 +62,10 @@ class Descent:
         return True
 
 
-def _finite(tensors: list[Tensor | None]) -> bool:
-    # A sum is finite if its terms are, and one number is waited for, not one a tensor; in half precision, unless it
-    # overflows.
-    with torch.no_grad():
-        sums = [t.sum(dtype=torch.float if t.dtype is torch.half else None) for t in tensors if t is not None]
-        return math.isfinite(float(torch.stack(sums).sum()))
+def _finite(loss: Tensor, gradients: Sequence[Tensor | None]) -> bool:
+    # A sum is finite if its terms are; in half precision, unless it overflows.
+    found = [loss.detach(), *(g for g in gradients if g is not None)]
+    sums = [t.sum(dtype=torch.float) if t.dtype is torch.half else t.sum() for t in found]
+    # A device is waited for once, not once a tensor.
+    numbers = [s.item() for s in sums] if loss.is_cpu else [torch.stack(sums).sum().item()]
+    return all(map(math.isfinite, numbers))

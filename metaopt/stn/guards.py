@@ -31,8 +31,7 @@ WRITTEN = (
 )
 
 
-@contextmanager
-def guarded(args: Sequence[Any], kwargs: Mapping[str, Any], *, recomputes: bool = False) -> Iterator[None]:
+class guarded:
     """Run a model once.
 
     Args:
@@ -43,23 +42,26 @@ def guarded(args: Sequence[Any], kwargs: Mapping[str, Any], *, recomputes: bool 
     Raises:
         ResponseError: if it writes on its input, or saves less than its gradient needs.
     """
-    tensors = [t for t in leaves((*args, *kwargs.values())) if isinstance(t, Tensor) and not t.is_inference()]
-    versions = [t._version for t in tensors]
-    closed = None if recomputes else _without_saving_hooks()
-    try:
-        yield
-    except RuntimeError as error:
-        if str(error).startswith(CHECKPOINT):
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any], *, recomputes: bool = False) -> None:
+        found = leaves((*args, *kwargs.values()))
+        self._tensors = [t for t in found if isinstance(t, Tensor) and not t.is_inference()]
+        self._recomputes = recomputes
+
+    def __enter__(self) -> None:
+        self._versions = [t._version for t in self._tensors]
+        self._closed = None if self._recomputes else _without_saving_hooks()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if self._closed is not None:
+            self._closed.__exit__(None, None, None)
+        if isinstance(error, RuntimeError) and str(error).startswith(CHECKPOINT):
             raise ResponseError(CHECKPOINT) from None
-        raise
-    finally:
-        if closed is not None:
-            closed.__exit__(None, None, None)
-    if versions != [t._version for t in tensors]:
-        raise ResponseError(
-            "the model writes on its input in place. It is called several times on one batch, which would be another "
-            "one each time; let it compute new tensors, as `x = x - mean` and not `x -= mean`."
-        )
+        if error is None and self._versions != [t._version for t in self._tensors]:
+            raise ResponseError(
+                "the model writes on its input in place. It is called several times on one batch, which would be "
+                "another one each time; let it compute new tensors, as `x = x - mean` and not `x -= mean`."
+            )
 
 
 def _without_saving_hooks() -> AbstractContextManager[None] | None:
@@ -86,8 +88,7 @@ def unhooked(modules: Sequence[nn.Module]) -> Iterator[None]:
             module._backward_hooks, module._backward_pre_hooks = hooks, before
 
 
-@contextmanager
-def unrepeated(modules: Sequence[nn.Module]) -> Iterator[None]:
+class unrepeated:
     """Take gradients, while no module may be called: its parameters are its own again, without a response.
 
     Args:
@@ -96,10 +97,19 @@ def unrepeated(modules: Sequence[nn.Module]) -> Iterator[None]:
     Raises:
         ResponseError: if one is called, as by the backward of a custom function that calls it again.
     """
-    own = {id(module) for module in modules}
 
-    def refuse(module: nn.Module, _: Any) -> None:
-        if id(module) in own:
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+
+    def __enter__(self) -> None:
+        # Of all modules: a backward may run in another thread, as it does on a GPU.
+        self._handle = register_module_forward_pre_hook(self._refuse)
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _refuse(self, module: nn.Module, _: Any) -> None:
+        if any(module is own for own in self._modules):
             raise ResponseError(
                 RECOMPUTED.format(
                     f"a function whose backward calls a module again (one of type `{type(module).__name__}`), as "
@@ -107,13 +117,6 @@ def unrepeated(modules: Sequence[nn.Module]) -> Iterator[None]:
                     "`odeint` and not `odeint_adjoint`",
                 )
             )
-
-    # Of all modules: a backward may run in another thread, as it does on a GPU.
-    handle = register_module_forward_pre_hook(refuse)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class Pass(TorchFunctionMode):
     Args:
         marks: the responses by ``id`` of the parameter's alias.
         layouts: where the examples are, by site.
-        rates: the dropout rates of each example by hyperparameter.
+        rates: the dropout rates of each example by hyperparameter, or one number of all examples.
         calls: how functions without a rule are called, by site.
         orders: which tensors have the examples in another order, if the model reads them at indices.
 
@@ -69,7 +69,7 @@ class Pass(TorchFunctionMode):
         self,
         marks: Mapping[int, Active],
         layouts: Mapping[Site, Layout | str],
-        rates: Mapping[str, Tensor],
+        rates: Mapping[str, Tensor | float],
         calls: Mapping[Place, Call | str] | None = None,
         orders: Orders | None = None,
     ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Coordinates", "Noise", "Perturbation", "Values", "draw", "entropy", "inverse_softplus"]
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,16 +28,18 @@ class Values(dict[str, Tensor]):
     read are noted, so that one that nothing uses can be named.
     """
 
-    def __init__(self, values: dict[str, Tensor]) -> None:
+    def __init__(self, values: dict[str, Tensor], same: Mapping[str, float] | None = None) -> None:
         super().__init__(values)
         self.read: set[str] = set()
+        # As numbers, which functions of torch take at less cost: those that are the same for each example.
+        self.same: Mapping[str, float] = {} if same is None else same
 
     def __getitem__(self, name: str) -> Tensor:
         self.read.add(name)
         return super().__getitem__(name)
 
     def __getattr__(self, name: str) -> Tensor:
-        if name.startswith("__") or name == "read":  # while it is copied
+        if name.startswith("__") or name in ("read", "same"):  # while it is copied
             raise AttributeError(name)
         try:
             return self[name]
@@ -57,6 +59,7 @@ class Noise:
         self._kept = kept
         self._seed: int | None = None
         self._drawn: list[Tensor] = []
+        self._generator: torch.Generator | None = None
 
     def uniform(self, shape: torch.Size, like: Tensor) -> Tensor:
         """Uniform numbers in [0, 1) of a shape."""
@@ -70,9 +73,11 @@ class Noise:
             if numbers.shape == shape and numbers.dtype == like.dtype and numbers.device == like.device:
                 self._drawn.append(numbers)
                 return numbers
+        if self._generator is None or self._generator.device != like.device:
+            self._generator = torch.Generator(like.device)
         # A seed for each draw: it does not matter which of the others were drawn.
-        generator = torch.Generator(like.device).manual_seed(self._seed + index)
-        numbers = torch.rand(shape, generator=generator, dtype=like.dtype, device=like.device)
+        self._generator.manual_seed(self._seed + index)
+        numbers = torch.rand(shape, generator=self._generator, dtype=like.dtype, device=like.device)
         self._drawn.append(numbers)
         return numbers
 
@@ -168,6 +173,30 @@ class Part:
         return self.domain.to_value(picked.reshape(-1, *self.shape) if self.shape else picked).detach()
 
 
+class _Present:
+    """Values that are the same for each example.
+
+    Args:
+        point: the hyperparameters of which they are.
+        named: the values, each of one example.
+    """
+
+    def __init__(self, point: Tensor, named: dict[str, Tensor]) -> None:
+        self.point, self._named = point, named
+        self.numbers = {name: value.item() for name, value in named.items() if value.numel() == 1}
+        self._examples, self._expanded = 1, named
+
+    def expanded(self, examples: int) -> dict[str, Tensor]:
+        """The values of so many examples."""
+        if examples == 1:
+            # A copy, since a loss function may write on it; torch refuses to write on what is expanded.
+            return {name: value.clone() for name, value in self._named.items()}
+        if examples != self._examples:
+            self._expanded = {name: v.expand(examples, *v.shape[1:]) for name, v in self._named.items()}
+            self._examples = examples
+        return self._expanded
+
+
 class Coordinates:
     """The unconstrained hyperparameters as one vector ``λ`` of H entries.
 
@@ -203,7 +232,7 @@ class Coordinates:
         self.per_batch = frozenset(per_batch)
         self.shared = [i for name in per_batch for i in range(size)[self.slices[name]]]
         self._parts = self._split()
-        self._present: tuple[Tensor, list[Tensor]] | None = None
+        self._present: _Present | None = None
 
     def _split(self) -> list[Part]:
         # Numbers of one domain are transformed as one: looking the transform up costs more than it does.
@@ -219,7 +248,13 @@ class Coordinates:
 
     def leaf(self) -> Tensor:
         """``λ``, shape ``(H,)``, differentiable by the leaves."""
-        leaves: list[Tensor] = [self.hyper.get_leaf(name) for name in self.slices]
+        return self._joined([self.hyper.get_leaf(name) for name in self.slices])
+
+    def point(self) -> Tensor:
+        """``λ`` as a constant."""
+        return self._joined([self.hyper.get_leaf(name).detach() for name in self.slices])
+
+    def _joined(self, leaves: list[Tensor]) -> Tensor:
         if self.size == len(leaves) and not any(leaf.ndim for leaf in leaves):
             return torch.stack(leaves)
         return torch.cat([leaf.reshape(-1) for leaf in leaves])
@@ -232,22 +267,28 @@ class Coordinates:
     def values(self, points: Tensor) -> Values:
         """The constrained values at points of shape ``(B, H)``, each of shape ``(B, *shape)``; they have no graph."""
         points = points.detach()
-        return self._named([part.values(points) for part in self._parts])
+        return Values(self._named([part.values(points) for part in self._parts]))
 
-    def present(self, examples: int) -> Values:
-        """The values at ``λ0``, the same for each example."""
-        leaf = self.leaf().detach()
-        if self._present is None or not torch.equal(self._present[0], leaf):
-            # Hyperparameters move once in many steps of the weights. Compared by value: a leaf may be set in any way.
-            self._present = leaf.clone(), [part.values(leaf.unsqueeze(0)) for part in self._parts]
-        # A copy: what a loss function writes into its values must not stay.
-        return self._named([v.clone().expand(examples, *v.shape[1:]) for v in self._present[1]])
+    def present(self, examples: int, point: Tensor | None = None) -> Values:
+        """The values at ``λ0``, the same for each example.
 
-    def _named(self, found: Sequence[Tensor]) -> Values:
+        Args:
+            examples: how many there are.
+            point: ``λ0``, where it is at hand.
+        """
+        point = self.point() if point is None else point
+        kept = self._present
+        # Hyperparameters move once in many steps of the weights. Compared by value: a leaf may be set in any way.
+        if kept is None or not torch.equal(kept.point, point):
+            named = self._named([part.values(point.unsqueeze(0)) for part in self._parts])
+            kept = self._present = _Present(point, named)
+        return Values(kept.expanded(examples), kept.numbers)
+
+    def _named(self, found: Sequence[Tensor]) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}
         for part, value in zip(self._parts, found, strict=True):
             named.update(zip(part.names, (value,) if part.shape else value.unbind(1), strict=True))
-        return Values({name: named[name] for name in self.slices})
+        return {name: named[name] for name in self.slices}
 
 
 def draw(

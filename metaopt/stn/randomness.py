@@ -47,7 +47,7 @@ class Rate(float):
         return float(self), self.module, self.hyper
 
 
-def _rates(run: Pass, func: Any, x: Tensor, rate: float) -> Tensor | None:
+def _rates(run: Pass, func: Any, x: Tensor, rate: float) -> Tensor | float | None:
     """The rate of each example in a shape that broadcasts with ``x``; one number where all are equal."""
     if not isinstance(rate, Rate):
         # The forward calls a functional dropout, which no name binds.
@@ -57,7 +57,11 @@ def _rates(run: Pass, func: Any, x: Tensor, rate: float) -> Tensor | None:
         return None
     run.hyper_used.add(rate.hyper)
     run.called.add(rate.module)
-    values = run.rates[rate.hyper].to(x.dtype)
+    values = run.rates[rate.hyper]
+    if isinstance(values, float):
+        return values
+    if values.dtype != x.dtype:
+        values = values.to(x.dtype)
     if values.ndim == 0:
         return values
     layout = run.fixed or run.locate((f"dropout {rate.module}", func.__name__), x, values.shape[0])
@@ -75,10 +79,14 @@ def _shape(func: Any, x: Tensor) -> torch.Size:
     return torch.Size([n if d < kept else 1 for d, n in enumerate(x.shape)])
 
 
-def _kept(noise: Tensor, rates: Tensor) -> Tensor:
+def _kept(noise: Tensor, rates: Tensor | float) -> Tensor:
     """1 where an entry is kept, and 0."""
     # Numbers at once: booleans that become numbers take several times longer.
     return torch.ge(noise, rates, out=torch.empty_like(noise))
+
+
+def _left(rates: Tensor | float) -> Tensor | float:
+    return torch.rsub(rates, 1) if isinstance(rates, Tensor) else 1 - rates
 
 
 def _apply(run: Pass, x: Tensor, factor: Tensor, shift: Tensor | None, inplace: bool) -> Tensor:
@@ -109,7 +117,7 @@ def dropout(
         # The same draw as torch's own, seen through ones.
         return _apply(run, input, func(torch.ones_like(input), p, training), None, inplace)
     noise = run.noise.uniform(_shape(func, input), input)
-    return _apply(run, input, _kept(noise, rates).div_(torch.rsub(rates, 1)), None, inplace)
+    return _apply(run, input, _kept(noise, rates).div_(_left(rates)), None, inplace)
 
 
 @register(F.alpha_dropout, F.feature_alpha_dropout)
@@ -126,7 +134,7 @@ def alpha_dropout(
     if not training:
         return input
     # Never torch's own: its draw could not be seen from outside, and must be the same in every pass.
-    rate = torch.as_tensor(float(p), dtype=input.dtype, device=input.device) if rates is None else rates
+    rate = torch.as_tensor(float(p) if rates is None else rates, dtype=input.dtype, device=input.device)
     kept = _kept(run.noise.uniform(_shape(func, input), input), rate)
     scale = 1 / torch.sqrt((1 - rate) * (1 + rate * SATURATION**2))
     return _apply(run, input, kept * scale, scale * SATURATION * (1 - kept) - scale * SATURATION * rate, inplace)

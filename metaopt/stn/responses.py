@@ -125,7 +125,8 @@ class Responses(nn.Module):
         whole: names of parameters that keep it too: a mask of their entries would not leave a low rank.
 
     Shape:
-        ``U`` is (R, H), with a row for each scalar of each parameter and bank; a ``V`` has its parameter's shape.
+        ``U`` is (R, H), with a row for each scalar of each parameter and bank; ``weight`` is its transpose, by which a
+        batch is multiplied at less cost. A ``V`` has its parameter's shape.
 
     Raises:
         ResponseError: if no parameter is trained, or they are of several types or on several devices.
@@ -180,7 +181,7 @@ class Responses(nn.Module):
                     base.data[padding[names[0]]] = 0
         self._widths = [entry.width for entry in self.entries for _ in range(entry.banks)]
         dtype, device = kinds.pop()
-        self.weight = Parameter(torch.zeros(rows, width, dtype=dtype, device=device))
+        self.weight = Parameter(torch.zeros(width, rows, dtype=dtype, device=device))
 
     def active(self, z: Tensor, *, frozen: bool = False, weight: Tensor | None = None) -> Iterator[Active]:
         """The response of each entry, in order.
@@ -192,10 +193,9 @@ class Responses(nn.Module):
         """
         if weight is None:
             weight = self.weight.detach() if frozen else self.weight
-        # A step under autocast must not round the perturbations. Made contiguous, which is cheap: the backward of a
-        # product with a transposed view is several times slower.
+        # A step under autocast must not round the perturbations.
         with unrounded(weight):
-            spread = torch.mm(z.to(weight.dtype), weight.t().contiguous())
+            spread = torch.mm(z.to(weight.dtype), weight)
         pieces = iter(torch.split_with_sizes(spread, self._widths, 1))
         # Read from where they are: an index into a list of parameters is looked up as an attribute, by name.
         bases, mixers = (
@@ -214,7 +214,7 @@ class Responses(nn.Module):
         entry: Entry, z: Tensor, weight: Tensor, bases: tuple[Tensor | None, ...], mixers: tuple[Tensor, ...]
     ) -> Active:
         with unrounded(weight):
-            spread = z.to(weight.dtype) @ weight[entry.start : entry.stop].detach().t()
+            spread = z.to(weight.dtype) @ weight[:, entry.start : entry.stop].detach()
         fixed = tuple(None if base is None else base.detach() for base in bases)
         return Active(entry, spread.split(entry.width, 1), fixed, tuple(m.detach() for m in mixers))
 
@@ -228,7 +228,7 @@ class Responses(nn.Module):
         Args:
             reference: by what a perturbation is divided before it enters, if it is.
         """
-        units = torch.eye(self.weight.shape[1], dtype=self.weight.dtype, device=self.weight.device)
+        units = torch.eye(self.weight.shape[0], dtype=self.weight.dtype, device=self.weight.device)
         if reference is not None:
             units = units / reference.to(units)
         columns = [self.changes(unit) for unit in units]
@@ -237,7 +237,7 @@ class Responses(nn.Module):
     @torch.no_grad()
     def rescale_(self, ratio: Tensor) -> None:
         """Multiply the columns of ``U``: the same response for coordinates that were divided by ``ratio``."""
-        self.weight.mul_(ratio.to(self.weight))
+        self.weight.mul_(ratio.to(self.weight).unsqueeze(1))
 
 
 def unrounded(like: Tensor) -> AbstractContextManager[Any]:

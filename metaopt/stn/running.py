@@ -73,7 +73,8 @@ class Running(nn.Module):
         """The model at one set of weights for all examples, with the dropout rates of the present hyperparameters."""
         replaced = {name: self.slots.parameter(name) + change for name, change in changes.items()}
         # All examples have the same rates: one number each.
-        p = Pass({}, {}, {name: _first(value) for name, value in self._rates(values)})
+        numbers = {} if at is None else at.values.same
+        p = Pass({}, {}, {n: numbers[n] if n in numbers else _first(value) for n, value in self._rates(values)})
         p.noise = Noise() if at is None else at.noise
         p.moves_statistics = True
         masked = self._masked(p, replaced, values)

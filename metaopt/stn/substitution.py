@@ -4,8 +4,7 @@ from __future__ import annotations
 
 __all__ = ["ANOTHER", "Slots", "attributes", "rate_attribute", "set_attributes", "substituted"]
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -94,15 +93,7 @@ def set_attributes(kept: Attributes) -> None:
             now.update(zip(names, values, strict=True))
 
 
-@contextmanager
-def substituted(
-    slots: Slots,
-    replaced: Mapping[str, Tensor],
-    *,
-    buffers: bool,
-    rates: bool,
-    masked: Sequence[tuple[Mask, Tensor]] = (),
-) -> Iterator[None]:
+class substituted:
     """Let tensors stand in for parameters, copies for buffers, and marked numbers for rates.
 
     Args:
@@ -112,32 +103,56 @@ def substituted(
         buffers: whether to run on copies of the buffers, so that no statistic moves.
         rates: whether dropout rates are marked.
     """
-    undo: list[tuple[dict[str, Any], str, Any]] = []
 
-    def put(store: dict[str, Any], key: str, value: Any) -> None:
-        undo.append((store, key, store[key]))
+    def __init__(
+        self,
+        slots: Slots,
+        replaced: Mapping[str, Tensor],
+        *,
+        buffers: bool,
+        rates: bool,
+        masked: Sequence[tuple[Mask, Tensor]] = (),
+    ) -> None:
+        self._slots, self._replaced, self._masked = slots, replaced, masked
+        self._buffers, self._rates = buffers, rates
+        self._undo: list[tuple[dict[str, Any], str, Any]] = []
+
+    def __enter__(self) -> None:
+        try:
+            self._put_parameters()
+            copies: dict[int, Tensor] = {}
+            for store in self._slots.buffers if self._buffers else ():
+                for key, buffer in store.items():
+                    if buffer is not None:
+                        self._put(store, key, copied(buffer, copies))
+            for holder, key, rate in self._slots.rates if self._rates else ():
+                value = holder.__dict__[key]
+                # The same number as ever, most of the time.
+                marked = rate if value == float(rate) else Rate(value, rate.module, rate.hyper)
+                self._put(holder.__dict__, key, marked)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        for store, key, value in reversed(self._undo):
+            store[key] = value
+        self._undo.clear()
+
+    def _put(self, store: dict[str, Any], key: str, value: Any) -> None:
+        self._undo.append((store, key, store[key]))
         store[key] = value
 
-    try:
+    def _put_parameters(self) -> None:
+        slots, replaced, masked = self._slots, self._replaced, self._masked
         before = [dict(module._parameters) for module in slots.recurrent]
         for name, tensor in replaced.items():
             for store, key in slots.parameters[name]:
-                put(store, key, tensor)
+                self._put(store, key, tensor)
         for mask, tensor in masked:
-            put(mask.module._parameters, mask.key, tensor)
+            self._put(mask.module._parameters, mask.key, tensor)
         for module, kept in zip(slots.recurrent, before, strict=True):
             # These keep a second list of their parameters.
             now = {id(p): module._parameters[key] for key, p in kept.items()}
             if replaced or masked:
-                put(module.__dict__, "_flat_weights", [now.get(id(w), w) for w in module._flat_weights])
-        copies: dict[int, Tensor] = {}
-        for store in slots.buffers if buffers else ():
-            for key, buffer in store.items():
-                if buffer is not None:
-                    put(store, key, copied(buffer, copies))
-        for holder, key, rate in slots.rates if rates else ():
-            put(holder.__dict__, key, Rate(holder.__dict__[key], rate.module, rate.hyper))
-        yield
-    finally:
-        for store, key, value in reversed(undo):
-            store[key] = value
+                self._put(module.__dict__, "_flat_weights", [now.get(id(w), w) for w in module._flat_weights])

@@ -152,7 +152,7 @@ class Tuner:
             ResponseError: if the loss is no scalar, or the batch does not fit.
         """
         self.steps += 1
-        state, kept = self._state(), self.statistics.keep()
+        point, state, kept = self.tuned.coordinates.point(), self._state(), self.statistics.keep()
         watch = nullcontext() if self._trained else self._first(state)
 
         def back(then: Callable[[Sequence[Kept]], None]) -> None:
@@ -161,16 +161,18 @@ class Tuner:
 
         with watch:
             if self.tuned.method == "stn":
-                loss: float = self._attempt(lambda: self._joint(batch, kept), lambda: back(self.statistics.restore))
+                loss: float = self._attempt(
+                    lambda: self._joint(batch, point, kept), lambda: back(self.statistics.restore)
+                )
             else:
-                loss = self._weights(batch)
+                loss = self._weights(batch, point)
         self.statistics.note(kept)
         if self.tuned.method == "stn":
             return loss
         after = self._state()
         back(self.statistics.stand_in)
         try:
-            self._attempt(lambda: self._response(batch), lambda: back(self.statistics.stand_in))
+            self._attempt(lambda: self._response(batch, point), lambda: back(self.statistics.stand_in))
         finally:
             self._set_state(after)
         return loss
@@ -192,19 +194,20 @@ class Tuner:
 
     # -- the steps
 
-    def _weights(self, batch: Any) -> float:
+    def _weights(self, batch: Any, point: Tensor) -> float:
         examples = size_of(batch, self.tuned.batch_dim)
-        at = Perturbation(None, self.tuned.coordinates.present(examples), weights=True)
+        at = Perturbation(None, self.tuned.coordinates.present(examples, point), weights=True)
         loss = self._loss(self.train_loss, batch, at)
         self._noise = at.noise
         self.descent.step(_TRAINING, loss, (self.weights, self.optimizer))
         return loss.item()
 
-    def _response(self, batch: Any) -> float:
-        z, point, groups = self._perturb(size_of(batch, self.tuned.batch_dim))
-        at = Perturbation(z / self.tuned.reference, self.tuned.coordinates.values(point), groups)
+    def _response(self, batch: Any, point: Tensor) -> float:
+        tuned = self.tuned
+        z, point, groups = self._perturb(size_of(batch, tuned.batch_dim), point)
+        values = tuned.coordinates.values(point)
+        at = Perturbation(z / tuned.reference, values, groups, tuned.method == "delta", response=True)
         at.noise = Noise(self._noise)
-        at.response, at.linearised = True, self.tuned.method == "delta"
         first, before = self.steps == 1, self._state() if self.steps == 1 else None
         at.watched = first and at.linearised
         loss = self._loss(self.train_loss, batch, at)
@@ -223,8 +226,8 @@ class Tuner:
             loss = self._loss(self.train_loss, batch, again)
             yield again.outputs, loss
 
-    def _joint(self, batch: Any, kept: Sequence[Kept]) -> float:
-        _, point, groups = self._perturb(size_of(batch, self.tuned.batch_dim))
+    def _joint(self, batch: Any, point: Tensor, kept: Sequence[Kept]) -> float:
+        _, point, groups = self._perturb(size_of(batch, self.tuned.batch_dim), point)
         at = Perturbation(point, self.tuned.coordinates.values(point), groups, weights=True, response=True)
         loss = self._loss(self.train_loss, batch, at)
         if groups not in (None, 1) and any(k.moved for k in kept):
@@ -320,12 +323,12 @@ class Tuner:
             like=self.tuned.rho.detach(),
         )
 
-    def _perturb(self, examples: int) -> tuple[Tensor, Tensor, int | None]:
+    def _perturb(self, examples: int, point: Tensor) -> tuple[Tensor, Tensor, int | None]:
         """``ε``, ``λ0 + ε``, and the number of groups."""
         groups = groups_of(self.tuned, examples)
         with torch.no_grad():
             z = self.tuned.scale * self._normal(examples, groups)
-            return z, self.tuned.coordinates.leaf() + z, groups
+            return z, point + z, groups
 
     # -- checkpoints
 

@@ -119,7 +119,10 @@ class Tuned(Compared):
     @torch.no_grad()
     def keep_scale(self, low: float, high: float) -> None:
         """Put σ back between two bounds; the response stays what it is."""
-        self.rho.copy_(inverse_softplus(self.scale.clamp(low, high)))
+        scale = self.scale
+        # One within the bounds stays as it is: the way there and back would round it, a frozen one too.
+        outside = (scale < low) | (scale > high)
+        self.rho.copy_(torch.where(outside, inverse_softplus(scale.clamp(low, high)), self.rho))
         if self.standardize:
             # The same response, fed with perturbations in the new unit.
             ratio = self.scale / self.reference
@@ -151,11 +154,12 @@ class Tuned(Compared):
         """Compute at a perturbation until the block ends."""
         if self._at is not None:
             raise ResponseError("a step is open already; steps of a tuner don't nest.")
-        self._at = at
+        # Not by `__setattr__`, in which a module looks for parameters.
+        self.__dict__["_at"] = at
         try:
             yield at
         finally:
-            self._at = None
+            self.__dict__["_at"] = None
 
     @property
     def at(self) -> Perturbation:

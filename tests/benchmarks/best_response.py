@@ -112,7 +112,7 @@ def compare(name: str, build: Callable[[], Model]) -> None:
         steps += [
             partial(tuner.train_step, (x, y)),
             partial(tuner.valid_step, (x, y)),
-            partial(tuner._response, (x, y)),
+            partial(tuner._response, (x, y), tuned.coordinates.point()),
         ]
     base, *found = medians(steps)
     stack.close()
