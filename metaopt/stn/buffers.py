@@ -65,6 +65,7 @@ class Statistics:
                 copied(buffer, copies) if known is None or (i, key) in known else None,
             )
             for i, module in enumerate(self._modules)
+            if module._buffers
             for key, buffer in module._buffers.items()
             if buffer is not None
         ]

@@ -41,6 +41,7 @@ SIZED = {"expand", "view", "reshape", "repeat", "tile", "unflatten", "broadcast_
 
 # By which names torch's functions take their first tensor, and their second.
 FIRST = ("input", "tensors", "tensor"), ("other", "mat2", "tensor2")
+NAMED = frozenset(name for names in FIRST for name in names)
 
 
 @dataclass
@@ -69,6 +70,8 @@ class Call:
 
 def placed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments with the tensors in front that torch's functions also take by name, ``F.softmax(input=x, dim=-1)``."""
+    if kwargs.keys().isdisjoint(NAMED):
+        return args, kwargs
     for names in FIRST[len(args) :]:
         name = next((n for n in names if n in kwargs), None)
         if name is None:

@@ -28,8 +28,10 @@ from torch.optim import LBFGS, Optimizer
 
 from metaopt.errors import FallbackWarning, ResponseError, UnusedHyperparameterWarning, warn
 from metaopt.stn.perturbations import Perturbation
-from metaopt.stn.substitution import ANOTHER
+from metaopt.stn.substitution import ANOTHER, modules_of
 from metaopt.stn.tuned import GROUPS, Tuned
+
+_TRAIN, _EVAL = nn.Module.train, nn.Module.eval
 
 
 def takes_values(train_loss: Callable[..., Any], valid_loss: Callable[..., Any]) -> bool:
@@ -236,8 +238,9 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 def check_trained(model: nn.Module, weights: Iterable[Tensor]) -> None:
     """Refuse a model that got other parameters to train, which no optimizer of the tuner has."""
     known = {id(weight) for weight in weights}
-    new = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
-    if new:
+    found = [p for module in modules_of(model) for p in module._parameters.values() if p is not None]
+    if any(p.requires_grad and id(p) not in known for p in found):
+        new = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
         names = ", ".join(new)
         raise ResponseError(f"parameters that were frozen, or not there, when training began: {names}; {ANOTHER}.")
 
@@ -270,11 +273,26 @@ def _uses_directly(loss: Tensor, leaves: Iterable[Tensor], aliases: Iterable[Ten
 @contextmanager
 def evaluation(tuned: Tuned) -> Iterator[None]:
     """Evaluation mode, and back to the mode of each module."""
-    trained = [module for module in tuned.model.modules() if module.training]
-    if trained:
+    modules = modules_of(tuned.model)
+    trained = [module for module in modules if module.training]
+    # As `eval()` does it, without the time that a module takes to set what may be a parameter.
+    flags = [module.__dict__ for module in trained] if all(map(_switched_by_torch, modules)) else None
+    for flag in flags or ():
+        flag["training"] = False
+    if trained and flags is None:
         tuned.model.eval()
     try:
         yield
     finally:
-        for module in trained:
+        for module in trained if flags is None else ():
             module.training = True
+        for flag in flags or ():
+            flag["training"] = True
+
+
+def _switched_by_torch(module: nn.Module) -> bool:
+    """Whether a module's mode is a flag of its own and no more."""
+    kind, own = type(module), module.__dict__
+    return (
+        kind.train is _TRAIN and kind.eval is _EVAL and "training" in own and "train" not in own and "eval" not in own
+    )

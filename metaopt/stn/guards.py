@@ -164,7 +164,7 @@ def differentiate(loss: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | Non
     Raises:
         ResponseError: if the model computes values a second time, or a parameter was frozen.
     """
-    if not all(t.requires_grad for t in tensors):
+    if False in [t.requires_grad for t in tensors]:
         raise ResponseError(
             "a parameter was frozen after the response was attached to it; freeze what should not be trained first, "
             "and call `transform` then."

@@ -104,7 +104,7 @@ class LinearisedPass(Pass):
 
     def tangent(self, value: Any) -> Tensor | None:
         """The tangent of a tensor in this pass, if it has one."""
-        held = getattr(value, _ATTRIBUTE, None) if isinstance(value, Tensor) else None
+        held = getattr(value, _ATTRIBUTE, None)
         return held[1] if held is not None and held[0] is self else None
 
     def join(self, value: Tensor, change: Tensor | None) -> Tensor:
@@ -193,8 +193,8 @@ class LinearisedPass(Pass):
 
 def carry(p: Pass, value: Tensor, tangent: Tensor) -> Tensor:
     """Let a tensor carry a tangent for the rest of a pass."""
-    if value.is_floating_point():
-        p.epsilon = max(p.epsilon, torch.finfo(value.dtype).eps)
+    if value.dtype is not p.precision and value.is_floating_point():
+        p.note_precision(value.dtype)
     setattr(value, _ATTRIBUTE, (p, tangent if tangent.shape == value.shape else tangent.expand_as(value)))
     return value
 

@@ -41,6 +41,9 @@ PLAIN_METHODS |= {"type", "get_device", "is_complex", "__len__", "__hash__", "__
 PLAIN_METHODS |= {"is_signed", "is_inference", "__format__"}
 
 
+# Arguments that neither are tensors nor hold any; most are of these types.
+_SINGLE = {bool, int, float, str, type(None)}
+
 # Why an example can't be told from its place.
 MOVED = "it is given examples that the model sorts or selects by their values"
 
@@ -91,6 +94,7 @@ class Pass(TorchFunctionMode):
         self.trained = False
         self.fixed: Layout | None = None
         self.epsilon = 0.0
+        self.precision: torch.dtype | None = None
         # Parameters of which every example has an instance.
         self.apart: set[str] = set()
         self.held: dict[int, Instances] = {}
@@ -108,16 +112,17 @@ class Pass(TorchFunctionMode):
         if self._within:
             self.within(func, args, kwargs)
             return func(*args, **kwargs)
+        if self.orders is None:
+            return self._called(func, args, kwargs)
         result = self._called(func, args, kwargs)
-        if self.orders is not None:
-            self.orders.follow(func, args, kwargs, result)
+        self.orders.follow(func, args, kwargs, result)
         return result
 
     def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         rule = self.rules.get(func)
         if rule is not None and kwargs and len(args) < 2:
             args, kwargs = placed(args, kwargs)
-        if not self.marks:
+        if not self.held and not (self.marks and _among(self.marks, args, kwargs)):
             return self.plain(func, args, kwargs) if rule is None else rule(self, func, *args, **kwargs)
         # What was computed from parameters; they themselves may have a rule here.
         derived = self.held and any(key not in self.marks for key in _among(self.held, args, kwargs))
@@ -224,12 +229,12 @@ class Pass(TorchFunctionMode):
     def locate(self, site: Site, value: Tensor, examples: int) -> Layout | None:
         """The layout of a site, with the number of examples and their order checked."""
         found = self.layouts.get(site, "it was not used when the axes of examples were looked for")
-        if isinstance(found, Layout):
+        if type(found) is Layout:
             moved = self.orders is not None and value in self.orders
             found = MOVED if moved else found.fitted(value, examples)
-        if isinstance(found, str):
-            raise NeedsGroups(site[0], found)
-        return found
+            if type(found) is Layout:
+                return found
+        raise NeedsGroups(site[0], str(found))
 
     def refuse_marked(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Raise `NeedsGroups` if a responding weight is given to a function that has no rule for it."""
@@ -302,8 +307,13 @@ class Pass(TorchFunctionMode):
 
     def like(self, change: Tensor, value: Tensor) -> Tensor:
         """A change in the precision of what changes, which autocast may have lowered; the lowest is noted."""
-        self.epsilon = max(self.epsilon, torch.finfo(value.dtype).eps)
+        if value.dtype is not self.precision:
+            self.note_precision(value.dtype)
         return change if change.dtype == value.dtype else change.to(value.dtype)
+
+    def note_precision(self, precision: torch.dtype) -> None:
+        """Note that values are of a precision; the lowest decides which differences are rounding."""
+        self.precision, self.epsilon = precision, max(self.epsilon, torch.finfo(precision).eps)
 
     def overwrite(self, target: Tensor, value: Tensor, change: Tensor | None) -> Tensor:
         """Write a function's result in place."""
@@ -314,6 +324,8 @@ def _among(known: Mapping[int, Any], args: Any, kwargs: Mapping[str, Any]) -> li
     """Which of some tensors are given to a function."""
     found = []
     for value in (*args, *kwargs.values()) if kwargs else args:
+        if value.__class__ in _SINGLE:
+            continue
         if id(value) in known:
             found.append(id(value))
         elif isinstance(value, (list, tuple)):

@@ -168,9 +168,11 @@ class Part:
     def values(self, points: Tensor) -> Tensor:
         """The values at points ``(B, H)``: of shape ``(B, *shape)``, or with a column for each of the numbers."""
         whole = len(self.columns) == points.shape[1]
-        # A copy in any case: what a loss function writes into its values must not reach the points.
-        picked = points.clone() if whole else points[:, self.columns]
-        return self.domain.to_value(picked.reshape(-1, *self.shape) if self.shape else picked).detach()
+        picked = points if whole else points[:, self.columns]
+        values = self.domain.to_value(picked.reshape(-1, *self.shape) if self.shape else picked).detach()
+        # What a loss function writes into its values must not reach the points.
+        shared = values.untyped_storage().data_ptr() == points.untyped_storage().data_ptr()
+        return values.clone() if shared else values
 
 
 class _Present:
@@ -266,7 +268,7 @@ class Coordinates:
 
     def values(self, points: Tensor) -> Values:
         """The constrained values at points of shape ``(B, H)``, each of shape ``(B, *shape)``; they have no graph."""
-        points = points.detach()
+        points = points.detach()  # also from a pass with a graph
         return Values(self._named([part.values(points) for part in self._parts]))
 
     def present(self, examples: int, point: Tensor | None = None) -> Values:
@@ -288,7 +290,7 @@ class Coordinates:
         named: dict[str, Tensor] = {}
         for part, value in zip(self._parts, found, strict=True):
             named.update(zip(part.names, (value,) if part.shape else value.unbind(1), strict=True))
-        return {name: named[name] for name in self.slices}
+        return named if len(found) == 1 else {name: named[name] for name in self.slices}
 
 
 def draw(

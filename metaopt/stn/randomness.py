@@ -116,7 +116,7 @@ def dropout(
             return func(input, p, training, inplace) if training else input
         # The same draw as torch's own, seen through ones.
         return _apply(run, input, func(torch.ones_like(input), p, training), None, inplace)
-    noise = run.noise.uniform(_shape(func, input), input)
+    noise = run.noise.uniform(input.shape if func is F.dropout else _shape(func, input), input)
     return _apply(run, input, _kept(noise, rates).div_(_left(rates)), None, inplace)
 
 

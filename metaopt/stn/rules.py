@@ -159,8 +159,8 @@ def linear(p: Pass, func: Any, input: Tensor, weight: Tensor, bias: Tensor | Non
     y = F.linear(input, weight, bias)
     if not p.marks and not p.linearised:
         return y
-    active = p.mark_of(weight)
-    if active is not None and weight.ndim < 2 and not p.recording:
+    active = p.mark_of(weight) if weight.ndim < 2 and not p.recording else None
+    if active is not None:
         raise NeedsGroups(active.entry.name, "`linear` has no rule for a weight that is a vector")
     dx = p.tangent(input)
     dy = None if dx is None else F.linear(dx, weight)

@@ -84,6 +84,7 @@ class Running(nn.Module):
             guarded(args, kwargs, recomputes=same),
             substituted(self.slots, replaced, buffers=False, rates=self.model.training, masked=masked),
             seen,
+            self.slots.direct.to(p) if seen is p else seen,
         ):
             output = self.model(*args, **kwargs)
         self._note(p, at)
@@ -181,6 +182,7 @@ class Running(nn.Module):
             p.begin(self.slots.modules),
             p,
             see_functions(p),
+            self.slots.direct.to(p),
         ):
             output = self.model(*args, **kwargs)
         p.require_joined(output)

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["ANOTHER", "Slots", "attributes", "rate_attribute", "set_attributes", "substituted"]
+__all__ = [
+    "ANOTHER",
+    "Slots",
+    "attributes",
+    "attributes_after",
+    "modules_of",
+    "rate_attribute",
+    "set_attributes",
+    "substituted",
+]
 
 from collections.abc import Mapping, Sequence
 from operator import is_
@@ -12,6 +21,7 @@ from torch import Tensor, nn
 
 from metaopt.errors import ResponseError
 from metaopt.stn.buffers import copied
+from metaopt.stn.direct import Direct
 from metaopt.stn.masks import Mask
 from metaopt.stn.randomness import DROPOUTS, Rate
 
@@ -37,6 +47,7 @@ class Slots:
         # Modules, and not their `__dict__`: a copy of the model has others.
         self.rates: list[tuple[nn.Module, str, Rate]] = []
         self.modules = list(model.modules())
+        self.direct = Direct(self.modules)
         # Whole, since a buffer may be None at first, or come later.
         self.buffers = [module._buffers for module in self.modules]
         # For which something stands in: they compute another thing once a pass is over.
@@ -66,6 +77,18 @@ def _trained(module: nn.Module) -> bool:
     return any(p is not None and p.requires_grad for p in module._parameters.values())
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """All of a model's modules now, once each; a step asks for them, and ``modules()`` takes longer."""
+    found = {id(model): model}
+    queue = [model]
+    for module in queue:
+        for child in module._modules.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                queue.append(child)
+    return queue
+
+
 def rate_attribute(module: nn.Module) -> str | None:
     """The attribute in which a module keeps its dropout rate, if it has one."""
     if isinstance(module, DROPOUTS):
@@ -86,11 +109,19 @@ def attributes(modules: Sequence[nn.Module]) -> Attributes:
 
 def set_attributes(kept: Attributes) -> None:
     """Put back what they kept."""
-    for now, names, values in kept:
-        # Most have what they had. Told by identity: tensors don't say whether they are equal.
-        if list(now) != names or not all(map(is_, now.values(), values)):
-            now.clear()
-            now.update(zip(names, values, strict=True))
+    for now, names, values in _changed(kept):
+        now.clear()
+        now.update(zip(names, values, strict=True))
+
+
+def attributes_after(before: Attributes, modules: Sequence[nn.Module]) -> Attributes:
+    """What they keep now: ``before`` itself, if that is what they kept before."""
+    return attributes(modules) if _changed(before) else before
+
+
+def _changed(kept: Attributes) -> Attributes:
+    # Most have what they had. Told by identity: tensors don't say whether they are equal.
+    return [s for s in kept if list(s[0]) != s[1] or not all(map(is_, s[0].values(), s[2]))]
 
 
 class substituted:
@@ -128,8 +159,7 @@ class substituted:
             for holder, key, rate in self._slots.rates if self._rates else ():
                 value = holder.__dict__[key]
                 # The same number as ever, most of the time.
-                marked = rate if value == float(rate) else Rate(value, rate.module, rate.hyper)
-                self._put(holder.__dict__, key, marked)
+                self._put(holder.__dict__, key, rate if value == rate else Rate(value, rate.module, rate.hyper))
         except BaseException:
             self.__exit__()
             raise

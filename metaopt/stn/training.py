@@ -38,7 +38,7 @@ from metaopt.stn.generators import other_state, random_state, set_random_state
 from metaopt.stn.guards import unchanged
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy
-from metaopt.stn.substitution import attributes, set_attributes
+from metaopt.stn.substitution import attributes, attributes_after, set_attributes
 from metaopt.stn.tuned import Tuned
 
 Factory = Callable[[Iterable[Tensor]], Optimizer]
@@ -169,8 +169,9 @@ class Tuner:
         self.statistics.note(kept)
         if self.tuned.method == "stn":
             return loss
-        after = self._state()
-        back(self.statistics.stand_in)
+        after = self._state(state)
+        self._set_state(state, after)
+        self.statistics.stand_in(kept)
         try:
             self._attempt(lambda: self._response(batch, point), lambda: back(self.statistics.stand_in))
         finally:
@@ -302,14 +303,16 @@ class Tuner:
         if other_state() != state[0][2]:
             self.tuned.draws = True
 
-    def _state(self) -> tuple[Any, Any]:
+    def _state(self, before: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
         """Where a pass of the model starts from, beside its weights: random generators, and what its modules keep."""
-        others = self.tuned.draws is not False or not self._trained
-        return random_state(self.tuned.device, others), attributes(self.tuned.slots.modules)
+        others, modules = self.tuned.draws is not False or not self._trained, self.tuned.slots.modules
+        kept = attributes(modules) if before is None else attributes_after(before[1], modules)
+        return random_state(self.tuned.device, others), kept
 
-    def _set_state(self, state: tuple[Any, Any]) -> None:
+    def _set_state(self, state: tuple[Any, Any], now: tuple[Any, Any] | None = None) -> None:
         set_random_state(self.tuned.device, state[0])
-        set_attributes(state[1])
+        if now is None or now[1] is not state[1]:
+            set_attributes(state[1])
 
     def _normal(self, examples: int, groups: int | None) -> Tensor:
         coordinates = self.tuned.coordinates
@@ -326,9 +329,8 @@ class Tuner:
     def _perturb(self, examples: int, point: Tensor) -> tuple[Tensor, Tensor, int | None]:
         """``ε``, ``λ0 + ε``, and the number of groups."""
         groups = groups_of(self.tuned, examples)
-        with torch.no_grad():
-            z = self.tuned.scale * self._normal(examples, groups)
-            return z, point + z, groups
+        z = self.tuned.scale.detach() * self._normal(examples, groups)
+        return z, point + z, groups
 
     # -- checkpoints
 

@@ -1,0 +1,189 @@
+"""Layers of torch's own hand a pass their call; whatever is not as usual goes the way round, and finds the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import metaopt
+from metaopt.stn import Tuned, train, transform
+
+WAYS = [("stn", "auto"), ("centered", "auto"), ("delta", "manual"), ("delta", "double"), ("delta", "forward")]
+
+
+class Linear(nn.Linear):
+    """Of another class than torch's."""
+
+
+class ReLU(nn.ReLU):
+    """Likewise."""
+
+
+class Dropout(nn.Dropout):
+    """Likewise."""
+
+
+def net(linear: Any = nn.Linear, relu: Any = nn.ReLU, dropout: Any = nn.Dropout) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(linear(4, 6), relu(), dropout(0.2), linear(6, 6), relu(inplace=True), linear(6, 3))
+
+
+def run(model: nn.Module, method: str = "delta", engine: str = "auto", bind: str = "2") -> tuple[Tuned, list[float]]:
+    hyper = metaopt.Hyperparameters(rate=metaopt.interval(0.2, 0, 0.9))
+    tuned = transform(model, hyper, method, bind={"rate": bind}, engine=engine)
+    torch.manual_seed(1)
+    batch = torch.randn(8, 4), torch.randint(3, (8,))
+    with train(tuned, train_loss, valid_loss, seed=2) as tuner:
+        found = [step(batch) for _ in range(3) for step in (tuner.train_step, tuner.valid_step)]
+    return tuned, [*found, float(hyper.rate.detach())]
+
+
+def train_loss(model: Any, batch: Any, _: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def valid_loss(model: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(("method", "engine"), WAYS)
+def test_torchs_own_layers_compute_what_layers_of_another_class_do(method: str, engine: str) -> None:
+    """These are of other classes and go the way round."""
+    own, found = run(net(), method, engine)
+    other, right = run(net(Linear, ReLU, Dropout), method, engine)
+    assert found == right
+    for a, b in zip(own.state_dict().values(), other.state_dict().values(), strict=True):
+        if isinstance(a, Tensor):
+            assert torch.equal(a, b)
+
+
+def test_a_forward_of_the_users_own_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is put on a module, or on torch's class."""
+    model, calls = net(), []
+
+    def own(x: Tensor) -> Tensor:
+        calls.append("module")
+        return F.relu(x)
+
+    model[1].forward = own
+    run(model)
+    assert model[1].forward is own
+    assert calls
+
+    def patched(self: nn.ReLU, input: Tensor) -> Tensor:  # noqa: A002
+        calls.append("class")
+        return F.relu(input, self.inplace)
+
+    monkeypatch.setattr(nn.ReLU, "forward", patched)
+    run(net())
+    assert "class" in calls
+
+
+class Counting(TorchFunctionMode):
+    """A mode of the user's."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Watching(nn.Module):
+    """Computes within a mode."""
+
+    def __init__(self, mode: Counting) -> None:
+        super().__init__()
+        self.net, self.mode = net(), mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.mode:
+            y: Tensor = self.net(x)
+            return y
+
+
+def test_a_mode_within_the_model_sees_the_functions_of_its_layers() -> None:
+    mode = Counting()
+    _, found = run(Watching(mode), bind="net.2")
+    assert found == run(net())[1]
+    assert {F.linear, F.relu, F.dropout} <= set(mode.seen)
+
+
+class Teacher(nn.Module):
+    """Copies itself when it is first called, as a network of targets is made."""
+
+    def __init__(self, linear: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.net = net(linear)
+        self.kept: list[nn.Module] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.kept:
+            self.kept.append(copy.deepcopy(self.net).requires_grad_(False))
+        with torch.no_grad():
+            target = self.kept[0](x)
+        y: Tensor = self.net(x) + 0.1 * target
+        return y
+
+
+def test_a_copy_that_is_made_while_a_pass_runs_is_a_module_as_ever() -> None:
+    tuned, found = run(Teacher(nn.Linear), bind="net.2")
+    assert found == run(Teacher(Linear), bind="net.2")[1]
+    teacher: Any = tuned.model
+    first, x = teacher.kept[0][0], torch.randn(5, 4)
+    assert torch.equal(first(x), F.linear(x, first.weight, first.bias))
+
+
+def test_a_model_that_failed_has_its_own_layers_again() -> None:
+    class Failing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.net(x)
+            raise KeyError("no such thing")
+
+    model = Failing()
+    with pytest.raises(KeyError, match="no such thing"):
+        run(model, bind="net.2")
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+class Kept(nn.Module):
+    """Keeps its dropout in training mode in evaluation, as Monte Carlo dropout does."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.net, self.modes = net(), []  # type: ignore[var-annotated]
+        if how == "instance":
+            self.net[0].eval = lambda: self.net[0]  # type: ignore[method-assign]
+        self.how = how
+
+    def train(self, mode: bool = True) -> Kept:
+        super().train(mode)
+        if self.how == "class":
+            self.net[2].train()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.modes.append([module.training for module in self.net])
+        y: Tensor = self.net(x)
+        return y
+
+
+@pytest.mark.parametrize("how", ["class", "instance"])
+def test_evaluation_is_what_a_models_own_eval_makes_it(how: str) -> None:
+    model = Kept(how)
+    run(model, bind="net.2")
+    expected = Kept(how).eval()
+    assert model.modes[-1] == [module.training for module in expected.net]
+    assert any(all(modes) for modes in model.modes)
