@@ -660,7 +660,7 @@ MUTANTS = [
         "other-masks",
         "the response's step draws other dropout masks than the weights' step",
         "stn/training.py",
-        "        self._set_state(state, after)\n",
+        "        self.starts.back(state, after)\n",
         "",
         ("tests/test_stn_training.py", "same_dropout_masks"),
     ),
@@ -715,7 +715,7 @@ MUTANTS = [
     Mutant(
         "stale-present",
         "the values of the weights' step are those of the first step",
-        "stn/perturbations.py",
+        "stn/coordinates.py",
         "if kept is None or not torch.equal(kept.point, point):",
         "if kept is None:",
         ("tests/test_stn_values.py", "follow"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import metaopt
-from metaopt.stn.perturbations import Coordinates
+from metaopt.stn.coordinates import Coordinates
 from metaopt.stn.randomness import _kept
 
 

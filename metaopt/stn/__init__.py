@@ -25,9 +25,9 @@ __all__ = [
 ]
 
 from metaopt.stn import augment
+from metaopt.stn.coordinates import Values
 from metaopt.stn.diagnosis import Diagnosis, diagnose
 from metaopt.stn.penalties import activation_penalty, l2, temporal_activation_penalty
-from metaopt.stn.perturbations import Values
 from metaopt.stn.session import train
 from metaopt.stn.structures import Structure, along, dense, structures
 from metaopt.stn.training import Tuner

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from metaopt.errors import ResponseError
+from metaopt.stn.arguments import reads_no_values
 from metaopt.stn.linearised import kept_tangent
-from metaopt.stn.passes import reads_no_values
 from metaopt.stn.perturbations import Perturbation
 from metaopt.stn.trees import leaves
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Descent"]
+__all__ = ["Descent", "moving"]
 
 import math
 from collections.abc import Sequence
@@ -60,6 +60,14 @@ class Descent:
                     torch.nn.utils.clip_grad_norm_(parameters, self.clip)
                 optimizer.step()
         return True
+
+
+def moving(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Those that are tuned. One that was frozen is a constant, and an optimizer would step by the gradient it had."""
+    for leaf in leaves:
+        if not leaf.requires_grad:
+            leaf.grad = None
+    return [leaf for leaf in leaves if leaf.requires_grad]
 
 
 def _finite(loss: Tensor, gradients: Sequence[Tensor | None]) -> bool:

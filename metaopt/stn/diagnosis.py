@@ -16,8 +16,9 @@ from metaopt.capture.custom import Surrogate
 from metaopt.capture.stand_ins import stand_in
 from metaopt.errors import CaptureError, ResponseError
 from metaopt.stn.batches import size_of
+from metaopt.stn.coordinates import Values
 from metaopt.stn.generators import same_randomness
-from metaopt.stn.perturbations import Perturbation, Values
+from metaopt.stn.perturbations import Perturbation
 from metaopt.stn.training import Tuner
 
 

@@ -22,11 +22,12 @@ from torch.autograd import forward_ad
 from torch.nn.modules._functions import BackwardHookFunction
 from torch.utils import _pytree as pytree
 
+from metaopt.stn.arguments import function_name, reads_no_values
 from metaopt.stn.calls import has_views, out_of_place, placed, written_in_place
 from metaopt.stn.forward_mode import dual_level
 from metaopt.stn.functions import Call, by_value, pushed
 from metaopt.stn.layouts import NeedsGroups
-from metaopt.stn.passes import Pass, Unsupported, function_name, reads_no_values
+from metaopt.stn.passes import Pass, Unsupported
 from metaopt.stn.spelt import SPELT_OUT
 
 Rule = Callable[..., Any]

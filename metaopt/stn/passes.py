@@ -6,7 +6,7 @@ each function of torch that is given one adds that response's effect by the rule
 
 from __future__ import annotations
 
-__all__ = ["Pass", "Unsupported", "function_name", "reads_no_values"]
+__all__ = ["Pass", "Unsupported"]
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from metaopt.capture.stand_ins import Nature
 from metaopt.errors import ResponseError
+from metaopt.stn.arguments import among, function_name, reads_no_values
 from metaopt.stn.calls import Call, Place, placed
 from metaopt.stn.functions import Unsupported, by_value, nature_of
 from metaopt.stn.guards import CHECKPOINT, unhooked
@@ -32,17 +33,6 @@ from metaopt.stn.responses import Active
 from metaopt.stn.trees import leaves
 
 Rule = Callable[..., Any]
-
-# Attributes of a tensor that are not tensors: reading them is no use of a weight.
-PLAIN = {"shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_leaf", "grad_fn", "itemsize"}
-PLAIN |= {"is_nested", "is_sparse", "is_sparse_csr", "is_quantized", "is_cpu", "is_meta", "is_mps", "is_xpu", "grad"}
-PLAIN_METHODS = {"size", "dim", "numel", "stride", "is_contiguous", "is_floating_point", "element_size", "ndimension"}
-PLAIN_METHODS |= {"type", "get_device", "is_complex", "__len__", "__hash__", "__repr__", "data_ptr", "nelement"}
-PLAIN_METHODS |= {"is_signed", "is_inference", "__format__"}
-
-
-# Arguments that neither are tensors nor hold any; most are of these types.
-_SINGLE = {bool, int, float, str, type(None)}
 
 # Why an example can't be told from its place.
 MOVED = "it is given examples that the model sorts or selects by their values"
@@ -122,10 +112,10 @@ class Pass(TorchFunctionMode):
         rule = self.rules.get(func)
         if rule is not None and kwargs and len(args) < 2:
             args, kwargs = placed(args, kwargs)
-        if not self.held and not (self.marks and _among(self.marks, args, kwargs)):
+        if not self.held and not (self.marks and among(self.marks, args, kwargs)):
             return self.plain(func, args, kwargs) if rule is None else rule(self, func, *args, **kwargs)
         # What was computed from parameters; they themselves may have a rule here.
-        derived = self.held and any(key not in self.marks for key in _among(self.held, args, kwargs))
+        derived = self.held and any(key not in self.marks for key in among(self.held, args, kwargs))
         if derived and not reads_no_values(func) and func not in self.composed:
             return self.each(func, args, kwargs)
         asked, self._asked = self._asked, set()
@@ -137,7 +127,7 @@ class Pass(TorchFunctionMode):
             self.refuse_marked(func, args, kwargs)
             return result
         except NeedsGroups as needs:
-            if self.fixed is not None or not _among(self.marks, args, kwargs):
+            if self.fixed is not None or not among(self.marks, args, kwargs):
                 raise
             return self.each(func, args, kwargs, needs)
         finally:
@@ -153,7 +143,7 @@ class Pass(TorchFunctionMode):
             raise ResponseError(CHECKPOINT)
         name, within = f"{cls.__name__}.apply", self._within
         for known in (self.marks, self.held) if not (within or self.recording) else ():
-            for key in _among(known, args, kwargs):
+            for key in among(known, args, kwargs):
                 owner = self.marks[key].entry.name if key in self.marks else self.held[key].name
                 raise NeedsGroups(owner, f"it is used by `{name}`, a custom autograd.Function")
 
@@ -238,7 +228,7 @@ class Pass(TorchFunctionMode):
 
     def refuse_marked(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Raise `NeedsGroups` if a responding weight is given to a function that has no rule for it."""
-        for key in _among(self.marks, args, kwargs):
+        for key in among(self.marks, args, kwargs):
             if key not in self._asked and not reads_no_values(func):
                 raise NeedsGroups(
                     self.marks[key].entry.name, f"it is used by `{function_name(func)}`, which has no rule per example"
@@ -318,32 +308,3 @@ class Pass(TorchFunctionMode):
     def overwrite(self, target: Tensor, value: Tensor, change: Tensor | None) -> Tensor:
         """Write a function's result in place."""
         return target.copy_(value)
-
-
-def _among(known: Mapping[int, Any], args: Any, kwargs: Mapping[str, Any]) -> list[int]:
-    """Which of some tensors are given to a function."""
-    found = []
-    for value in (*args, *kwargs.values()) if kwargs else args:
-        if value.__class__ in _SINGLE:
-            continue
-        if id(value) in known:
-            found.append(id(value))
-        elif isinstance(value, (list, tuple)):
-            found += [id(v) for v in value if id(v) in known]
-    return found
-
-
-def reads_no_values(func: Any) -> bool:
-    """Whether a function of a tensor does not depend on its entries."""
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        return getattr(func.__self__, "__name__", "") in PLAIN
-    return name in PLAIN_METHODS
-
-
-def function_name(func: Any) -> str:
-    """A function of torch, in words for an error."""
-    if getattr(func, "__name__", "") == "__get__":
-        return f"Tensor.{getattr(func.__self__, '__name__', '?')}"
-    module = getattr(func, "__module__", None) or "Tensor"
-    return f"{module.removeprefix('torch._C.').removeprefix('_')}.{getattr(func, '__name__', func)}"

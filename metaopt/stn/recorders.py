@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from metaopt.errors import ResponseError
+from metaopt.stn.arguments import function_name, reads_no_values
 from metaopt.stn.calls import Noted, flat
 from metaopt.stn.layouts import Layout, Site
 from metaopt.stn.orders import reads
-from metaopt.stn.passes import Pass, function_name, reads_no_values
+from metaopt.stn.passes import Pass
 from metaopt.stn.responses import Active
 
 

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from metaopt.capture.applied import see_functions
 from metaopt.stn.calls import Call, Place
+from metaopt.stn.coordinates import Coordinates
 from metaopt.stn.guards import guarded
 from metaopt.stn.layouts import Layout, Site
 from metaopt.stn.masks import Mask
 from metaopt.stn.orders import Key, Orders
 from metaopt.stn.passes import Pass
-from metaopt.stn.perturbations import Coordinates, Noise, Perturbation
+from metaopt.stn.perturbations import Noise, Perturbation
 from metaopt.stn.recorders import Tracer
 from metaopt.stn.responses import Active, Responses
 from metaopt.stn.substitution import Slots, substituted

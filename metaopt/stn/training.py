@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Factory", "Tuner"]
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -33,12 +33,11 @@ from metaopt.stn.checks import (
     require_scalar,
     takes_values,
 )
-from metaopt.stn.descent import Descent
-from metaopt.stn.generators import other_state, random_state, set_random_state
-from metaopt.stn.guards import unchanged
+from metaopt.stn.descent import Descent, moving
+from metaopt.stn.generators import random_state, set_random_state
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy
-from metaopt.stn.substitution import attributes, attributes_after, set_attributes
+from metaopt.stn.starts import Start, Starts
 from metaopt.stn.tuned import Tuned
 
 Factory = Callable[[Iterable[Tensor]], Optimizer]
@@ -95,7 +94,7 @@ class Tuner:
         self._noise: Noise | None = None
         self._at_bounds: set[str] = set()
         self._accepts_values = takes_values(train_loss, valid_loss)
-        self._trained = self._validated = False
+        self.starts, self._validated = Starts(tuned), False
         self.statistics = Statistics(tuned.slots.modules)
         self._watched: set[int] = set()
 
@@ -152,14 +151,13 @@ class Tuner:
             ResponseError: if the loss is no scalar, or the batch does not fit.
         """
         self.steps += 1
-        point, state, kept = self.tuned.coordinates.point(), self._state(), self.statistics.keep()
-        watch = nullcontext() if self._trained else self._first(state)
+        point, state, kept = self.tuned.coordinates.point(), self.starts.now(), self.statistics.keep()
 
         def back(then: Callable[[Sequence[Kept]], None]) -> None:
-            self._set_state(state)
+            self.starts.back(state)
             then(kept)
 
-        with watch:
+        with self.starts.first(state):
             if self.tuned.method == "stn":
                 loss: float = self._attempt(
                     lambda: self._joint(batch, point, kept), lambda: back(self.statistics.restore)
@@ -169,13 +167,13 @@ class Tuner:
         self.statistics.note(kept)
         if self.tuned.method == "stn":
             return loss
-        after = self._state(state)
-        self._set_state(state, after)
+        after = self.starts.now(state)
+        self.starts.back(state, after)
         self.statistics.stand_in(kept)
         try:
             self._attempt(lambda: self._response(batch, point), lambda: back(self.statistics.stand_in))
         finally:
-            self._set_state(after)
+            self.starts.back(after)
         return loss
 
     def valid_step(self, batch: Any) -> float:
@@ -189,8 +187,8 @@ class Tuner:
         """
         check_trained(self.tuned.model, self.weights)
         with evaluation(self.tuned):
-            state = self._state()
-            loss: float = self._attempt(lambda: self._validation(batch), lambda: self._set_state(state))
+            state = self.starts.now()
+            loss: float = self._attempt(lambda: self._validation(batch), lambda: self.starts.back(state))
         return loss
 
     # -- the steps
@@ -209,7 +207,7 @@ class Tuner:
         values = tuned.coordinates.values(point)
         at = Perturbation(z / tuned.reference, values, groups, tuned.method == "delta", response=True)
         at.noise = Noise(self._noise)
-        first, before = self.steps == 1, self._state() if self.steps == 1 else None
+        first, before = self.steps == 1, self.starts.now() if self.steps == 1 else None
         at.watched = first and at.linearised
         loss = self._loss(self.train_loss, batch, at)
         if first:
@@ -219,10 +217,10 @@ class Tuner:
         self.descent.step(_TRAINING, loss, (self.response, self.response_optimizer))
         return loss.item()
 
-    def _moved(self, batch: Any, at: Perturbation, state: tuple[Any, Any]) -> Iterator[tuple[list[Tensor], Tensor]]:
+    def _moved(self, batch: Any, at: Perturbation, state: Start) -> Iterator[tuple[list[Tensor], Tensor]]:
         """Outputs and loss of the same pass, but for what the model returns: moved by little, and by much."""
         for offset in (0.5, 1e2, 1e4):
-            self._set_state(state)
+            self.starts.back(state)
             again = replace(at, noise=Noise(self._noise), outputs=[], aliases=[], offset=offset)
             loss = self._loss(self.train_loss, batch, again)
             yield again.outputs, loss
@@ -259,7 +257,7 @@ class Tuner:
         if not self._validated:
             check_validation(loss, self.weights)
             self._validated = True
-        moves = (_moving(self.leaves), self.hyper_optimizer), (_moving([tuned.rho]), self.scale_optimizer)
+        moves = (moving(self.leaves), self.hyper_optimizer), (moving([tuned.rho]), self.scale_optimizer)
         if not self.descent.step("hyperparameters", objective, *moves):
             return loss.item()
         keep_inside(tuned.hyper, self._at_bounds)
@@ -293,26 +291,6 @@ class Tuner:
                     ) from needs
                 self.tuned.fallback[needs.name] = needs.why
                 back()
-
-    @contextmanager
-    def _first(self, state: tuple[Any, Any]) -> Iterator[None]:
-        """The first pass of training: what hooks do there, and from which generators the loss draws."""
-        with unchanged(self.tuned.model.named_parameters()) if self.steps == 1 else nullcontext():
-            yield
-        self._trained = True
-        if other_state() != state[0][2]:
-            self.tuned.draws = True
-
-    def _state(self, before: tuple[Any, Any] | None = None) -> tuple[Any, Any]:
-        """Where a pass of the model starts from, beside its weights: random generators, and what its modules keep."""
-        others, modules = self.tuned.draws is not False or not self._trained, self.tuned.slots.modules
-        kept = attributes(modules) if before is None else attributes_after(before[1], modules)
-        return random_state(self.tuned.device, others), kept
-
-    def _set_state(self, state: tuple[Any, Any], now: tuple[Any, Any] | None = None) -> None:
-        set_random_state(self.tuned.device, state[0])
-        if now is None or now[1] is not state[1]:
-            set_attributes(state[1])
 
     def _normal(self, examples: int, groups: int | None) -> Tensor:
         coordinates = self.tuned.coordinates
@@ -360,11 +338,3 @@ class Tuner:
 
     def _optimizers(self) -> list[Optimizer | None]:
         return [self.optimizer, self.response_optimizer, self.hyper_optimizer, self.scale_optimizer]
-
-
-def _moving(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Those that are tuned. One that was frozen is a constant, and an optimizer would step by the gradient it had."""
-    for leaf in leaves:
-        if not leaf.requires_grad:
-            leaf.grad = None
-    return [leaf for leaf in leaves if leaf.requires_grad]

@@ -17,12 +17,13 @@ from metaopt.hyperparameters import Hyperparameters
 from metaopt.stn.batches import Shared, count, join, shared
 from metaopt.stn.binding import Bound
 from metaopt.stn.comparing import Compared
+from metaopt.stn.coordinates import Coordinates
 from metaopt.stn.engines import ENGINES, Runner
 from metaopt.stn.generators import random_state, set_random_state
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.masks import masks_of
 from metaopt.stn.passes import Pass, Unsupported
-from metaopt.stn.perturbations import Coordinates, Perturbation, inverse_softplus
+from metaopt.stn.perturbations import Perturbation, inverse_softplus
 from metaopt.stn.responses import Responses
 from metaopt.stn.running import Found
 from metaopt.stn.substitution import Slots

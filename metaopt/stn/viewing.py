@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaopt.stn.arguments import function_name
 from metaopt.stn.calls import flat
 from metaopt.stn.layouts import NeedsGroups
-from metaopt.stn.passes import Pass, function_name
+from metaopt.stn.passes import Pass
 from metaopt.stn.responses import Active
 from metaopt.stn.rules import register
 from metaopt.stn.structures import Structure

@@ -1,0 +1,72 @@
+"""Where the passes of an iteration start from, beside the weights: random generators, and what modules keep."""
+
+from __future__ import annotations
+
+__all__ = ["Start", "Starts"]
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+from metaopt.stn.generators import State, other_state, random_state, set_random_state
+from metaopt.stn.guards import unchanged
+from metaopt.stn.substitution import Attributes, attributes, attributes_after, set_attributes
+from metaopt.stn.tuned import Tuned
+
+
+@dataclass(slots=True)
+class Start:
+    """A place to come back to.
+
+    Args:
+        generators: the random generators' states.
+        kept: what modules kept in their attributes.
+    """
+
+    generators: State
+    kept: Attributes
+
+
+class Starts:
+    """Comes back to where a pass started, so that another one starts there too.
+
+    Args:
+        tuned: the model.
+    """
+
+    def __init__(self, tuned: Tuned) -> None:
+        self.tuned = tuned
+        self._trained = False
+
+    def now(self, before: Start | None = None) -> Start:
+        """Where the next pass starts from.
+
+        Args:
+            before: where one before it did; most modules keep what they kept then.
+        """
+        others, modules = self.tuned.draws is not False or not self._trained, self.tuned.slots.modules
+        kept = attributes(modules) if before is None else attributes_after(before.kept, modules)
+        return Start(random_state(self.tuned.device, others), kept)
+
+    def back(self, start: Start, now: Start | None = None) -> None:
+        """Come back.
+
+        Args:
+            start: where to.
+            now: where this is, if that is known.
+        """
+        set_random_state(self.tuned.device, start.generators)
+        if now is None or now.kept is not start.kept:
+            set_attributes(start.kept)
+
+    def first(self, start: Start) -> AbstractContextManager[None]:
+        """The first pass of training: what hooks do there, and from which generators the loss draws."""
+        return nullcontext() if self._trained else self._watched(start)
+
+    @contextmanager
+    def _watched(self, start: Start) -> Iterator[None]:
+        with unchanged(self.tuned.model.named_parameters()):
+            yield
+        self._trained = True
+        if other_state() != start.generators[2]:
+            self.tuned.draws = True
