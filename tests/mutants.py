@@ -30,11 +30,12 @@ LAWS, RULES, TABLE = "tests/test_laws.py", "tests/test_rules.py", "tests/test_op
 FORWARD = "tests/test_forward_laws.py"
 KEEPING, COMPILED = "tests/test_keeping.py", "tests/test_compile.py"
 CASES, INPUT = "tests/test_cases.py", "tests/test_bad_input.py"
-# Appended to the copy's conftest. The library compares its replays with the loop, and many mutants would end there;
-# that check rests, so that it is the tests which have to see them.
+# Appended to the copy's conftest. The library compares its replays with the loop, and pushes of tangents with pulls, and
+# many mutants would end there; those checks rest, so that it is the tests which have to see them.
 SETTING = """
 
 import metaopt.capture.verify
+import metaopt.modes.tangents
 
 hypothesis.settings.register_profile(
     "mutants",
@@ -45,6 +46,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("mutants")
 if {unverified}:
     metaopt.capture.verify.Verifier.check = lambda *args, **options: None
+    metaopt.modes.tangents.transposes = lambda *args: True
 """
 
 
