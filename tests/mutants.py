@@ -30,8 +30,8 @@ LAWS, RULES, TABLE = "tests/test_laws.py", "tests/test_rules.py", "tests/test_op
 FORWARD = "tests/test_forward_laws.py"
 KEEPING, COMPILED = "tests/test_keeping.py", "tests/test_compile.py"
 CASES, INPUT = "tests/test_cases.py", "tests/test_bad_input.py"
-# Appended to the copy's conftest. The library compares its replays with the loop, and pushes of tangents with pulls, and
-# many mutants would end there; those checks rest, so that it is the tests which have to see them.
+# Appended to the copy's conftest. The library compares its replays with the loop, and pushes of tangents with pulls;
+# many mutants would end there. Those checks rest, so that it is the tests which have to see them.
 SETTING = """
 
 import metaopt.capture.verify
@@ -718,33 +718,33 @@ MUTANTS = [
         "stale-present",
         "the values of the weights' step are those of the first step",
         "stn/coordinates.py",
-        "if kept is None or not torch.equal(kept.point, point):",
-        "if kept is None:",
+        "if kept is None or not kept.untouched() or not torch.equal(kept.point, point):",
+        "if kept is None or not kept.untouched():",
         ("tests/test_stn_values.py", "follow"),
     ),
     Mutant(
         "rates-of-the-module",
         "a dropout has its module's rate in the weights' step, and not its hyperparameter's",
         "stn/running.py",
-        "        p = Pass({}, {}, {n: numbers[n]",
-        "        p = Pass({}, {}, {} and {n: numbers[n]",
+        "        p = Pass({}, {}, {name: values.number(name)",
+        "        p = Pass({}, {}, {} and {name: values.number(name)",
         ("tests/test_stn_training.py", "law or masks or dropout or rate"),
     ),
     Mutant(
-        "past-other-modes",
-        "a layer hands its call to the pass past a mode that the model opened",
-        "stn/direct.py",
-        " or _len_torch_function_stack() != self._open.modes:",
-        ":",
-        ("tests/test_stn_direct.py", "mode_within"),
+        "values-stay-written",
+        "what a loss writes into its values stays for later steps",
+        "stn/coordinates.py",
+        "if kept is None or not kept.untouched() or",
+        "if kept is None or",
+        ("tests/test_stn_training.py", "writes_into"),
     ),
     Mutant(
-        "own-forward-is-lost",
-        "torch's layers hand a pass their call whatever their forward is",
-        "stn/direct.py",
-        'if "forward" not in m.__dict__ and c.kind.forward is c.forward]',
-        "]",
-        ("tests/test_stn_direct.py", "users_own"),
+        "gradient-as-it-lies",
+        "a fused optimizer gets a gradient that lies in memory in another order than its parameter",
+        "stn/descent.py",
+        "        if gradient.stride() != parameter.stride():\n",
+        "        if False:\n",
+        ("tests/test_stn_training.py", "fused"),
     ),
     Mutant(
         "padding-responds",
@@ -768,7 +768,7 @@ MUTANTS = [
         "stn/checks.py",
         "if all(map(_switched_by_torch, modules)) else None",
         "if True else None",
-        ("tests/test_stn_direct.py", "own_eval"),
+        ("tests/test_stn_altered.py", "own_eval"),
     ),
     Mutant(
         "surrogate-gradients",

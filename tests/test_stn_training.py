@@ -535,6 +535,82 @@ def test_complex_parameters_say_what_to_do() -> None:
         transform(nn.Linear(3, 2, dtype=torch.complex64), hyperparameters())
 
 
+class Transposed(nn.Module):
+    """Has a gradient whose numbers lie in another order than the parameter's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.drop, self.factor = nn.Linear(3, 4), nn.Dropout(0.2), nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(self.first(x))
+        return (h.unsqueeze(1) * self.factor.t().contiguous()).sum((1, 2))
+
+
+@methods
+@pytest.mark.parametrize("kind", ["default", "adam"])
+def test_a_fused_optimizer_moves_the_entries_that_the_gradient_is_of(method: str, kind: str) -> None:
+    """Torch's fused kernels take a gradient as it lies in memory."""
+
+    def trained(fused: bool) -> dict[str, Tensor]:
+        hyper = metaopt.Hyperparameters(drop=metaopt.interval(0.3, 0, 0.9), noise=metaopt.positive(0.1))
+        tuned = transform(Transposed(), hyper, method, bind={"drop": "drop"})
+
+        def loss(model: Any, batch: Any, values: Any) -> Tensor:
+            return F.mse_loss(model(batch[0] * (1 + values.noise.unsqueeze(1))), batch[1])
+
+        options: dict[str, Any] = {"optimizer": lambda p: torch.optim.Adam(p, lr=0.01, fused=fused)}
+        if kind == "default":
+            options = {} if fused else {"optimizer": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, foreach=False)}
+        with train(tuned, loss, valid_loss, seed=2, **options) as tuner:
+            for _ in range(3):
+                tuner.train_step(data())
+        return {name: p.detach().clone() for name, p in tuned.named_parameters()}
+
+    found, right = trained(True), trained(False)
+    for name, p in right.items():
+        torch.testing.assert_close(found[name], p, rtol=1e-9, atol=1e-12)
+
+
+class Shifted(nn.Module):
+    """Two parameters of which autograd has one gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.drop = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3)), nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(x) * (self.a + self.b)
+
+
+class Doubling(torch.optim.SGD):
+    """Writes on the gradients."""
+
+    def step(self, closure: Any = None) -> Any:
+        for p in self.param_groups[0]["params"]:
+            p.grad.mul_(2)
+        return super().step(closure)
+
+
+def test_a_gradient_of_two_parameters_is_clipped_and_changed_once() -> None:
+    def moved(optimizer: Any, **options: Any) -> Tensor:
+        tuned = transform(Shifted(), metaopt.Hyperparameters(drop=metaopt.interval(0.3, 0, 0.9)), "centered")
+        rate: dict[str, Any] = {
+            "optimizer": lambda p: optimizer(p, lr=1.0),
+            "response_optimizer": lambda p: torch.optim.SGD(p, lr=0.0),
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnusedHyperparameterWarning)
+            with train(tuned, lambda m, b, _: m(b[0]).sum(), valid_loss, **rate, **options) as tuner:
+                torch.manual_seed(0)
+                tuner.train_step(data())
+        return torch.cat(list(tuned.model.parameters())).detach()
+
+    torch.testing.assert_close(moved(torch.optim.SGD, clip=0.01).norm(), torch.tensor(0.01), rtol=1e-3, atol=0)
+    torch.testing.assert_close(moved(Doubling), 2 * moved(torch.optim.SGD))
+
+
 def test_a_sum_that_overflows_is_finite() -> None:
     """Many small gradients in half precision; the step was left out."""
     large, small = torch.full((200000,), 1.0, dtype=torch.half), torch.ones(3)
@@ -580,3 +656,40 @@ def test_forward_mode_opens_without_warnings_of_torchs_own() -> None:
         "with dual_level():\n    torch.autograd.forward_ad.make_dual(torch.ones(2), torch.ones(2))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+
+
+def _written(how: str) -> Callable[..., Tensor]:
+    def loss(model: Any, batch: Any, values: Any) -> Tensor:
+        if how == "number":
+            rate = values.drop[0]
+            rate *= 0.5
+        elif how == "name":
+            values["drop"] = 0.5 * values.drop
+        decay = values.decay[0]
+        if how == "decay":
+            decay *= 2
+        return F.mse_loss(model(batch[0]), batch[1]) + decay
+
+    return loss
+
+
+@pytest.mark.parametrize("how", ["decay", "number", "name"])
+def test_what_a_loss_writes_into_its_values_is_for_that_step_alone(how: str) -> None:
+    """And the dropout goes by it."""
+
+    def losses(method: str, function: Any, drop: float) -> list[float]:
+        torch.manual_seed(0)
+        hyper = metaopt.Hyperparameters(drop=metaopt.interval(drop, 0, 0.9), decay=metaopt.positive(0.1))
+        tuned = transform(Net(), hyper, method, bind={"drop": "drop"})
+        with train(tuned, function, valid_loss, seed=3, optimizer=lambda p: torch.optim.SGD(p, lr=0.0)) as tuner:
+            torch.manual_seed(4)
+            found = []
+            for _ in range(4):
+                torch.manual_seed(5)
+                found.append(tuner.train_step(data()))
+        return found
+
+    added = 0.1 if how == "decay" else 0.0
+    expected = losses("centered", _written(""), 0.3 if how == "decay" else 0.15)
+    found = losses("centered", _written(how), 0.3)
+    assert found == pytest.approx([loss + added for loss in expected], rel=1e-9)

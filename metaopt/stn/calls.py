@@ -70,7 +70,7 @@ class Call:
 
 def placed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments with the tensors in front that torch's functions also take by name, ``F.softmax(input=x, dim=-1)``."""
-    if kwargs.keys().isdisjoint(NAMED):
+    if NAMED.isdisjoint(kwargs):
         return args, kwargs
     for names in FIRST[len(args) :]:
         name = next((n for n in names if n in kwargs), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Coordinates", "Values"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,18 +22,25 @@ class Values(dict[str, Tensor]):
     read are noted, so that one that nothing uses can be named.
     """
 
-    def __init__(self, values: dict[str, Tensor], same: Mapping[str, float] | None = None) -> None:
+    def __init__(self, values: dict[str, Tensor], present: _Present | None = None) -> None:
         super().__init__(values)
         self.read: set[str] = set()
-        # As numbers, which functions of torch take at less cost: those that are the same for each example.
-        self.same: Mapping[str, float] = {} if same is None else same
+        self._present = present
+
+    def number(self, name: str) -> Tensor | float:
+        """The first example's value: a number, which functions of torch take at less cost, where that is known."""
+        value, present = super().__getitem__(name), self._present
+        # A loss function may have put another in its place, or written on it.
+        if present is not None and name in present.numbers and present.gave(name, value):
+            return present.numbers[name]
+        return value[0] if value.ndim == 1 else value.flatten()[0]
 
     def __getitem__(self, name: str) -> Tensor:
         self.read.add(name)
         return super().__getitem__(name)
 
     def __getattr__(self, name: str) -> Tensor:
-        if name.startswith("__") or name in ("read", "same"):  # while it is copied
+        if name.startswith("__") or name in ("read", "_present"):  # while it is copied
             raise AttributeError(name)
         try:
             return self[name]
@@ -79,6 +86,15 @@ class _Present:
         self.point, self._named = point, named
         self.numbers = {name: value.item() for name, value in named.items() if value.numel() == 1}
         self._examples, self._expanded = 1, named
+        self._versions = [value._version for value in named.values()]
+
+    def untouched(self) -> bool:
+        """Whether nobody wrote on the values: of what is expanded torch lets one write on a single example's."""
+        return self._versions == [value._version for value in self._named.values()]
+
+    def gave(self, name: str, value: Tensor) -> bool:
+        """Whether a value is as it was given."""
+        return value is self._expanded[name] and self.untouched()
 
     def expanded(self, examples: int) -> dict[str, Tensor]:
         """The values of so many examples."""
@@ -86,7 +102,9 @@ class _Present:
             # A copy, since a loss function may write on it; torch refuses to write on what is expanded.
             return {name: value.clone() for name, value in self._named.items()}
         if examples != self._examples:
-            self._expanded = {name: v.expand(examples, *v.shape[1:]) for name, v in self._named.items()}
+            # In a mode of inference too these are of training's kind, which comes next.
+            with torch.inference_mode(False):
+                self._expanded = {name: v.expand(examples, *v.shape[1:]) for name, v in self._named.items()}
             self._examples = examples
         return self._expanded
 
@@ -173,10 +191,11 @@ class Coordinates:
         point = self.point() if point is None else point
         kept = self._present
         # Hyperparameters move once in many steps of the weights. Compared by value: a leaf may be set in any way.
-        if kept is None or not torch.equal(kept.point, point):
-            named = self._named([part.values(point.unsqueeze(0)) for part in self._parts])
-            kept = self._present = _Present(point, named)
-        return Values(kept.expanded(examples), kept.numbers)
+        if kept is None or not kept.untouched() or not torch.equal(kept.point, point):
+            with torch.inference_mode(False):
+                named = self._named([part.values(point.unsqueeze(0)) for part in self._parts])
+                kept = self._present = _Present(point, named)
+        return Values(kept.expanded(examples), kept)
 
     def _named(self, found: Sequence[Tensor]) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}

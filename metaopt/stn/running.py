@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metaopt.capture.applied import see_functions
 from metaopt.stn.calls import Call, Place
-from metaopt.stn.coordinates import Coordinates
+from metaopt.stn.coordinates import Coordinates, Values
 from metaopt.stn.guards import guarded
 from metaopt.stn.layouts import Layout, Site
 from metaopt.stn.masks import Mask
@@ -69,13 +69,12 @@ class Running(nn.Module):
         return self.rho.device
 
     def _plain(
-        self, changes: Mapping[str, Tensor], values: Any, args: Any, kwargs: Any, at: Perturbation | None
+        self, changes: Mapping[str, Tensor], values: Values, args: Any, kwargs: Any, at: Perturbation | None
     ) -> Any:
         """The model at one set of weights for all examples, with the dropout rates of the present hyperparameters."""
         replaced = {name: self.slots.parameter(name) + change for name, change in changes.items()}
         # All examples have the same rates: one number each.
-        numbers = {} if at is None else at.values.same
-        p = Pass({}, {}, {n: numbers[n] if n in numbers else _first(value) for n, value in self._rates(values)})
+        p = Pass({}, {}, {name: values.number(name) for name, _ in self._rates(values)})
         p.noise = Noise() if at is None else at.noise
         p.moves_statistics = True
         masked = self._masked(p, replaced, values)
@@ -85,7 +84,6 @@ class Running(nn.Module):
             guarded(args, kwargs, recomputes=same),
             substituted(self.slots, replaced, buffers=False, rates=self.model.training, masked=masked),
             seen,
-            self.slots.direct.to(p) if seen is p else seen,
         ):
             output = self.model(*args, **kwargs)
         self._note(p, at)
@@ -183,7 +181,6 @@ class Running(nn.Module):
             p.begin(self.slots.modules),
             p,
             see_functions(p),
-            self.slots.direct.to(p),
         ):
             output = self.model(*args, **kwargs)
         p.require_joined(output)

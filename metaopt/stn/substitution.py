@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from metaopt.errors import ResponseError
 from metaopt.stn.buffers import copied
-from metaopt.stn.direct import Direct
 from metaopt.stn.masks import Mask
 from metaopt.stn.randomness import DROPOUTS, Rate
 
@@ -47,7 +46,6 @@ class Slots:
         # Modules, and not their `__dict__`: a copy of the model has others.
         self.rates: list[tuple[nn.Module, str, Rate]] = []
         self.modules = list(model.modules())
-        self.direct = Direct(self.modules)
         # Whole, since a buffer may be None at first, or come later.
         self.buffers = [module._buffers for module in self.modules]
         # For which something stands in: they compute another thing once a pass is over.

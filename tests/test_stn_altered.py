@@ -1,8 +1,11 @@
-"""Layers of torch's own hand a pass their call; whatever is not as usual goes the way round, and finds the same."""
+"""Layers that are copied, changed or saved while a pass runs, and models that switch their modes themselves."""
 
 from __future__ import annotations
 
 import copy
+import io
+import threading
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -187,3 +190,156 @@ def test_evaluation_is_what_a_models_own_eval_makes_it(how: str) -> None:
     expected = Kept(how).eval()
     assert model.modes[-1] == [module.training for module in expected.net]
     assert any(all(modes) for modes in model.modes)
+
+
+class Hostile(nn.Module):
+    """Does something to its layers while it runs."""
+
+    def __init__(self, linear: Any = nn.Linear, relu: Any = nn.ReLU) -> None:
+        super().__init__()
+        self.net = net(linear, relu)
+
+
+class Cloned(Hostile):
+    """Computes with other weights by a shallow copy of a layer, as meta-learning does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.net[0]
+        clone = layer.__new__(type(layer))
+        clone.__dict__ = layer.__dict__.copy()
+        own: dict[str, Any] = layer._parameters
+        clone._parameters = {name: 2 * p for name, p in own.items()}
+        y: Tensor = self.net[1:](clone(x))
+        return y
+
+
+class Hooked(Hostile):
+    """A shallow copy that has a hook."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        clone = copy.copy(self.net[0])
+        own: dict[str, Any] = clone._parameters
+        clone._parameters = {name: 2 * p for name, p in own.items()}
+        clone._forward_hooks = {}
+        clone._forward_pre_hooks = {0: lambda *_: None}
+        y: Tensor = self.net[1:](clone(x))
+        return y
+
+
+class Tripled(Linear):
+    """Another layer."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return 3 * super().forward(input)
+
+
+class Swapped(Hostile):
+    """Gives a layer another class for a while."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = type(self.net[0])
+        self.net[0].__class__ = Tripled
+        try:
+            y: Tensor = self.net(x)
+            return y
+        finally:
+            self.net[0].__class__ = kind
+
+
+class Shadowed(Hostile):
+    """Puts a tensor in the way of a parameter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer: Any = self.net[0]
+        layer.__dict__["weight"] = 2 * layer._parameters["weight"]
+        try:
+            y: Tensor = self.net(x)
+            return y
+        finally:
+            del layer.__dict__["weight"]
+
+
+class Patched(Hostile):
+    """Changes what a layer computes when it is first called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer: Any = self.net[4]
+        if not hasattr(layer, "before"):
+            layer.before = before = layer.forward
+            layer.forward = lambda x: 3 * before(x)
+        y: Tensor = self.net(x)
+        return y
+
+
+class Saved(Hostile):
+    """Saves itself while it runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        file = io.BytesIO()
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            torch.save(self.net[4], file)
+            file.seek(0)
+            kept = torch.load(file, weights_only=False)
+        y: Tensor = self.net[5](kept(self.net[:4](x)))
+        return y
+
+
+HOSTILE = (Cloned, Hooked, Swapped, Shadowed, Patched, Saved)
+
+
+@pytest.mark.parametrize("method", ["centered", "delta"])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_layer_that_is_copied_or_changed_while_a_pass_runs_computes_what_it_does(kind: Any, method: str) -> None:
+    tuned, found = run(kind(), method, bind="net.2")
+    assert found == run(kind(Linear, ReLU), method, bind="net.2")[1]
+    assert found != run(net(), method)[1] or kind is Saved
+    left = [m for m in tuned.modules() if "forward" in m.__dict__]
+    assert left == ([tuned.model.net[4]] if kind is Patched else [])  # type: ignore[index]
+
+
+def test_another_threads_modes_stay_its_own() -> None:
+    """A thread with as many modes as the pass has."""
+
+    class Threaded(nn.Module):
+        def __init__(self, relu: Any) -> None:
+            super().__init__()
+            self.net, self.mode = net(relu=relu), Counting()
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: list[Tensor] = []
+
+            def work(y: Tensor) -> None:
+                with self.mode:
+                    found.append(self.net[1](y))
+
+            thread = threading.Thread(target=work, args=(self.net[0](x),))
+            thread.start()
+            thread.join()
+            y: Tensor = self.net[2:](found[0])
+            return y
+
+    model = Threaded(nn.ReLU)
+    assert run(model, "centered", bind="net.2")[1] == run(Threaded(ReLU), "centered", bind="net.2")[1]
+    assert F.relu in model.mode.seen
+
+
+def test_a_layer_compiled_in_one_graph_is_traced() -> None:
+    class Compiled(Hostile):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = torch.compile(self.net[4], backend="eager", fullgraph=True)(self.net[:4](x))
+            return self.net[5](y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # among them torch's own, while it compiles
+        found = [run(Compiled(relu=relu), "centered", bind="net.2")[1] for relu in (nn.ReLU, ReLU)]
+    assert found[0] == found[1]
+
+
+def test_a_tuned_model_is_saved_whole() -> None:
+    tuned, _ = run(net())
+    file = io.BytesIO()
+    torch.save(tuned, file)
+    file.seek(0)
+    x = torch.randn(5, 4)
+    tuned.eval()
+    assert torch.equal(torch.load(file, weights_only=False).eval()(x), tuned(x))
