@@ -741,9 +741,10 @@ MUTANTS = [
     Mutant(
         "gradient-as-it-lies",
         "a fused optimizer gets a gradient that lies in memory in another order than its parameter",
-        "stn/descent.py",
-        "        if gradient.stride() != parameter.stride():\n",
-        "        if False:\n",
+        "stn/guards.py",
+        "        torch.autograd.backward(loss, inputs=tensors)\n",
+        "        found = torch.autograd.grad(loss, tensors, allow_unused=True)\n"
+        "        for t, g in zip(tensors, found):\n            t.grad = g\n",
         ("tests/test_stn_training.py", "fused"),
     ),
     Mutant(

@@ -42,9 +42,11 @@ class Descent:
             Whether it was taken.
         """
         everything = [parameter for parameters, _ in moves for parameter in parameters]
+        for parameter in everything:
+            parameter.grad = None
         with unrepeated(self.modules):
-            gradients = differentiate(loss, everything)
-        if not _finite(loss, gradients):
+            differentiate(loss, everything)
+        if not _finite(loss, [parameter.grad for parameter in everything]):
             self.skipped += 1
             warn(
                 f"a step of the {what} was left out: its loss or gradient is not finite. Lower the learning rates, set "
@@ -52,30 +54,12 @@ class Descent:
                 SkippedStepWarning,
             )
             return False
-        given: set[int] = set()
-        for parameter, gradient in zip(everything, gradients, strict=True):
-            parameter.grad = None if gradient is None else self._own(gradient, parameter, given)
         for parameters, optimizer in moves:
             if optimizer is not None:
                 if self.clip is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, self.clip)
                 optimizer.step()
         return True
-
-    def _own(self, gradient: Tensor, parameter: Tensor, given: set[int]) -> Tensor:
-        """A gradient as `backward` leaves it: a parameter's own, with its numbers where the parameter has its own."""
-        if gradient.layout is not torch.strided:
-            return gradient
-        # Torch's fused optimizers go through both as they lie in memory; on a CPU they move other entries than they
-        # should where the strides differ.
-        if gradient.stride() != parameter.stride():
-            return torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
-        # Autograd has one for both parameters of `a + b`; what a clip or an optimizer writes on it must not be twice.
-        place = gradient.data_ptr()
-        if self.clip is not None or place in given:
-            return gradient.clone()
-        given.add(place)
-        return gradient
 
 
 def moving(leaves: Sequence[Tensor]) -> list[Tensor]:

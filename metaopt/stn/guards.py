@@ -158,8 +158,12 @@ def unchanged(named: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
         )
 
 
-def differentiate(loss: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients of a loss, None where it does not depend on a tensor.
+def differentiate(loss: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Give tensors the gradients of a loss, None where it does not depend on one.
+
+    By ``backward``: a gradient from ``torch.autograd.grad`` may lie in memory in another order than its parameter, of
+    which torch's fused optimizers on a CPU take no notice, and may be that of two parameters at once, as that of
+    ``a + b`` is, on which a clip would write twice.
 
     Raises:
         ResponseError: if the model computes values a second time, or a parameter was frozen.
@@ -170,7 +174,7 @@ def differentiate(loss: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor | Non
             "and call `transform` then."
         )
     try:
-        return torch.autograd.grad(loss, tensors, allow_unused=True)
+        torch.autograd.backward(loss, inputs=tensors)
     except RuntimeError as error:
         if "torch.utils.checkpoint" in str(error) and not isinstance(error, ResponseError):
             raise ResponseError(CHECKPOINT) from error
