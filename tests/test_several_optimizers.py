@@ -376,3 +376,24 @@ def test_one_that_steps_watched_weights_unseen_is_named(mode: Any) -> None:
     ):
         model(torch.ones(2, 5)).sum().backward()
         inner.step()
+
+
+def test_a_hypergradient_lies_in_memory_as_its_leaf_does() -> None:
+    """Torch's fused optimizers on a CPU take no notice of strides, and moved other entries than they should."""
+    moved = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        leaf = torch.randn(3, 4).requires_grad_()
+        outer, w = torch.optim.SGD([leaf], lr=0.1, fused=fused), torch.randn(4, 3).requires_grad_()
+        inner, x = torch.optim.SGD([w], lr=0.1), torch.randn(5, 4)
+        with metaopt.record(inner) as run:
+            for _ in range(2):
+                inner.zero_grad()
+                ((x @ w).square().mean() + (w * (leaf.t().contiguous() @ torch.ones(3, 3))).sum()).backward()
+                inner.step()
+        run.backward((x @ w).square().sum())
+        assert leaf.grad is not None
+        assert leaf.grad.stride() == leaf.stride()
+        outer.step()
+        moved.append(leaf.detach())
+    torch.testing.assert_close(moved[0], moved[1])

@@ -79,7 +79,9 @@ def accumulate(adjoint: Adjoint) -> None:
     adjoint.loop.give(leaf for leaf, _ in gradients)
     for leaf, grad in gradients:
         grad = grad.detach().to(leaf.dtype)
-        leaf.grad = grad.clone() if leaf.grad is None else leaf.grad + grad
+        # As `backward` lays it out: torch's fused optimizers on a CPU go through both as they lie in memory.
+        own = torch.empty_like(leaf).copy_(grad) if grad.layout is torch.strided else grad.clone()
+        leaf.grad = own if leaf.grad is None else leaf.grad + own
 
 
 def collect(adjoint: Adjoint, wanted: list[Tensor]) -> tuple[Tensor, ...]:
