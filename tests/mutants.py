@@ -197,8 +197,8 @@ MUTANTS = [
         "overwrite-grad",
         "`backward` overwrites the hyperparameter's .grad instead of adding to it",
         "modes/hypergradients.py",
-        "leaf.grad = grad.clone() if leaf.grad is None else leaf.grad + grad",
-        "leaf.grad = grad.clone()",
+        "leaf.grad = own if leaf.grad is None else leaf.grad + own",
+        "leaf.grad = own",
         (LAWS, "accumulates"),
     ),
     Mutant(
