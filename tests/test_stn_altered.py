@@ -58,7 +58,7 @@ def valid_loss(model: Any, batch: Any) -> Tensor:
 
 @pytest.mark.parametrize(("method", "engine"), WAYS)
 def test_torchs_own_layers_compute_what_layers_of_another_class_do(method: str, engine: str) -> None:
-    """These are of other classes and go the way round."""
+    """Of a layer it counts what it computes, and not its class."""
     own, found = run(net(), method, engine)
     other, right = run(net(Linear, ReLU, Dropout), method, engine)
     assert found == right

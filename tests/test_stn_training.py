@@ -321,6 +321,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_said() -> None:
         with pytest.warns(SkippedStepWarning, match="hyperparameters was left out"):
             tuner.valid_step(data())
         assert tuner.skipped == 1
+        assert all(leaf.grad is None for leaf in [*tuned.hyper.parameters(), tuned.rho])
     assert all(torch.equal(v, before[k]) for k, v in tuned.state_dict().items() if isinstance(v, Tensor))
 
 

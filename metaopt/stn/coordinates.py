@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Coordinates", "Values"]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,17 +22,17 @@ class Values(dict[str, Tensor]):
     read are noted, so that one that nothing uses can be named.
     """
 
-    def __init__(self, values: dict[str, Tensor], present: _Present | None = None) -> None:
+    def __init__(self, values: dict[str, Tensor], numbers: Mapping[str, float] | None = None) -> None:
         super().__init__(values)
         self.read: set[str] = set()
-        self._present = present
+        self._given, self._numbers = values, {} if numbers is None else numbers
 
     def number(self, name: str) -> Tensor | float:
         """The first example's value: a number, which functions of torch take at less cost, where that is known."""
-        value, present = super().__getitem__(name), self._present
-        # A loss function may have put another in its place, or written on it.
-        if present is not None and name in present.numbers and present.gave(name, value):
-            return present.numbers[name]
+        value = super().__getitem__(name)
+        # A loss function may have put another in its place, or written on it: it was new, and never written on.
+        if name in self._numbers and value is self._given[name] and not value._version:
+            return self._numbers[name]
         return value[0] if value.ndim == 1 else value.flatten()[0]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -40,7 +40,7 @@ class Values(dict[str, Tensor]):
         return super().__getitem__(name)
 
     def __getattr__(self, name: str) -> Tensor:
-        if name.startswith("__") or name in ("read", "_present"):  # while it is copied
+        if name.startswith("__") or name in ("read", "_given", "_numbers"):  # while it is copied
             raise AttributeError(name)
         try:
             return self[name]
@@ -74,39 +74,19 @@ class Part:
         return values.clone() if shared else values
 
 
+@dataclass(frozen=True)
 class _Present:
     """Values that are the same for each example.
 
     Args:
         point: the hyperparameters of which they are.
         named: the values, each of one example.
+        numbers: those that are numbers.
     """
 
-    def __init__(self, point: Tensor, named: dict[str, Tensor]) -> None:
-        self.point, self._named = point, named
-        self.numbers = {name: value.item() for name, value in named.items() if value.numel() == 1}
-        self._examples, self._expanded = 1, named
-        self._versions = [value._version for value in named.values()]
-
-    def untouched(self) -> bool:
-        """Whether nobody wrote on the values: of what is expanded torch lets one write on a single example's."""
-        return self._versions == [value._version for value in self._named.values()]
-
-    def gave(self, name: str, value: Tensor) -> bool:
-        """Whether a value is as it was given."""
-        return value is self._expanded[name] and self.untouched()
-
-    def expanded(self, examples: int) -> dict[str, Tensor]:
-        """The values of so many examples."""
-        if examples == 1:
-            # A copy, since a loss function may write on it; torch refuses to write on what is expanded.
-            return {name: value.clone() for name, value in self._named.items()}
-        if examples != self._examples:
-            # In a mode of inference too these are of training's kind, which comes next.
-            with torch.inference_mode(False):
-                self._expanded = {name: v.expand(examples, *v.shape[1:]) for name, v in self._named.items()}
-            self._examples = examples
-        return self._expanded
+    point: Tensor
+    named: dict[str, Tensor]
+    numbers: dict[str, float]
 
 
 class Coordinates:
@@ -191,11 +171,13 @@ class Coordinates:
         point = self.point() if point is None else point
         kept = self._present
         # Hyperparameters move once in many steps of the weights. Compared by value: a leaf may be set in any way.
-        if kept is None or not kept.untouched() or not torch.equal(kept.point, point):
-            with torch.inference_mode(False):
-                named = self._named([part.values(point.unsqueeze(0)) for part in self._parts])
-                kept = self._present = _Present(point, named)
-        return Values(kept.expanded(examples), kept)
+        if kept is None or not torch.equal(kept.point, point):
+            named = self._named([part.values(point.unsqueeze(0)) for part in self._parts])
+            numbers = {name: value.item() for name, value in named.items() if value.numel() == 1}
+            kept = self._present = _Present(point, named, numbers)
+        # Copies: what a loss function writes into its values must not stay.
+        copies = {name: v.clone().expand(examples, *v.shape[1:]) for name, v in kept.named.items()}
+        return Values(copies, kept.numbers)
 
     def _named(self, found: Sequence[Tensor]) -> dict[str, Tensor]:
         named: dict[str, Tensor] = {}

@@ -48,6 +48,8 @@ class Descent:
             differentiate(loss, everything)
         if not _finite(loss, [parameter.grad for parameter in everything]):
             self.skipped += 1
+            for parameter in everything:
+                parameter.grad = None
             warn(
                 f"a step of the {what} was left out: its loss or gradient is not finite. Lower the learning rates, set "
                 "`clip`, or bound the hyperparameters (a dropout rate by `interval(p, 0, 0.95)`).",
