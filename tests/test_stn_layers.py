@@ -230,14 +230,14 @@ def test_as_many_banks_as_hyperparameters_impose_nothing(name: str) -> None:
     tuned, _ = responding(CASES[name], banks=3)
     wanted = {n: torch.randn(3, *tuned.slots.parameter(n).shape) for n in tuned.names}
     with torch.no_grad():
-        for entry, slots in zip(tuned.responses.entries, tuned.responses._slots, strict=True):
+        for entry, (_, slots, _) in zip(tuned.responses.entries, tuned.responses._slots, strict=True):
             rows = tuned.responses.weight[:, entry.start : entry.stop].t()
             if entry.structure.axis is None:
                 rows.copy_(wanted[entry.name].flatten(1).t())
                 continue
             rows.copy_(torch.eye(3).repeat_interleave(entry.structure.rows, 0))
-            for slot, column in zip(slots, wanted[entry.name], strict=True):
-                tuned.responses.bases[slot].copy_(column)
+            for base, column in zip(tuned.responses.bases[slots], wanted[entry.name], strict=True):
+                base.copy_(column)
     for key, jacobian in tuned.responses.jacobian().items():
         torch.testing.assert_close(jacobian, wanted[key])
 

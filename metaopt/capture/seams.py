@@ -1,29 +1,33 @@
-"""What torch's function modes don't show: attributes of torch's classes that are others while a context is open."""
+"""Attributes of torch's classes and modules that are others while a context is open, such as what no mode shows."""
 
 from __future__ import annotations
 
 __all__ = ["Seam", "see_variables"]
 
 import threading
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.variable import VariableMeta
 
+_NOTHING = object()
+
 
 class Seam:
-    """An attribute that a class does not have by itself, and has while at least one context is open.
+    """An attribute that is another, or is there at all, while at least one context is open.
 
     Args:
-        owner: the class.
+        owner: the class or module.
         name: the attribute's name.
         value: the attribute.
     """
 
-    def __init__(self, owner: type, name: str, value: Any) -> None:
+    def __init__(self, owner: type | ModuleType, name: str, value: Any) -> None:
         self._owner, self._name, self._value = owner, name, value
         self._lock = threading.Lock()
         self._users = 0
+        self._before: Any = _NOTHING
 
     def open(self) -> Seam:
         """The span of a context, for ``with``."""
@@ -32,14 +36,19 @@ class Seam:
     def __enter__(self) -> None:
         with self._lock:
             if self._users == 0:
+                self._before = vars(self._owner).get(self._name, _NOTHING)
                 setattr(self._owner, self._name, self._value)
             self._users += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._users -= 1
-            if self._users == 0:
+            if self._users:
+                return
+            if self._before is _NOTHING:
                 delattr(self._owner, self._name)
+            else:
+                setattr(self._owner, self._name, self._before)
 
 
 def _variable(cls: type, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ __all__ = ["keep_inside"]
 import math
 
 import torch
+from torch import Tensor
 
 from metaopt.errors import SaturatedWarning, warn
 from metaopt.hyperparameters import Hyperparameters
@@ -25,6 +26,11 @@ def _safe(domain: Domain, dtype: torch.dtype) -> float:
     return -math.log(torch.finfo(dtype).tiny) - 1 if isinstance(domain, Positive) else math.inf
 
 
+def _size(leaf: Tensor) -> float:
+    # Of a number at once: two calls of torch for each hyperparameter are a notable part of a step.
+    return float(leaf.abs().max()) if leaf.ndim else abs(leaf.item())
+
+
 @torch.no_grad()
 def keep_inside(hyper: Hyperparameters, warned: set[str]) -> None:
     """Move leaves back to where they have a slope; say of each hyperparameter once that it got there.
@@ -35,7 +41,7 @@ def keep_inside(hyper: Hyperparameters, warned: set[str]) -> None:
     """
     for name, domain in hyper.domains.items():
         leaf = hyper.get_leaf(name)
-        if not leaf.numel() or float(leaf.abs().max()) <= _safe(domain, leaf.dtype):
+        if not leaf.numel() or _size(leaf) <= _safe(domain, leaf.dtype):
             continue
         if isinstance(domain, (Interval, Integer)):
             beyond = leaf.abs() > LEAF

@@ -6,16 +6,17 @@ __all__ = ["CHECKPOINT", "WRITTEN", "differentiate", "guarded", "unchanged", "un
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from metaopt.errors import ResponseError
 from metaopt.stn.trees import leaves
+
+_autograd: Any = torch._C._autograd
 
 RECOMPUTED = (
     "the model uses {}, which computes a part of it once more while gradients are taken, when "
@@ -50,11 +51,12 @@ class guarded:
 
     def __enter__(self) -> None:
         self._versions = [t._version for t in self._tensors]
-        self._closed = None if self._recomputes else _without_saving_hooks()
+        self._before = _autograd._saved_tensors_hooks_get_disabled_error_message()
+        self._closed = not self._recomputes and _close_saving_hooks()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if self._closed is not None:
-            self._closed.__exit__(None, None, None)
+        if self._closed:
+            _open_saving_hooks(self._before)
         if isinstance(error, RuntimeError) and str(error).startswith(CHECKPOINT):
             raise ResponseError(CHECKPOINT) from None
         if error is None and self._versions != [t._version for t in self._tensors]:
@@ -64,14 +66,21 @@ class guarded:
             )
 
 
-def _without_saving_hooks() -> AbstractContextManager[None] | None:
-    """Hooks on what gradients save are refused from here on, where the user's own are not open already."""
-    closed = disable_saved_tensors_hooks(CHECKPOINT)
+def _close_saving_hooks() -> bool:
+    """Refuse hooks on what gradients save from here on, where the user's own are not open already."""
+    # As `torch.autograd.graph.disable_saved_tensors_hooks` does it, without the time that its context takes.
     try:
-        closed.__enter__()
+        _autograd._saved_tensors_hooks_disable(CHECKPOINT)
     except RuntimeError:  # those save all values
-        return None
-    return closed
+        return False
+    return True
+
+
+def _open_saving_hooks(before: str | None) -> None:
+    if before is None:
+        _autograd._saved_tensors_hooks_enable()
+    else:
+        _autograd._saved_tensors_hooks_disable(before)
 
 
 @contextmanager

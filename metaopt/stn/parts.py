@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from metaopt.stn.attributes import Attributes
 from metaopt.stn.batches import Shared, count, join, split
 from metaopt.stn.generators import other_state, random_state, same_randomness
 from metaopt.stn.outputs import close, moved, rows, shapes
 from metaopt.stn.running import Running
-from metaopt.stn.substitution import attributes, set_attributes, substituted
+from metaopt.stn.substitution import substituted
 from metaopt.stn.trees import objects
 
 # Examples on which it is seen whether a model keeps their order, or mixes them.
@@ -41,7 +42,8 @@ class Parted(Running):
     @contextmanager
     def _unmoved(self) -> Iterator[None]:
         """Leave random generators and modules as they are."""
-        kept, drawn = attributes(self.slots.modules), other_state()
+        attributes, drawn = Attributes(self.slots.modules), other_state()
+        kept = attributes.now()
         try:
             with same_randomness(self.device):
                 try:
@@ -50,7 +52,7 @@ class Parted(Running):
                     if other_state() != drawn:
                         self.draws = True
         finally:
-            set_attributes(kept)
+            attributes.back(kept)
 
     def _look_for_mixing(self, args: Any, kwargs: Any) -> None:
         """Once there are groups, which may be later: whether the model's output for some examples depends on others."""

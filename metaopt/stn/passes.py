@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
@@ -25,6 +24,7 @@ from metaopt.stn.arguments import among, function_name, reads_no_values
 from metaopt.stn.calls import Call, Place, placed
 from metaopt.stn.functions import Unsupported, by_value, nature_of
 from metaopt.stn.guards import CHECKPOINT, unhooked
+from metaopt.stn.handing import Handed
 from metaopt.stn.instances import LARGEST, Instances, apply
 from metaopt.stn.layouts import Layout, NeedsGroups, Site
 from metaopt.stn.orders import Orders
@@ -38,7 +38,7 @@ Rule = Callable[..., Any]
 MOVED = "it is given examples that the model sorts or selects by their values"
 
 
-class Pass(TorchFunctionMode):
+class Pass(Handed):
     """A forward pass with responses, nonlinear in the weights.
 
     Args:
@@ -112,7 +112,8 @@ class Pass(TorchFunctionMode):
         rule = self.rules.get(func)
         if rule is not None and kwargs and len(args) < 2:
             args, kwargs = placed(args, kwargs)
-        if not self.held and not (self.marks and among(self.marks, args, kwargs)):
+        known = among(self.marks, args, kwargs) if self.marks else ()
+        if not self.held and not known:
             return self.plain(func, args, kwargs) if rule is None else rule(self, func, *args, **kwargs)
         # What was computed from parameters; they themselves may have a rule here.
         derived = self.held and any(key not in self.marks for key in among(self.held, args, kwargs))
@@ -121,13 +122,13 @@ class Pass(TorchFunctionMode):
         asked, self._asked = self._asked, set()
         try:
             if rule is None:
-                self.refuse_marked(func, args, kwargs)
+                self.refuse(func, known)
                 return self.plain(func, args, kwargs)
             result = rule(self, func, *args, **kwargs)
-            self.refuse_marked(func, args, kwargs)
+            self.refuse(func, known)
             return result
         except NeedsGroups as needs:
-            if self.fixed is not None or not among(self.marks, args, kwargs):
+            if self.fixed is not None or not known:
                 raise
             return self.each(func, args, kwargs, needs)
         finally:
@@ -193,9 +194,10 @@ class Pass(TorchFunctionMode):
 
     def mark_of(self, tensor: Any) -> Active | None:
         """The response of an alias, if it is one; who asks has a rule for it."""
-        active = self.marks.get(id(tensor))
+        key = id(tensor)
+        active = self.marks.get(key)
         if active is not None:
-            self._asked.add(id(tensor))
+            self._asked.add(key)
         return active
 
     def mark(self, tensor: Tensor, active: Active) -> Tensor:
@@ -228,7 +230,11 @@ class Pass(TorchFunctionMode):
 
     def refuse_marked(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Raise `NeedsGroups` if a responding weight is given to a function that has no rule for it."""
-        for key in among(self.marks, args, kwargs):
+        self.refuse(func, among(self.marks, args, kwargs))
+
+    def refuse(self, func: Any, known: Sequence[int]) -> None:
+        """The same of the weights that it is given, by their ``id``."""
+        for key in known:
             if key not in self._asked and not reads_no_values(func):
                 raise NeedsGroups(
                     self.marks[key].entry.name, f"it is used by `{function_name(func)}`, which has no rule per example"
@@ -264,7 +270,9 @@ class Pass(TorchFunctionMode):
 
     def require_joined(self, output: Any) -> None:
         """Raise `NeedsGroups` if a result was computed from parameters alone: it has no axis of examples."""
-        for leaf in leaves(output) if not self.recording else ():
+        if self.recording or (type(output) is Tensor and not self.depends(output)):
+            return
+        for leaf in leaves(output):
             held = self.instances(leaf)
             if held is not None:
                 raise NeedsGroups(held.name, "the model returns what was computed from it alone")

@@ -62,7 +62,7 @@ class Noise:
         del self._drawn[place[1] :]
 
 
-@dataclass
+@dataclass(slots=True)
 class Perturbation:
     """The point at which a pass runs.
 

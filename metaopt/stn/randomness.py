@@ -85,10 +85,6 @@ def _kept(noise: Tensor, rates: Tensor | float) -> Tensor:
     return torch.ge(noise, rates, out=torch.empty_like(noise))
 
 
-def _left(rates: Tensor | float) -> Tensor | float:
-    return torch.rsub(rates, 1) if isinstance(rates, Tensor) else 1 - rates
-
-
 def _apply(run: Pass, x: Tensor, factor: Tensor, shift: Tensor | None, inplace: bool) -> Tensor:
     dx = run.tangent(x)
     y = x * factor if shift is None else x * factor + shift
@@ -117,7 +113,8 @@ def dropout(
         # The same draw as torch's own, seen through ones.
         return _apply(run, input, func(torch.ones_like(input), p, training), None, inplace)
     noise = run.noise.uniform(input.shape if func is F.dropout else _shape(func, input), input)
-    return _apply(run, input, _kept(noise, rates).div_(_left(rates)), None, inplace)
+    left = 1 - rates if isinstance(rates, float) else torch.rsub(rates, 1)
+    return _apply(run, input, _kept(noise, rates).div_(left), None, inplace)
 
 
 @register(F.alpha_dropout, F.feature_alpha_dropout)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Recorder", "Tracer"]
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +36,7 @@ class Recorder(Pass):
         # In a composite rule the axis is known; what counts is that the composite's own input has it.
         return None if self.fixed else self.locate((active.entry.name, func.__name__), value, 0)
 
-    def refuse_marked(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def refuse(self, func: Any, known: Sequence[int]) -> None:
         return
 
 

@@ -50,7 +50,7 @@ class Entry:
         return self.start + self.banks * self.width
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Active:
     """The response of one parameter within one pass.
 
@@ -161,7 +161,8 @@ class Responses(nn.Module):
             )
         self.entries: list[Entry] = []
         self.bases, self.mixers = nn.ParameterList(), nn.ParameterList()
-        self._slots: list[tuple[int, ...]] = []
+        # Of each entry: its pieces of a row of U, its bases and its mixers.
+        self._slots: list[tuple[slice, slice, slice]] = []
         rows = 0
         for parameter, names, structure in found:
             count = 1 if structure.axis is None else banks
@@ -169,12 +170,15 @@ class Responses(nn.Module):
             entry = Entry(names[0], names, structure, rows, count, rank if low else None)
             rows = entry.stop
             self.entries.append(entry)
-            first = len(self.bases)
+            first, mixing = len(self.bases), len(self.mixers)
             if structure.axis is not None:
                 self.bases.extend(Parameter(_base(parameter, entry)) for _ in range(count))
             if entry.rank is not None:
                 self.mixers.extend(Parameter(_mixer(parameter, structure.rows, entry.rank)) for _ in range(count))
-            self._slots.append(tuple(range(first, len(self.bases))))
+            pieces = sum(other.banks for other in self.entries)
+            self._slots.append(
+                (slice(pieces - count, pieces), slice(first, len(self.bases)), slice(mixing, len(self.mixers)))
+            )
             if names[0] in padding and structure.axis == 1:
                 # A look-up trains no padding, so that its response is zero, unless a tied decoder's is not.
                 for base in list(self.bases)[first:]:
@@ -195,19 +199,12 @@ class Responses(nn.Module):
             weight = self.weight.detach() if frozen else self.weight
         # A step under autocast must not round the perturbations.
         with unrounded(weight):
-            spread = torch.mm(z.to(weight.dtype), weight)
-        pieces = iter(torch.split_with_sizes(spread, self._widths, 1))
-        # Read from where they are: an index into a list of parameters is looked up as an attribute, by name.
-        bases, mixers = (
-            [p.detach() if frozen else p for p in held._parameters.values() if p is not None]
-            for held in (self.bases, self.mixers)
-        )
-        mixing = iter(mixers)
-        for entry, slots in zip(self.entries, self._slots, strict=True):
-            own: tuple[Tensor | None, ...] = tuple([bases[slot] for slot in slots]) or (None,)
-            mixed = () if entry.rank is None else tuple([next(mixing) for _ in range(entry.banks)])
-            constant = partial(self._constant, entry, z, weight, own, mixed)
-            yield Active(entry, tuple([next(pieces) for _ in range(entry.banks)]), own, mixed, constant)
+            spread = torch.mm(z if z.dtype is weight.dtype else z.to(weight.dtype), weight)
+        pieces = torch.split_with_sizes(spread, self._widths, 1)
+        bases, mixers = _held(self.bases, frozen), _held(self.mixers, frozen)
+        for entry, (own, based, mixing) in zip(self.entries, self._slots, strict=True):
+            base, mixed = bases[based] or (None,), mixers[mixing]
+            yield Active(entry, pieces[own], base, mixed, partial(self._constant, entry, z, weight, base, mixed))
 
     @staticmethod
     def _constant(
@@ -238,6 +235,11 @@ class Responses(nn.Module):
     def rescale_(self, ratio: Tensor) -> None:
         """Multiply the columns of ``U``: the same response for coordinates that were divided by ``ratio``."""
         self.weight.mul_(ratio.to(self.weight).unsqueeze(1))
+
+
+def _held(parameters: nn.ParameterList, frozen: bool) -> tuple[Tensor, ...]:
+    # From where they are: an index into a list of parameters is looked up as an attribute, by name.
+    return tuple([p.detach() if frozen else p for p in parameters._parameters.values() if p is not None])
 
 
 def unrounded(like: Tensor) -> AbstractContextManager[Any]:

@@ -58,6 +58,8 @@ class Running(nn.Module):
     rho: nn.Parameter
     slots: Slots
     bound: dict[str, str]
+    # The hyperparameters that are rates of dropouts.
+    rated: frozenset[str]
     fallback: dict[str, str]
     _layouts: dict[bool, Found]
     # Whether it draws from other generators than torch's, such as Python's; None until that was seen.
@@ -66,7 +68,8 @@ class Running(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the response is."""
-        return self.rho.device
+        rho: nn.Parameter = self._parameters["rho"]  # type: ignore[assignment]  # at less cost than as an attribute
+        return rho.device
 
     def _plain(
         self, changes: Mapping[str, Tensor], values: Values, args: Any, kwargs: Any, at: Perturbation | None
@@ -104,8 +107,7 @@ class Running(nn.Module):
 
     def _rates(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The values that are dropout rates; whether the model uses them is another matter."""
-        bound = set(self.bound.values())
-        return ((name, value) for name, value in values.items() if name in bound)
+        return ((name, value) for name, value in values.items() if name in self.rated)
 
     def _note(self, p: Pass, at: Perturbation | None) -> None:
         if at is not None:
@@ -162,7 +164,7 @@ class Running(nn.Module):
         replaced, marks, held = self._stand_ins(z, kind, response=response, at=at, weight=weight)
         # A rate that has one draw for a minibatch, or for a group, is one number, wherever the examples are.
         grouped = bool(self.fallback) and (at is None or at.groups is not None)
-        shared = set(self.bound.values()) if grouped else self.coordinates.per_batch
+        shared = self.rated if grouped else self.coordinates.per_batch
         rates = {n: _first(value) if n in shared else value for n, value in self._rates(values)}
         found = self._layouts.get(self.model.training, Found({}, {}))
         orders = Orders(found.reads, z.shape[0]) if found.reads and not kind.recording else None

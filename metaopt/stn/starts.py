@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
+from metaopt.stn.attributes import Attributes, Snapshot
 from metaopt.stn.generators import State, other_state, random_state, set_random_state
 from metaopt.stn.guards import unchanged
-from metaopt.stn.substitution import Attributes, attributes, attributes_after, set_attributes
 from metaopt.stn.tuned import Tuned
 
 
@@ -24,7 +24,7 @@ class Start:
     """
 
     generators: State
-    kept: Attributes
+    kept: Snapshot
 
 
 class Starts:
@@ -36,6 +36,7 @@ class Starts:
 
     def __init__(self, tuned: Tuned) -> None:
         self.tuned = tuned
+        self._attributes = Attributes(tuned.slots.modules)
         self._trained = False
 
     def now(self, before: Start | None = None) -> Start:
@@ -44,8 +45,8 @@ class Starts:
         Args:
             before: where one before it did; most modules keep what they kept then.
         """
-        others, modules = self.tuned.draws is not False or not self._trained, self.tuned.slots.modules
-        kept = attributes(modules) if before is None else attributes_after(before.kept, modules)
+        others = self.tuned.draws is not False or not self._trained
+        kept = self._attributes.now() if before is None else self._attributes.after(before.kept)
         return Start(random_state(self.tuned.device, others), kept)
 
     def back(self, start: Start, now: Start | None = None) -> None:
@@ -57,7 +58,7 @@ class Starts:
         """
         set_random_state(self.tuned.device, start.generators)
         if now is None or now.kept is not start.kept:
-            set_attributes(start.kept)
+            self._attributes.back(start.kept)
 
     def first(self, start: Start) -> AbstractContextManager[None]:
         """The first pass of training: what hooks do there, and from which generators the loss draws."""

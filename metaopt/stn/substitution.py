@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = [
-    "ANOTHER",
-    "Slots",
-    "attributes",
-    "attributes_after",
-    "modules_of",
-    "rate_attribute",
-    "set_attributes",
-    "substituted",
-]
+__all__ = ["ANOTHER", "Slots", "modules_of", "rate_attribute", "substituted"]
 
 from collections.abc import Mapping, Sequence
-from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -92,34 +82,6 @@ def rate_attribute(module: nn.Module) -> str | None:
     if isinstance(module, DROPOUTS):
         return "p"
     return "dropout" if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) else None
-
-
-# What each module keeps: where, under which names, and what.
-Attributes = list[tuple[dict[str, Any], list[str], list[Any]]]
-
-
-def attributes(modules: Sequence[nn.Module]) -> Attributes:
-    """What modules keep in their attributes now, such as the state of a recurrence between two batches."""
-    # Buffers too: one may be a new tensor each time, or none at first.
-    stores = [module.__dict__ for module in modules] + [module._buffers for module in modules if module._buffers]
-    return [(now, list(now), list(now.values())) for now in stores]
-
-
-def set_attributes(kept: Attributes) -> None:
-    """Put back what they kept."""
-    for now, names, values in _changed(kept):
-        now.clear()
-        now.update(zip(names, values, strict=True))
-
-
-def attributes_after(before: Attributes, modules: Sequence[nn.Module]) -> Attributes:
-    """What they keep now: ``before`` itself, if that is what they kept before."""
-    return attributes(modules) if _changed(before) else before
-
-
-def _changed(kept: Attributes) -> Attributes:
-    # Most have what they had. Told by identity: tensors don't say whether they are equal.
-    return [s for s in kept if list(s[0]) != s[1] or not all(map(is_, s[0].values(), s[2]))]
 
 
 class substituted:

@@ -301,14 +301,15 @@ class Tuner:
             groups=groups,
             shared=coordinates.shared,
             antithetic=self.antithetic,
-            like=self.tuned.rho.detach(),
+            like=self.tuned.rho,
         )
 
     def _perturb(self, examples: int, point: Tensor) -> tuple[Tensor, Tensor, int | None]:
         """``ε``, ``λ0 + ε``, and the number of groups."""
         groups = groups_of(self.tuned, examples)
-        z = self.tuned.scale.detach() * self._normal(examples, groups)
-        return z, point + z, groups
+        with torch.no_grad():
+            z = self.tuned.scale * self._normal(examples, groups)
+            return z, point + z, groups
 
     # -- checkpoints
 

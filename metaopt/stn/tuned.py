@@ -77,7 +77,7 @@ class Tuned(Compared):
         # A centred response is fed ε / σ, so that its curvature does not shrink with σ²; nothing is centred in "stn".
         self.standardize = standardize and method != "stn"
         self.register_buffer("reference", scales.clone() if self.standardize else torch.ones_like(scales))
-        self.bound = dict(bound.rates)
+        self.bound, self.rated = dict(bound.rates), frozenset(bound.rates.values())
         self.slots = Slots(model, self.bound, masks)
         self.groups, self.batch_dim, self.verify = groups, batch_dim, verify
         self.fallback: dict[str, str] = {}
@@ -115,20 +115,22 @@ class Tuned(Compared):
     @property
     def scale(self) -> Tensor:
         """The perturbation scales ``σ = softplus(ρ)``, shape ``(H,)``."""
-        return nn.functional.softplus(self.rho)
+        return nn.functional.softplus(self._parameters["rho"])  # type: ignore[arg-type]
 
     @torch.no_grad()
     def keep_scale(self, low: float, high: float) -> None:
         """Put σ back between two bounds; the response stays what it is."""
-        scale = self.scale
-        # One within the bounds stays as it is: the way there and back would round it, a frozen one too.
-        outside = (scale < low) | (scale > high)
-        self.rho.copy_(torch.where(outside, inverse_softplus(scale.clamp(low, high)), self.rho))
+        scale, rho, reference = self.scale, self.rho, self.reference
+        kept = scale.clamp(low, high)
+        if not torch.equal(kept, scale):
+            # One within the bounds stays as it is: the way there and back would round it, a frozen one too.
+            rho.copy_(torch.where(kept == scale, rho, inverse_softplus(kept)))
+            scale = self.scale
         if self.standardize:
             # The same response, fed with perturbations in the new unit.
-            ratio = self.scale / self.reference
+            ratio = scale / reference
             self.responses.rescale_(ratio)
-            self.reference.mul_(ratio)
+            reference.mul_(ratio)
 
     # -- calls
 
