@@ -109,9 +109,9 @@ class LinearisedPass(Pass):
         return held[1] if held is not None and held[0] is self else None
 
     def join(self, value: Tensor, change: Tensor | None) -> Tensor:
-        if change is not None and torch.is_grad_enabled():
-            carry(self, value, self.like(change, value))
-        return value
+        if change is None or not torch.is_grad_enabled():
+            return value
+        return carry(self, value, change if change.dtype == value.dtype else change.to(value.dtype))
 
     def overwrite(self, target: Tensor, value: Tensor, change: Tensor | None) -> Tensor:
         return self.write(target.copy_(value), change)

@@ -102,19 +102,22 @@ class Pass(Handed):
         if self._within:
             self.within(func, args, kwargs)
             return func(*args, **kwargs)
-        if self.orders is None:
-            return self._called(func, args, kwargs)
-        result = self._called(func, args, kwargs)
-        self.orders.follow(func, args, kwargs, result)
-        return result
-
-    def _called(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        rule = self.rules.get(func)
+        rule, given = self.rules.get(func), (args, kwargs)
         if rule is not None and kwargs and len(args) < 2:
             args, kwargs = placed(args, kwargs)
         known = among(self.marks, args, kwargs) if self.marks else ()
-        if not self.held and not known:
-            return self.plain(func, args, kwargs) if rule is None else rule(self, func, *args, **kwargs)
+        if known or self.held:
+            result = self._responding(func, rule, args, kwargs, known)
+        else:
+            result = self.plain(func, args, kwargs) if rule is None else rule(self, func, *args, **kwargs)
+        if self.orders is not None:
+            self.orders.follow(func, *given, result)
+        return result
+
+    def _responding(
+        self, func: Any, rule: Rule | None, args: tuple[Any, ...], kwargs: dict[str, Any], known: Sequence[int]
+    ) -> Any:
+        """Call a function that may be given what responds."""
         # What was computed from parameters; they themselves may have a rule here.
         derived = self.held and any(key not in self.marks for key in among(self.held, args, kwargs))
         if derived and not reads_no_values(func) and func not in self.composed:
@@ -222,6 +225,9 @@ class Pass(Handed):
         """The layout of a site, with the number of examples and their order checked."""
         found = self.layouts.get(site, "it was not used when the axes of examples were looked for")
         if type(found) is Layout:
+            known = self.orders is None and found.repeat == 1 and value.ndim > found.axis
+            if known and value.shape[found.axis] == examples:
+                return found  # at once, as it is nearly always
             moved = self.orders is not None and value in self.orders
             found = MOVED if moved else found.fitted(value, examples)
             if type(found) is Layout:

@@ -86,12 +86,12 @@ def _kept(noise: Tensor, rates: Tensor | float) -> Tensor:
 
 
 def _apply(run: Pass, x: Tensor, factor: Tensor, shift: Tensor | None, inplace: bool) -> Tensor:
-    dx = run.tangent(x)
+    dx = run.tangent(x) if run.linearised else None
     y = x * factor if shift is None else x * factor + shift
     change = None if dx is None else dx * factor
-    if not inplace:
-        return run.join(y, change) if run.linearised else y
-    return run.overwrite(x, y, change)
+    if inplace:
+        return run.overwrite(x, y, change)
+    return y if change is None else run.join(y, change)
 
 
 @register(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d)
@@ -113,8 +113,8 @@ def dropout(
         # The same draw as torch's own, seen through ones.
         return _apply(run, input, func(torch.ones_like(input), p, training), None, inplace)
     noise = run.noise.uniform(input.shape if func is F.dropout else _shape(func, input), input)
-    left = 1 - rates if isinstance(rates, float) else torch.rsub(rates, 1)
-    return _apply(run, input, _kept(noise, rates).div_(left), None, inplace)
+    factor = _kept(noise, rates).div_(1 - rates if isinstance(rates, float) else torch.rsub(rates, 1))
+    return _apply(run, input, factor, None, inplace)
 
 
 @register(F.alpha_dropout, F.feature_alpha_dropout)

@@ -82,9 +82,9 @@ def affine(
     """
     if not p.marks and not p.linearised:
         return y
-    change = dy
+    change, linearised = dy, p.linearised
     if weight is not None:
-        tangent = p.tangent(weight)
+        tangent = p.tangent(weight) if linearised else None
         if tangent is not None:
             change = plus(change, op(x, tangent))
         active = p.mark_of(weight)
@@ -95,14 +95,15 @@ def affine(
                 found = found if fixed is None else torch.where(still, fixed, found)
             change = found
     if bias is not None:
-        tangent = p.tangent(bias)
+        tangent = p.tangent(bias) if linearised else None
         if tangent is not None:
             change = plus(change, _along(tangent, y.ndim, feature))
         active = p.mark_of(bias)
         layout = None if active is None else p.layout(active, func, x)
         if active is not None and layout is not None:
-            change = plus(change, layout.spread(active.coefficients[0], y.ndim, feature))
-    return p.join(y, change)
+            response = layout.spread(active.coefficients[0], y.ndim, feature)
+            change = response if change is None else change + response
+    return y if change is None else p.join(y, change)
 
 
 def _weight(

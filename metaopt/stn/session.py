@@ -8,11 +8,11 @@ import numbers
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer, RMSprop
 
 from metaopt.errors import ResponseError, whole
+from metaopt.stn.fused import FusedSGD
 from metaopt.stn.training import Factory, Tuner
 from metaopt.stn.tuned import Tuned
 
@@ -21,11 +21,7 @@ def _sgd(parameters: Iterable[Tensor]) -> Optimizer:
     given = list(parameters)
     # One call for all of them, where torch has it: of a small model's step it is a notable part.
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in given)
-    optimizer = SGD(given, lr=0.01, momentum=0.9, fused=fused)
-    for p in given if fused else ():
-        # Torch's fused step fails where some have a momentum and others, which no batch had used so far, have none.
-        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-    return optimizer
+    return FusedSGD(given) if fused else SGD(given, lr=0.01, momentum=0.9)
 
 
 def _rmsprop(parameters: Iterable[Tensor]) -> Optimizer:

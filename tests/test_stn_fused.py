@@ -1,0 +1,138 @@
+"""The default optimizer of a best response takes torch's steps."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from metaopt.stn.fused import FusedSGD
+
+
+def parameters(device: torch.device, count: int = 3) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    shapes = [(4, 3), (5,), (2, 3, 2)][:count]
+    return [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
+
+
+def gradients(like: list[nn.Parameter], seed: int, missing: set[int]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for i, p in enumerate(like):
+        p.grad = None if i in missing else torch.randn(p.shape, generator=generator).to(p.device)
+
+
+@given(
+    momentum=st.sampled_from([0.0, 0.5, 0.9]),
+    decay=st.sampled_from([0.0, 0.1]),
+    nesterov=st.booleans(),
+    maximize=st.booleans(),
+    missing=st.lists(st.sets(st.integers(0, 2), max_size=3), min_size=1, max_size=4),
+)
+def test_steps_are_those_of_torch(
+    device: torch.device, momentum: float, decay: float, nesterov: bool, maximize: bool, missing: list[set[int]]
+) -> None:
+    ours, theirs = parameters(device), parameters(device)
+    settings: dict[str, Any] = {"weight_decay": decay, "nesterov": nesterov and momentum > 0, "maximize": maximize}
+    optimizer = FusedSGD(ours, lr=0.1, momentum=momentum)
+    optimizer.param_groups[0].update(settings)
+    reference = SGD(theirs, lr=0.1, momentum=momentum, foreach=False, **settings)
+    for seed, without in enumerate(missing):
+        for given_ in (ours, theirs):
+            gradients(given_, seed, without if momentum else set())
+        optimizer.step()
+        reference.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q)
+
+
+def test_layouts_are_those_of_the_parameters(device: torch.device) -> None:
+    """The kernel goes through memory as it lies, and so must the momentum that it is given."""
+    plain, turned = nn.Parameter(torch.randn(3, 5, device=device)), nn.Parameter(torch.randn(5, 3, device=device).t())
+    with torch.no_grad():
+        turned.copy_(plain)
+    for p in (plain, turned):
+        optimizer = FusedSGD([p], lr=0.1)
+        for _ in range(3):
+            p.grad = None
+            (p.sin() * torch.arange(15.0, device=device).reshape(3, 5)).sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(plain, turned)
+
+
+def test_hooks_closures_schedules_and_profilers_see_the_steps(device: torch.device) -> None:
+    (p,) = parameters(device, 1)
+    optimizer = FusedSGD([p], lr=1.0, momentum=0.5)
+    seen: list[str] = []
+    gradients([p], 0, set())
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: seen.append("before")),
+        optimizer.register_step_post_hook(lambda *_: seen.append("after")),
+    ]
+    optimizer.step()
+    assert seen == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    assert seen == ["before", "after"]
+    shared = register_optimizer_step_post_hook(lambda *_: seen.append("shared"))
+    try:
+        optimizer.step()
+    finally:
+        shared.remove()
+    assert seen[2:] == ["shared"]
+
+    def loss() -> Any:
+        optimizer.zero_grad()
+        value = p.square().sum()
+        value.backward()
+        return value.item()
+
+    before = p.square().sum().item()
+    assert optimizer.step(loss) == pytest.approx(before)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.0)
+    optimizer.step()
+    schedule.step()
+    still = p.detach().clone()
+    optimizer.step()
+    assert torch.equal(p, still)
+    with torch.profiler.profile() as profile:
+        optimizer.step()
+    assert any("Optimizer.step" in event.key for event in profile.key_averages())
+
+
+def test_states_go_to_and_from_torchs_own(device: torch.device) -> None:
+    ours, theirs = parameters(device), parameters(device)
+    optimizer, reference = FusedSGD(ours, lr=0.1), SGD(theirs, lr=0.1, momentum=0.9, foreach=False)
+    for seed in range(4):
+        for given_ in (ours, theirs):
+            gradients(given_, seed, set())
+        optimizer.step()
+        reference.step()
+        if seed == 1:
+            states = copy.deepcopy((optimizer.state_dict(), reference.state_dict()))
+            reference.load_state_dict(states[0])
+            fused = states[1]
+            fused["param_groups"][0]["fused"] = True
+            optimizer.load_state_dict(fused)
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_sparse_gradient_and_a_rate_that_is_a_tensor_are_torchs_matter(device: torch.device) -> None:
+    (p,) = parameters(device, 1)
+    optimizer, start = FusedSGD([p], lr=0.1), p.detach().clone()
+    gradient: Tensor = torch.ones(4, 3, device=device)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5, device=device)
+    p.grad = gradient
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), start - 0.5)
+    p.grad = gradient.to_sparse()
+    with pytest.raises(RuntimeError, match=r"(?i)sparse"):
+        optimizer.step()
