@@ -702,7 +702,7 @@ MUTANTS = [
         "neighbours-perturbation",
         "an example has its neighbour's response",
         "stn/responses.py",
-        "            spread = torch.mm(z.to(weight.dtype), weight)\n",
+        "            spread = torch.mm(z if z.dtype is weight.dtype else z.to(weight.dtype), weight)\n",
         "            spread = torch.mm(z.to(weight.dtype).roll(1, 0), weight)\n",
         ("tests/test_stn_layers.py", "example_alone and mlp"),
     ),

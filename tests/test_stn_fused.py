@@ -40,12 +40,11 @@ def test_steps_are_those_of_torch(
 ) -> None:
     ours, theirs = parameters(device), parameters(device)
     settings: dict[str, Any] = {"weight_decay": decay, "nesterov": nesterov and momentum > 0, "maximize": maximize}
-    optimizer = FusedSGD(ours, lr=0.1, momentum=momentum)
-    optimizer.param_groups[0].update(settings)
+    optimizer = FusedSGD(ours, 0.1, momentum, **settings)
     reference = SGD(theirs, lr=0.1, momentum=momentum, foreach=False, **settings)
     for seed, without in enumerate(missing):
         for given_ in (ours, theirs):
-            gradients(given_, seed, without if momentum else set())
+            gradients(given_, seed, without)
         optimizer.step()
         reference.step()
         for p, q in zip(ours, theirs, strict=True):
@@ -58,7 +57,7 @@ def test_layouts_are_those_of_the_parameters(device: torch.device) -> None:
     with torch.no_grad():
         turned.copy_(plain)
     for p in (plain, turned):
-        optimizer = FusedSGD([p], lr=0.1)
+        optimizer = FusedSGD([p], lr=0.1, momentum=0.9)
         for _ in range(3):
             p.grad = None
             (p.sin() * torch.arange(15.0, device=device).reshape(3, 5)).sum().backward()
@@ -109,7 +108,7 @@ def test_hooks_closures_schedules_and_profilers_see_the_steps(device: torch.devi
 
 def test_states_go_to_and_from_torchs_own(device: torch.device) -> None:
     ours, theirs = parameters(device), parameters(device)
-    optimizer, reference = FusedSGD(ours, lr=0.1), SGD(theirs, lr=0.1, momentum=0.9, foreach=False)
+    optimizer, reference = FusedSGD(ours, lr=0.1, momentum=0.9), SGD(theirs, lr=0.1, momentum=0.9, foreach=False)
     for seed in range(4):
         for given_ in (ours, theirs):
             gradients(given_, seed, set())
@@ -127,7 +126,7 @@ def test_states_go_to_and_from_torchs_own(device: torch.device) -> None:
 
 def test_a_sparse_gradient_and_a_rate_that_is_a_tensor_are_torchs_matter(device: torch.device) -> None:
     (p,) = parameters(device, 1)
-    optimizer, start = FusedSGD([p], lr=0.1), p.detach().clone()
+    optimizer, start = FusedSGD([p], lr=0.1, momentum=0.9), p.detach().clone()
     gradient: Tensor = torch.ones(4, 3, device=device)
     optimizer.param_groups[0]["lr"] = torch.tensor(0.5, device=device)
     p.grad = gradient

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "Diagnosis",
+    "FusedSGD",
     "Structure",
     "Tuned",
     "Tuner",
@@ -27,6 +28,7 @@ __all__ = [
 from metaopt.stn import augment
 from metaopt.stn.coordinates import Values
 from metaopt.stn.diagnosis import Diagnosis, diagnose
+from metaopt.stn.fused import FusedSGD
 from metaopt.stn.penalties import activation_penalty, l2, temporal_activation_penalty
 from metaopt.stn.session import train
 from metaopt.stn.structures import Structure, along, dense, structures

@@ -16,9 +16,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 
 class FusedSGD(SGD):
-    r"""``torch.optim.SGD(params, lr, momentum, fused=True)``, at less cost.
+    r"""``torch.optim.SGD(fused=True)`` at less cost: the same steps, states and settings.
 
-    .. math:: m \leftarrow \mu m + \nabla, \quad w \leftarrow w - \eta m
+    .. math:: m \leftarrow \mu m + \nabla + \delta w, \quad w \leftarrow w - \eta m
 
     Torch's own step sorts parameters by type and device, opens a label for profilers and looks for hooks, each time;
     for a small model that takes longer than the rest of it. Here what is to be moved is given to the kernel at once.
@@ -28,12 +28,28 @@ class FusedSGD(SGD):
         params: on a device for which torch has the kernel, of one floating-point type.
         lr: η.
         momentum: μ.
+        weight_decay: δ.
+        nesterov: whether the step is along ``∇ + μ m``.
+        maximize: whether to ascend.
+
+    Raises:
+        RuntimeError: by torch, where it has no fused kernel for the parameters.
     """
 
-    def __init__(self, params: Any, lr: float = 0.01, momentum: float = 0.9) -> None:
-        super().__init__(params, lr=lr, momentum=momentum, fused=True)
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+    ) -> None:
+        settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        super().__init__(params, **settings, maximize=maximize, fused=True)
         for group in self.param_groups:
-            for p in group["params"]:
+            for p in group["params"] if group["momentum"] else ():
                 # Torch's step fails where some have a momentum and others, which no batch had used so far, have none.
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
@@ -73,18 +89,21 @@ class FusedSGD(SGD):
 
     def _moved(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
         """Parameters, gradients and momenta, or None where torch has to look at them."""
-        if not group["fused"] or not group["momentum"] or isinstance(group["lr"], Tensor):
+        if not group["fused"] or group["differentiable"] or isinstance(group["lr"], Tensor):
             return None
+        with_momentum = group["momentum"] != 0
         parameters, gradients, momenta = [], [], []
         for p in group["params"]:
-            gradient, momentum = p.grad, self.state[p].get("momentum_buffer")
+            gradient = p.grad
             if gradient is None:
                 continue
-            if momentum is None or gradient.layout is not torch.strided:
+            momentum = self.state[p].get("momentum_buffer") if with_momentum else None
+            if gradient.layout is not torch.strided or (momentum is None) is with_momentum:
                 return None
             parameters.append(p)
             gradients.append(gradient)
-            momenta.append(momentum)
+            if momentum is not None:
+                momenta.append(momentum)
         kinds = {(t.dtype, t.device) for t in chain(parameters, momenta)} if len(parameters) else set()
         return None if len(kinds) > 1 else (parameters, gradients, momenta)
 

@@ -21,7 +21,7 @@ def _sgd(parameters: Iterable[Tensor]) -> Optimizer:
     given = list(parameters)
     # One call for all of them, where torch has it: of a small model's step it is a notable part.
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in given)
-    return FusedSGD(given) if fused else SGD(given, lr=0.01, momentum=0.9)
+    return FusedSGD(given, lr=0.01, momentum=0.9) if fused else SGD(given, lr=0.01, momentum=0.9)
 
 
 def _rmsprop(parameters: Iterable[Tensor]) -> Optimizer:
