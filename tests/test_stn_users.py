@@ -376,6 +376,34 @@ def test_checkpointing_is_refused(reentrant: bool, method: str) -> None:
         tuner.train_step(torch.randn(6, 4))
 
 
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+@pytest.mark.parametrize("refused", [False, True])
+def test_the_users_hooks_on_what_gradients_save_go_on(refused: bool, method: str) -> None:
+    """They were once switched off by the first step, silently, and refused after the training."""
+    layers = nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 1)
+    tuned = problem(lambda: nn.Sequential(*layers), method, bind={"drop": "2"})
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    message = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message
+    with train(tuned, train_loss, valid_loss) as tuner:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            for step in (tuner.train_step, tuner.train_step, tuner.valid_step):
+                before = len(saved)
+                step(torch.randn(6, 4))
+                assert len(saved) > before
+                assert message() is None
+        assert message() is None
+        if refused:
+            with torch.autograd.graph.disable_saved_tensors_hooks("by the user"):
+                tuner.train_step(torch.randn(6, 4))
+                assert message() == "by the user"
+            assert message() is None
+
+
 class Adjoint(torch.autograd.Function):
     """A function of a module whose backward calls that again, as adjoint solvers of differential equations do."""
 

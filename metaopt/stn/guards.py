@@ -6,7 +6,7 @@ __all__ = ["CHECKPOINT", "WRITTEN", "differentiate", "guarded", "unchanged", "un
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ class guarded:
     def __enter__(self) -> None:
         self._versions = [t._version for t in self._tensors]
         self._before = _autograd._saved_tensors_hooks_get_disabled_error_message()
-        self._closed = not self._recomputes and _close_saving_hooks()
+        self._closed = not self._recomputes and _close_saving_hooks(self._before)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self._closed:
@@ -66,12 +66,15 @@ class guarded:
             )
 
 
-def _close_saving_hooks() -> bool:
+def _close_saving_hooks(before: str | None) -> bool:
     """Refuse hooks on what gradients save from here on, where the user's own are not open already."""
     # As `torch.autograd.graph.disable_saved_tensors_hooks` does it, without the time that its context takes.
     try:
         _autograd._saved_tensors_hooks_disable(CHECKPOINT)
     except RuntimeError:  # those save all values
+        # They are refused already: torch looks for open ones after that. It does the same to what was refused before.
+        with suppress(RuntimeError):
+            _open_saving_hooks(before)
         return False
     return True
 
