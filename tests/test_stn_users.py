@@ -609,6 +609,24 @@ def test_a_copy_runs_as_the_original_does(way: Callable[[Tuned], Tuned]) -> None
     assert twin.model.get_submodule("net.0") is not tuned.model.get_submodule("net.0")
 
 
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_a_copy_of_a_tuner_goes_on_as_the_original_does(method: str, way: Callable[[Any], Any]) -> None:
+    tuned = problem(Siamese, method, bind={"drop": ["drop", "net.0.weight"]})
+    batch, found = torch.randn(6, 4), []
+    with train(tuned, train_loss, valid_loss, seed=3) as tuner:
+        tuner.train_step(batch)
+        twin = way(tuner)
+        for one in (tuner, twin):
+            torch.manual_seed(2)
+            found.append([step(batch) for step in (one.train_step, one.valid_step, one.train_step, one.valid_step)])
+    assert found[0] == found[1]
+    assert twin.tuned is not tuned
+    for mine, other in zip(tuned.parameters(), twin.tuned.parameters(), strict=True):
+        assert mine is not other
+        assert torch.equal(mine, other)
+
+
 @pytest.mark.parametrize("name", ["decay", "scale"])
 @pytest.mark.parametrize("method", ["stn", "centered", "delta"])
 def test_a_hyperparameter_that_is_frozen_in_the_middle_stays(name: str, method: str) -> None:

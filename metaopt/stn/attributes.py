@@ -6,6 +6,7 @@ __all__ = ["Attributes", "Snapshot"]
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import is_, itemgetter
 from typing import Any
 
@@ -118,6 +119,9 @@ def _look(module: nn.Module) -> _Own:
 
 
 def _reader(names: Names) -> Reader:
-    if len(names) > 1:
-        return itemgetter(*names)
-    return lambda store: [store[name] for name in names]
+    # Of one name it would give no sequence.
+    return itemgetter(*names) if len(names) > 1 else partial(_read, names)
+
+
+def _read(names: Names, store: dict[str, Any]) -> Sequence[Any]:
+    return [store[name] for name in names]
