@@ -65,13 +65,60 @@ def test_layouts_are_those_of_the_parameters(device: torch.device) -> None:
     torch.testing.assert_close(plain, turned)
 
 
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("case", ["moved", "sparse memory", "turned gradient", "expanded gradient"])
+def test_what_lies_in_memory_in_another_order_is_taken_as_it_is(device: torch.device, case: str, seen: bool) -> None:
+    """The kernel takes one entry for another there, silently."""
+    found = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        whole = torch.randn(2, 3, 2, 8, device=device)
+        p = nn.Parameter(whole[..., ::2] if case == "sparse memory" else whole[..., :4].clone())
+        factors = torch.arange(48.0, device=device).reshape(p.shape) / 48
+        optimizer: SGD = FusedSGD([p], 0.1, 0.9) if ours else SGD([p], 0.1, 0.9, foreach=False)
+        if seen:
+            optimizer.register_step_post_hook(lambda *_: None)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (p.sin() * factors).sum().backward()
+            assert p.grad is not None
+            if case == "turned gradient":
+                p.grad = p.grad.clone(memory_format=torch.channels_last)
+            if case == "expanded gradient":
+                p.grad = torch.ones((), device=device).expand_as(p)
+            optimizer.step()
+            if case == "moved":
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
+        found.append(p.detach())
+        assert optimizer.param_groups[0]["fused"] == (True if ours else None)
+    torch.testing.assert_close(*found)
+
+
+def test_a_momentum_that_is_dampened_begins_as_torchs(device: torch.device) -> None:
+    found = []
+    for kind, settings in ((FusedSGD, {}), (SGD, {"foreach": False})):
+        (p,) = parameters(device, 1)
+        optimizer = kind([{"params": [p], "momentum": 0.9, "dampening": 0.5}], lr=0.1, **settings)
+        for seed in range(3):
+            gradients([p], seed, set())
+            optimizer.step()
+        found.append(p.detach())
+    torch.testing.assert_close(*found)
+
+
 def test_hooks_closures_schedules_and_profilers_see_the_steps(device: torch.device) -> None:
     (p,) = parameters(device, 1)
     optimizer = FusedSGD([p], lr=1.0, momentum=0.5)
     seen: list[str] = []
     gradients([p], 0, set())
+
+    def before_step(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert args == (optimizer,)
+        assert not kwargs
+        seen.append("before")
+
     handles = [
-        optimizer.register_step_pre_hook(lambda *_: seen.append("before")),
+        optimizer.register_step_pre_hook(before_step),
         optimizer.register_step_post_hook(lambda *_: seen.append("after")),
     ]
     optimizer.step()

@@ -22,7 +22,9 @@ class FusedSGD(SGD):
 
     Torch's own step sorts parameters by type and device, opens a label for profilers and looks for hooks, each time;
     for a small model that takes longer than the rest of it. Here what is to be moved is given to the kernel at once.
-    Where there is a hook, a closure or a profiler, or a group that the kernel can't take, torch's own step runs.
+    Where there is a hook, a closure or a profiler, or a group that the kernel can't take, torch's own step runs. It
+    does so without the kernel where parameters, gradients and momenta do not lie in memory alike, as after
+    ``model.to(memory_format=torch.channels_last)``: the kernel would take one entry for another.
 
     Args:
         params: on a device for which torch has the kernel, of one floating-point type.
@@ -49,7 +51,8 @@ class FusedSGD(SGD):
         settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, **settings, maximize=maximize, fused=True)
         for group in self.param_groups:
-            for p in group["params"] if group["momentum"] else ():
+            # Where it is dampened, the first one is no step from zero.
+            for p in group["params"] if group["momentum"] and not group["dampening"] else ():
                 # Torch's step fails where some have a momentum and others, which no batch had used so far, have none.
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
@@ -61,8 +64,7 @@ class FusedSGD(SGD):
         """
         found = [] if closure is not None or self._looked_at() else [self._moved(group) for group in self.param_groups]
         if not found or None in found:
-            result: float | None = _torchs_step()(self, closure)
-            return result
+            return self._by_torch(closure)
         with torch.no_grad():
             for group, moved in zip(self.param_groups, found, strict=True):
                 if moved is not None and moved[0]:
@@ -80,6 +82,26 @@ class FusedSGD(SGD):
 
     # As torch marks a step that it has wrapped, with the label and the hooks.
     step.hooked = True  # type: ignore[attr-defined]
+
+    def _by_torch(self, closure: Callable[[], float] | None) -> float | None:
+        """Torch's own step: without the kernel for a group in which it would take one entry for another."""
+        apart = [group for group in self.param_groups if group["fused"] and not self._lies_alike(group)]
+        for group in apart:
+            group["fused"] = False
+        try:
+            result: float | None = _torchs_step()(self, *(() if closure is None else (closure,)))
+            return result
+        finally:
+            for group in apart:
+                group["fused"] = True
+
+    def _lies_alike(self, group: dict[str, Any]) -> bool:
+        """Whether gradients and momenta lie in memory as their parameters do."""
+        return all(
+            other is None or other.layout is not torch.strided or _alike(p, other)
+            for p in group["params"]
+            for other in (p.grad, self.state[p].get("momentum_buffer"))
+        )
 
     def _looked_at(self) -> bool:
         """Whether a hook, a profiler or a scaler of gradients has to see the step."""
@@ -105,7 +127,16 @@ class FusedSGD(SGD):
             if momentum is not None:
                 momenta.append(momentum)
         kinds = {(t.dtype, t.device) for t in chain(parameters, momenta)} if len(parameters) else set()
-        return None if len(kinds) > 1 else (parameters, gradients, momenta)
+        # Asked first, as it is nearly always so and at once.
+        plain = all(map(Tensor.is_contiguous, chain(parameters, gradients, momenta)))
+        alike = plain or (all(map(_alike, parameters, gradients)) and all(map(_alike, parameters, momenta)))
+        return (parameters, gradients, momenta) if alike and len(kinds) < 2 else None
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    # Of an axis of one, how far apart its entries are says nothing.
+    apart = [one != other and n > 1 for n, one, other in zip(a.shape, a.stride(), b.stride(), strict=False)]
+    return a.shape == b.shape and not any(apart)
 
 
 def _torchs_step() -> Callable[..., Any]:
