@@ -94,6 +94,25 @@ def test_what_lies_in_memory_in_another_order_is_taken_as_it_is(device: torch.de
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("overflow", [None, 0.0, 1.0])
+def test_scaled_gradients_are_torchs_matter(device: torch.device, overflow: float | None) -> None:
+    (p,) = parameters(device, 1)
+    start, optimizer = p.detach().clone(), FusedSGD([p], 0.1, 0.9)
+    p.grad = torch.full_like(p, 8.0)
+    scaled: Any = optimizer
+    scaled.grad_scale = torch.tensor(4.0, dtype=torch.float32, device=device)
+    if overflow is not None:
+        scaled.found_inf = torch.tensor(overflow, dtype=torch.float32, device=device)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), start if overflow else start - 0.2)
+
+
+def test_settings_are_named(device: torch.device) -> None:
+    """Torch has another one in the fourth place."""
+    with pytest.raises(TypeError, match="positional"):
+        FusedSGD(parameters(device), 0.1, 0.9, 0.5)  # type: ignore[call-arg]
+
+
 def test_a_momentum_that_is_dampened_begins_as_torchs(device: torch.device) -> None:
     found = []
     for kind, settings in ((FusedSGD, {}), (SGD, {"foreach": False})):

@@ -43,9 +43,9 @@ class FusedSGD(SGD):
         params: Any,
         lr: float = 1e-3,
         momentum: float = 0.0,
+        *,
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        *,
         maximize: bool = False,
     ) -> None:
         settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
@@ -107,7 +107,8 @@ class FusedSGD(SGD):
         """Whether a hook, a profiler or a scaler of gradients has to see the step."""
         own, post = self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks
         shared = bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
-        return bool(own or post) or shared or _profiler_enabled() or hasattr(self, "found_inf")
+        scaled = "found_inf" in self.__dict__ or "grad_scale" in self.__dict__
+        return bool(own or post) or shared or scaled or _profiler_enabled()
 
     def _moved(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor]] | None:
         """Parameters, gradients and momenta, or None where torch has to look at them."""
