@@ -376,6 +376,32 @@ def test_checkpointing_is_refused(reentrant: bool, method: str) -> None:
         tuner.train_step(torch.randn(6, 4))
 
 
+class RecomputedBias(nn.Module):
+    """What is computed again saves as many tensors without a response as with one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bias, self.out = nn.Linear(4, 4), nn.Parameter(torch.randn(4)), nn.Linear(4, 1)
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(lambda h: torch.tanh(h + self.bias), self.first(x), use_reentrant=False)
+        y: Tensor = self.out(self.drop(hidden))
+        return y
+
+
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_checkpointing_is_refused_where_the_user_saves_values_elsewhere(method: str) -> None:
+    """Torch can't refuse the model's hooks where others are open; the gradient was wrong, in silence."""
+    tuned, push = problem(RecomputedBias, method), torch._C._autograd._push_saved_tensors_default_hooks
+    with train(tuned, train_loss, valid_loss) as tuner, torch.autograd.graph.save_on_cpu():
+        with pytest.raises(ResponseError, match="Call that part itself"):
+            tuner.train_step(torch.randn(6, 4))
+        assert torch._C._autograd._push_saved_tensors_default_hooks is push
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            torch.ones(2, requires_grad=True).square().sum().backward()
+
+
 @pytest.mark.parametrize("method", ["stn", "centered", "delta"])
 @pytest.mark.parametrize("refused", [False, True])
 def test_the_users_hooks_on_what_gradients_save_go_on(refused: bool, method: str) -> None:

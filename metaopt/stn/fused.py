@@ -100,7 +100,7 @@ class FusedSGD(SGD):
         return all(
             other is None or other.layout is not torch.strided or _alike(p, other)
             for p in group["params"]
-            for other in (p.grad, self.state[p].get("momentum_buffer"))
+            for other in (p.grad, self.state.get(p, {}).get("momentum_buffer"))
         )
 
     def _looked_at(self) -> bool:

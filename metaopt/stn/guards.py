@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["CHECKPOINT", "WRITTEN", "differentiate", "guarded", "unchanged", "unhooked", "unrepeated"]
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from metaopt.capture.seams import Seam
 from metaopt.errors import ResponseError
 from metaopt.stn.trees import leaves
 
@@ -53,10 +55,17 @@ class guarded:
         self._versions = [t._version for t in self._tensors]
         self._before = _autograd._saved_tensors_hooks_get_disabled_error_message()
         self._closed = not self._recomputes and _close_saving_hooks(self._before)
+        self._watched = not self._recomputes and not self._closed
+        if self._watched:
+            _OPENED.__enter__()
+            _here.refused += 1
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self._closed:
             _open_saving_hooks(self._before)
+        elif self._watched:
+            _here.refused -= 1
+            _OPENED.__exit__()
         if isinstance(error, RuntimeError) and str(error).startswith(CHECKPOINT):
             raise ResponseError(CHECKPOINT) from None
         if error is None and self._versions != [t._version for t in self._tensors]:
@@ -77,6 +86,25 @@ def _close_saving_hooks(before: str | None) -> bool:
             _open_saving_hooks(before)
         return False
     return True
+
+
+class _Here(threading.local):
+    """In this thread: how many runs refuse hooks although the user's own are open."""
+
+    refused = 0
+
+
+_here, _push = _Here(), _autograd._push_saved_tensors_default_hooks
+
+
+def _open_more(*hooks: Any) -> None:
+    if _here.refused:
+        raise RuntimeError(CHECKPOINT)
+    _push(*hooks)
+
+
+# Torch can't refuse those of the model alone.
+_OPENED = Seam(_autograd, "_push_saved_tensors_default_hooks", _open_more)
 
 
 def _open_saving_hooks(before: str | None) -> None:

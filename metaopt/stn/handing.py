@@ -21,7 +21,7 @@ from metaopt.capture.seams import Seam
 _handle = torch.overrides.handle_torch_function
 
 
-def _hand(function: Callable[..., Any], relevant: Any, *args: Any, **kwargs: Any) -> Any:
+def _hand(function: Callable[..., Any], relevant: Any, /, *args: Any, **kwargs: Any) -> Any:
     if _is_torch_function_mode_enabled():
         # Off the stack while it looks: what it calls is not shown to it.
         mode = _pop_torch_function_stack()
