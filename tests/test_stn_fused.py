@@ -107,6 +107,34 @@ def test_scaled_gradients_are_torchs_matter(device: torch.device, overflow: floa
     torch.testing.assert_close(p.detach(), start if overflow else start - 0.2)
 
 
+def test_parameters_that_come_later_may_be_unused_at_first(device: torch.device) -> None:
+    found = []
+    for ours in (True, False):
+        given_ = parameters(device)
+        optimizer: SGD = FusedSGD(given_[:1], 0.1, 0.9) if ours else SGD(given_[:1], 0.1, 0.9, foreach=False)
+        for seed, missing in enumerate(({1, 2}, {2}, {0}, set[int]())):
+            gradients(given_, seed, missing)
+            if seed == 1:
+                optimizer.add_param_group({"params": given_[1:], "lr": 0.05})
+            optimizer.step()
+        found.append([p.detach() for p in given_])
+    torch.testing.assert_close(*found)
+
+
+def test_a_parameter_that_goes_to_another_group_keeps_its_momentum(device: torch.device) -> None:
+    found = []
+    for ours in (True, False):
+        given_ = parameters(device)
+        optimizer: SGD = FusedSGD(given_, 0.1, 0.9) if ours else SGD(given_, 0.1, 0.9, foreach=False)
+        for seed in range(4):
+            gradients(given_, seed, set())
+            if seed == 2:
+                optimizer.add_param_group({"params": [optimizer.param_groups[0]["params"].pop()], "lr": 0.05})
+            optimizer.step()
+        found.append([p.detach() for p in given_])
+    torch.testing.assert_close(*found)
+
+
 def test_settings_are_named(device: torch.device) -> None:
     """Torch has another one in the fourth place."""
     with pytest.raises(TypeError, match="positional"):

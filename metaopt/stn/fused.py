@@ -50,10 +50,16 @@ class FusedSGD(SGD):
     ) -> None:
         settings: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, **settings, maximize=maximize, fused=True)
-        for group in self.param_groups:
-            # Where it is dampened, the first one is no step from zero.
-            for p in group["params"] if group["momentum"] and not group["dampening"] else ():
-                # Torch's step fails where some have a momentum and others, which no batch had used so far, have none.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Move more parameters."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        # Where it is dampened, the first one is no step from zero.
+        for p in group["params"] if group["momentum"] and not group["dampening"] else ():
+            # Torch's step fails where some have a momentum and others, which no batch had used so far, have none.
+            # One that comes from another group keeps its own.
+            if self.state[p].get("momentum_buffer") is None:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
