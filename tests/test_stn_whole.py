@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metaopt.errors import FallbackWarning
+from metaopt.errors import FallbackWarning, ResponseError
 from metaopt.stn import l2, train, transform
 from metaopt.stn.checks import groups_of
 from tests.stn_models import at, hyperparameters
@@ -139,6 +140,108 @@ def test_a_state_between_batches_moves_as_in_plain_training(method: str) -> None
         assert [tuner.train_step(x) for x in batches] == losses
     assert tuned.model.calls == 3
     torch.testing.assert_close(tuned.model.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+class Held(nn.Module):
+    """A state within what a module keeps: in a list, a dictionary, or a tensor that is no buffer and is written on."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.cell, self.out, self.way = nn.GRUCell(3, 3), nn.Linear(3, 2), way
+        self.written, self.kept, self.found = torch.zeros(3), [torch.zeros(3), [0]], {"state": torch.zeros(3)}
+        self.past: collections.deque[Tensor] = collections.deque(maxlen=2)
+        self.seen: set[int] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept: Any = self.kept
+        now = {"written": self.written, "list": kept[0], "dict": self.found["state"]}.get(self.way)
+        before = sum(self.past, torch.zeros(3)) if now is None else now
+        hidden: Tensor = self.cell(x, before.repeat(len(x), 1))
+        after = hidden.detach().mean(0)
+        kept[1][0] += 1
+        self.seen.add(len(self.seen))
+        if self.way == "written":
+            self.written.mul_(0.5).add_(after)
+        elif self.way == "list":
+            kept[0] = after
+        elif self.way == "dict":
+            self.found["state"] = after
+            self.found[f"call {len(self.found)}"] = after
+        else:
+            self.past.append(after)
+        y: Tensor = self.out(torch.tanh(hidden)) * (1 + 0.1 * kept[1][0] + 0.1 * len(self.seen))
+        return y
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning", "ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("way", ["written", "list", "dict", "deque"])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_a_state_within_what_a_module_keeps_moves_once(method: str, way: str, verify: bool) -> None:
+    """It went on from the weights' step in the response's; with the comparison, weights were said to be used unseen."""
+    torch.manual_seed(0)
+    tuned, batches = problem(lambda: Held(way), method, bind={}, verify=verify), [torch.randn(5, 3) for _ in range(4)]
+    plain = copy.deepcopy(tuned.model)
+    rate = 0.0 if method == "stn" else 0.1
+    with torch.no_grad():
+        tuned.responses.weight.zero_()
+    optimizer, losses = torch.optim.SGD(plain.parameters(), lr=rate), []
+    for x in batches:
+        optimizer.zero_grad()
+        loss = F.mse_loss(plain(x), torch.ones(5, 2))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    def loss_of(model: Any, batch: Tensor, _: Any) -> Tensor:
+        return F.mse_loss(model(batch), torch.ones(5, 2))
+
+    seen: list[float] = []
+    with train(tuned, loss_of, valid_loss, optimizer=lambda p: torch.optim.SGD(p, lr=rate)) as tuner:
+        step = tuner.descent.step
+
+        def noted(what: str, loss: Tensor, *moves: Any) -> bool:
+            seen.append(loss.item())
+            return step(what, loss, *moves)
+
+        tuner.descent.step = noted  # type: ignore[method-assign]
+        for x in batches:
+            tuner.train_step(x)
+    torch.testing.assert_close(seen[:: 1 if method == "stn" else 2], losses)
+    assert tuned.model.seen == plain.seen
+    for name in ("written", "kept", "found"):
+        torch.testing.assert_close(getattr(tuned.model, name), getattr(plain, name))
+    torch.testing.assert_close(list(tuned.model.past), list(plain.past))  # type: ignore[arg-type]
+
+
+class Meter:
+    """An object of the user's own."""
+
+    calls = 0
+
+
+class Metered(nn.Module):
+    """Keeps its state in an object that can't be known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.meter = nn.Linear(3, 2), Meter()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.meter.calls += 1
+        y: Tensor = self.layer(x) * self.meter.calls
+        return y
+
+
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_a_state_in_an_object_of_ones_own_says_what_to_do(method: str) -> None:
+    """It was said that weights are used in a way that can't be seen."""
+    tuned, x = problem(Metered, method, bind={}), torch.randn(5, 3)
+    with (
+        train(tuned, lambda m, b, _: m(b).square().mean(), valid_loss) as tuner,
+        pytest.raises(ResponseError, match="another output when it is called again"),
+    ):
+        tuner.train_step(x)
 
 
 class Buffered(nn.Module):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 __all__ = ["Attributes", "Snapshot"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import is_, itemgetter
 from typing import Any
 
 from torch import nn
+
+from metaopt.stn.contents import Content, Contents, changeable
 
 # What every module has, and no model replaces: its parameters, its parts, its hooks.
 _TORCHS = frozenset(nn.Module().__dict__) - {"training"}
@@ -44,10 +46,12 @@ class Snapshot:
     Args:
         own: what was read.
         values: what was found, one after another.
+        contents: what was within these, of what is changed in place.
     """
 
     own: list[_Own]
     values: list[Any]
+    contents: list[Content]
 
 
 class Attributes:
@@ -59,25 +63,31 @@ class Attributes:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._own = [_look(module) for module in modules]
+        self._contents = Contents()
+        # What was found last, and what of it may change in place.
+        self._last: list[Any] | None = None
+        self._changeable: list[Any] = []
 
     def now(self) -> Snapshot:
         """What they keep now."""
         values = self._values()
         if values is None:
             # Some came or went.
-            self._own = [_look(own.module) for own in self._own]
+            self._own, self._last = [_look(own.module) for own in self._own], None
             values = self._values()
         assert values is not None
-        return Snapshot(self._own, values)
+        if self._last is None or not all(map(is_, self._last, values)):
+            self._last, self._changeable = values, list(self._within(values))
+        contents = self._contents.now(self._changeable) if self._changeable else []
+        return Snapshot(self._own, values, contents)
 
     def after(self, before: Snapshot) -> Snapshot:
         """What they keep now: ``before`` itself, if that is what they kept then."""
-        now = self.now()
-        return before if _same(before, now) else now
+        return before if self._same(before) else self.now()
 
     def back(self, kept: Snapshot) -> None:
         """Put back what they kept."""
-        if self.after(kept) is kept:
+        if self._same(kept):
             return
         values = iter(kept.values)
         for own in kept.own:
@@ -86,6 +96,23 @@ class Attributes:
                     del store[name]
                 for name in names:
                     store[name] = next(values)
+        for content in kept.contents:
+            content.restore()
+
+    def _same(self, before: Snapshot) -> bool:
+        # By identity: tensors don't say whether they are equal.
+        values = self._values() if before.own is self._own else None
+        there = self._contents.note(before.contents)
+        return there and values is not None and all(map(is_, before.values, values))
+
+    def _within(self, values: Sequence[Any]) -> Iterator[Any]:
+        """What may change in place of what was found; torch's own modules change nothing."""
+        start = 0
+        for own in self._own:
+            names, buffers = own.names
+            if not type(own.module).__module__.startswith("torch.nn."):
+                yield from filter(changeable, values[start : start + len(names)])
+            start += len(names) + len(buffers)
 
     def _values(self) -> list[Any] | None:
         values: list[Any] = []
@@ -101,11 +128,6 @@ class Attributes:
         except KeyError:
             return None
         return values
-
-
-def _same(before: Snapshot, now: Snapshot) -> bool:
-    # By identity: tensors don't say whether they are equal.
-    return before.own is now.own and all(map(is_, before.values, now.values))
 
 
 def _stores(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

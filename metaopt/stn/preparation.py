@@ -188,10 +188,17 @@ class Prepared(Parted):
         before = dict(self.fallback)
         output, p = self._responses_of(z.expand(examples, -1), values, args, kwargs, constant)
         unseen = {e.name for e in self.responses.entries} - p.used - set(self.fallback)
-        if close(output, self._changed(z, values, args, kwargs, constant), p.epsilon):
+        changed = self._changed(z, values, args, kwargs, constant)
+        if close(output, changed, p.epsilon):
             return p.epsilon
         if not unseen and not p.apart:
             self.fallback = before
+            if not close(changed, self._changed(z, values, args, kwargs, constant), p.epsilon):
+                raise ResponseError(
+                    f"`{type(self.model).__name__}` gives another output when it is called again, at the same weights "
+                    "and random numbers: it keeps a state where that can't be put back. Let it be a buffer or an "
+                    "attribute of a module: a tensor, a number, or a list or dictionary of these."
+                )
             raise ResponseError(
                 f"`{type(self.model).__name__}` uses its weights in a way that can't be seen, such as a custom "
                 "autograd.Function beside a layer: its response would be wrong. Let one parameter be used either by "

@@ -1,0 +1,109 @@
+"""What is within a module's attributes and is changed in place: lists, dictionaries, tensors that are no buffers."""
+
+from __future__ import annotations
+
+__all__ = ["Content", "Contents", "changeable"]
+
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What is larger is copied when it is first seen, and then only if it was written on: a vocabulary, a table, a mask.
+SMALL = 2**12
+
+_MAPPINGS = frozenset({dict, OrderedDict, defaultdict, Counter})
+_CONTAINERS = frozenset({list, set, deque}) | _MAPPINGS
+
+
+def changeable(value: Any) -> bool:
+    """Whether something may have other contents later, and still be the same object."""
+    return type(value) is Tensor or type(value) in _CONTAINERS
+
+
+@dataclass(frozen=True)
+class Content:
+    """What one object held.
+
+    Args:
+        owner: the object.
+        copy: a copy of its contents; None of a tensor that is large and never written on.
+        version: how often a tensor had been written.
+    """
+
+    owner: Any
+    copy: Any
+    version: int = 0
+
+    @property
+    def same(self) -> bool:
+        """Whether it holds that still; things are compared by identity, as tensors don't say whether they are equal."""
+        owner, copy = self.owner, self.copy
+        if isinstance(owner, Tensor):
+            return bool(owner._version == self.version)
+        if type(owner) in _MAPPINGS:
+            return (
+                len(owner) == len(copy) and all(map(is_, owner, copy)) and all(map(is_, owner.values(), copy.values()))
+            )
+        if isinstance(owner, set):
+            return bool(owner == copy)
+        return len(owner) == len(copy) and all(map(is_, owner, copy))
+
+    def restore(self) -> None:
+        """Let it hold that again."""
+        owner, copy = self.owner, self.copy
+        if copy is None or self.same:
+            return
+        if isinstance(owner, Tensor):
+            with torch.no_grad():
+                owner.copy_(copy)
+            return
+        owner.clear()
+        add: Callable[[Any], None] = owner.extend if isinstance(owner, (list, deque)) else owner.update
+        add(copy)
+
+
+class Contents:
+    """Copies what objects hold, and what those hold in turn."""
+
+    def __init__(self) -> None:
+        self._first = True
+        # Those that were written on, by ``id``: kept, so that no other takes their place.
+        self._written: dict[int, Any] = {}
+
+    def now(self, values: Iterable[Any]) -> list[Content]:
+        """What some objects hold now."""
+        found: dict[int, Content | None] = {}
+        for value in values:
+            self._add(value, found)
+        self._first = False
+        return [content for content in found.values() if content is not None]
+
+    def note(self, contents: Sequence[Content]) -> bool:
+        """Whether objects hold what they held; those that don't are noted."""
+        changed = [content.owner for content in contents if not content.same]
+        self._written.update((id(owner), owner) for owner in changed)
+        return not changed
+
+    def _add(self, value: Any, found: dict[int, Content | None]) -> None:
+        key = id(value)
+        if key in found:
+            return
+        if isinstance(value, Tensor):
+            if not value.is_inference():
+                found[key] = Content(value, self._copied(value), value._version)
+        elif self._wanted(value, len(value)):
+            found[key] = Content(value, dict(value) if type(value) in _MAPPINGS else type(value)(value))
+            for item in list(value.values()) if type(value) in _MAPPINGS else list(value):
+                if changeable(item):
+                    self._add(item, found)
+
+    def _copied(self, value: Tensor) -> Tensor | None:
+        return value.detach().clone() if self._wanted(value, value.numel()) else None
+
+    def _wanted(self, value: Any, size: int) -> bool:
+        return self._first or size <= SMALL or id(value) in self._written
