@@ -790,9 +790,9 @@ MUTANTS = [
     Mutant(
         "modes-of-evaluation",
         "a model whose own `eval` leaves a part in training mode is evaluated without it",
-        "stn/checks.py",
-        "if all(map(_switched_by_torch, modules)) else None",
-        "if True else None",
+        "stn/modes.py",
+        "if all(map(_switched_by_torch, modules)) else _switched",
+        "if True else _switched",
         ("tests/test_stn_altered.py", "own_eval"),
     ),
     Mutant(

@@ -192,6 +192,59 @@ def test_evaluation_is_what_a_models_own_eval_makes_it(how: str) -> None:
     assert any(all(modes) for modes in model.modes)
 
 
+class Merged(nn.Linear):
+    """An adapter that is merged into the weight in evaluation, and taken out of it again for training."""
+
+    def __init__(self, keeps: bool) -> None:
+        super().__init__(4, 3)
+        self.weight.requires_grad_(False)
+        self.left, self.right = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(2, 4))
+        self.keeps, self.merged, self.switched = keeps, False, ""
+
+    def train(self, mode: bool = True) -> Merged:
+        super().train(mode)
+        self.switched += "t" if mode else "e"
+        if mode == self.merged and not self.keeps:
+            self.weight.data += (self.left @ self.right).detach() * (-1 if mode else 1)
+            self.merged = not mode
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight if self.merged else self.weight + self.left @ self.right, self.bias)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_an_adapter_that_is_merged_in_evaluation_says_what_to_do(method: str, verify: bool) -> None:
+    """It stayed merged in training, with the adapter added once more or not at all."""
+    torch.manual_seed(0)
+    model = Merged(keeps=False)
+    before, hyper = model.weight.clone(), metaopt.Hyperparameters(weight=metaopt.positive(0.1))
+    tuned = transform(model, hyper, method, verify=verify)
+    x = torch.randn(5, 4)
+    with train(tuned, lambda m, b, v: (v.weight[:, None] * m(b).square()).mean(), lambda m, b: m(b).mean()) as tuner:
+        with pytest.raises(metaopt.ResponseError, match="merge an adapter"):
+            for _ in range(3):
+                tuner.train_step(x)
+            tuner.valid_step(x)
+        assert torch.equal(model.weight, before)
+        assert not model.merged
+        assert model.training
+
+
+def test_a_model_is_switched_back_as_a_loop_does_it() -> None:
+    """Its modes were set, and its own `train` was not called."""
+    model = Merged(keeps=True)
+    tuned = transform(model, metaopt.Hyperparameters(weight=metaopt.positive(0.1)), verify=False)
+    x = torch.randn(5, 4)
+    with train(tuned, lambda m, b, v: (v.weight[:, None] * m(b).square()).mean(), lambda m, b: m(b).mean()) as tuner:
+        tuner.train_step(x)
+        model.switched = ""
+        tuner.valid_step(x)
+        tuner.valid_step(x)
+    assert model.switched == "etet"
+
+
 class Hostile(nn.Module):
     """Does something to its layers while it runs."""
 

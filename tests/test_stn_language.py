@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -146,10 +146,12 @@ def test_in_evaluation_nothing_is_dropped() -> None:
 class Watching(nn.Module):
     """Notes the weights that its layers use."""
 
+    # Of the class: what an instance keeps is put back after the response's step.
+    seen: ClassVar[list[tuple[Tensor, Tensor, Tensor]]] = []
+
     def __init__(self) -> None:
         super().__init__()
         self.words, self.layer = nn.Embedding(200, 10), nn.Linear(10, 100)
-        self.seen: list[tuple[Tensor, Tensor, Tensor]] = []
         self.locked = VariationalDropout(0.5, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,14 +172,13 @@ def watched(rate: float, scale: float) -> Tuned:
 
 
 def step(tuned: Tuned) -> list[tuple[Tensor, Tensor, Tensor]]:
-    seen = tuned.model.seen
-    assert isinstance(seen, list)
+    seen = Watching.seen
     x = torch.randint(200, (400, 6))
     with train(tuned, lambda m, b, v: m(b).square().mean(), lambda m, b: m(b).mean(), optimizer=still) as tuner:
         tuner.train_step(x)
-        seen[:] = []
+        seen.clear()
         tuner.train_step(x)
-    return seen
+    return list(seen)
 
 
 def still(parameters: Any) -> torch.optim.Optimizer:

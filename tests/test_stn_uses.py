@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import metaopt
 from metaopt.errors import ResponseError
@@ -158,3 +160,39 @@ def test_functions_may_be_given_their_tensors_by_name(engine: str) -> None:
     expected = tuned.model(x) + (moved[0] - moved[1]) / (2 * h)
     torch.testing.assert_close(output(tuned, x, at(tuned, z, linearised=True)), expected, rtol=1e-7, atol=1e-8)
     assert not tuned.fallback
+
+
+class Bounded(nn.Module):
+    """A parametrization."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_a_cache_of_parametrizations_is_of_one_pass(method: str, verify: bool) -> None:
+    """With the model called in `parametrize.cached()`, weights were those that a pass before had computed."""
+    x = torch.randn(5, 3)
+
+    def gradients(cached: bool) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+        parametrize.register_parametrization(model[0], "weight", Bounded())
+        tuned = metaopt.stn.transform(
+            model, metaopt.Hyperparameters(size=metaopt.positive(0.5)), method, verify=verify, groups=5
+        )
+        with torch.no_grad():
+            tuned.responses.weight.normal_()
+
+        def loss_of(model: Any, batch: Tensor, values: Any = None) -> Tensor:
+            with parametrize.cached() if cached else nullcontext():
+                y = model(batch)
+            return (y.square() * (1 if values is None else values.size[:, None])).mean()
+
+        with metaopt.stn.train(tuned, loss_of, loss_of, seed=0) as tuner:
+            tuner.train_step(x)
+            tuner.valid_step(x)
+        return [p.grad for p in (*tuned.parameters(), *tuned.hyper.parameters())]
+
+    torch.testing.assert_close(gradients(True), gradients(False), rtol=0, atol=0)

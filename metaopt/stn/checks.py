@@ -8,7 +8,6 @@ __all__ = [
     "check_first",
     "check_trained",
     "check_validation",
-    "evaluation",
     "groups_of",
     "made",
     "repeat",
@@ -18,7 +17,6 @@ __all__ = [
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,8 +28,6 @@ from metaopt.errors import FallbackWarning, ResponseError, UnusedHyperparameterW
 from metaopt.stn.perturbations import Perturbation
 from metaopt.stn.substitution import ANOTHER, modules_of
 from metaopt.stn.tuned import GROUPS, Tuned
-
-_TRAIN, _EVAL = nn.Module.train, nn.Module.eval
 
 
 def takes_values(train_loss: Callable[..., Any], valid_loss: Callable[..., Any]) -> bool:
@@ -268,31 +264,3 @@ def _uses_directly(loss: Tensor, leaves: Iterable[Tensor], aliases: Iterable[Ten
             return True
         queue += [child for child, _ in node.next_functions]
     return False
-
-
-@contextmanager
-def evaluation(tuned: Tuned) -> Iterator[None]:
-    """Evaluation mode, and back to the mode of each module."""
-    modules = modules_of(tuned.model)
-    trained = [module for module in modules if module.training]
-    # As `eval()` does it, without the time that a module takes to set what may be a parameter.
-    flags = [module.__dict__ for module in trained] if all(map(_switched_by_torch, modules)) else None
-    for flag in flags or ():
-        flag["training"] = False
-    if trained and flags is None:
-        tuned.model.eval()
-    try:
-        yield
-    finally:
-        for module in trained if flags is None else ():
-            module.training = True
-        for flag in flags or ():
-            flag["training"] = True
-
-
-def _switched_by_torch(module: nn.Module) -> bool:
-    """Whether a module's mode is a flag of its own and no more."""
-    kind, own = type(module), module.__dict__
-    return (
-        kind.train is _TRAIN and kind.eval is _EVAL and "training" in own and "train" not in own and "eval" not in own
-    )

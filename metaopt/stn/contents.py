@@ -11,10 +11,12 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # What is larger is copied when it is first seen, and then only if it was written on: a vocabulary, a table, a mask.
 SMALL = 2**12
+# A container of more than this is a record that grows, whose entries stay as they are.
+FEW = 2**6
 
 _MAPPINGS = frozenset({dict, OrderedDict, defaultdict, Counter})
 _CONTAINERS = frozenset({list, set, deque}) | _MAPPINGS
@@ -62,9 +64,15 @@ class Content:
             with torch.no_grad():
                 owner.copy_(copy)
             return
+        if any(isinstance(item, nn.Module) for item in _items(owner)):
+            return  # a network that is made at the first call, such as a teacher, is not made again
         owner.clear()
         add: Callable[[Any], None] = owner.extend if isinstance(owner, (list, deque)) else owner.update
         add(copy)
+
+
+def _items(container: Any) -> list[Any]:
+    return list(container.values() if type(container) in _MAPPINGS else container)
 
 
 class Contents:
@@ -98,7 +106,7 @@ class Contents:
                 found[key] = Content(value, self._copied(value), value._version)
         elif self._wanted(value, len(value)):
             found[key] = Content(value, dict(value) if type(value) in _MAPPINGS else type(value)(value))
-            for item in list(value.values()) if type(value) in _MAPPINGS else list(value):
+            for item in _items(value) if len(value) <= FEW else ():
                 if changeable(item):
                     self._add(item, found)
 

@@ -18,6 +18,7 @@ from metaopt.errors import CaptureError, ResponseError
 from metaopt.stn.batches import size_of
 from metaopt.stn.coordinates import Values
 from metaopt.stn.generators import same_randomness
+from metaopt.stn.modes import evaluation
 from metaopt.stn.perturbations import Perturbation
 from metaopt.stn.training import Tuner
 
@@ -151,16 +152,10 @@ def _loss(tuner: Tuner, batch: Any, *, smooth: bool = False) -> Tensor:
         given = {name: tuned.hyper[name] for name in values}
         values = Values({name: value.expand(examples, *value.shape) for name, value in given.items()})
     at = Perturbation(None, values, weights=True)
-    modes = [(module, module.training) for module in tuned.model.modules()]
-    tuned.model.eval()
-    try:
-        with tuned.perturbed(at):
-            if smooth:
-                return tuner.train_loss(tuned, batch, values)
-            return tuner.valid_loss(tuned, batch, values) if tuner._accepts_values else tuner.valid_loss(tuned, batch)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluation(tuned.model), tuned.perturbed(at):
+        if smooth:
+            return tuner.train_loss(tuned, batch, values)
+        return tuner.valid_loss(tuned, batch, values) if tuner._accepts_values else tuner.valid_loss(tuned, batch)
 
 
 def _solve(product: Any, right: Tensor, steps: int, tolerance: float) -> tuple[Tensor, float]:

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from metaopt.stn.attributes import Attributes
 from metaopt.stn.batches import Shared, count, join, split
 from metaopt.stn.generators import other_state, random_state, same_randomness
+from metaopt.stn.modes import evaluation
 from metaopt.stn.outputs import close, moved, rows, shapes
 from metaopt.stn.running import Running
 from metaopt.stn.substitution import substituted
@@ -99,8 +100,8 @@ class Parted(Running):
             return self.model(*inputs, **options), moved(before, random_state(self.device))
 
     def _mixes_in_evaluation(self, args: Any, kwargs: Any, examples: Tensor, epsilon: float) -> bool:
-        self.model.eval()
-        runs = [self._once(args, kwargs, part) for part in (examples, *examples.tensor_split(2))]
+        with evaluation(self.model):
+            runs = [self._once(args, kwargs, part) for part in (examples, *examples.tensor_split(2))]
         (together, drawn), *halves = runs
         if objects(together) or any(len(shape) <= self.batch_dim for shape in shapes(together)):
             # It has no axis of examples, such as a loss; or is of a kind that can't be put together from groups.

@@ -19,6 +19,7 @@ from metaopt.stn.batches import count, shared
 from metaopt.stn.calls import Call, Place, confirmed, follow
 from metaopt.stn.generators import same_randomness
 from metaopt.stn.layouts import Layout, NeedsGroups, Site, infer, reordered
+from metaopt.stn.modes import evaluation
 from metaopt.stn.orders import noted
 from metaopt.stn.outputs import close, rows
 from metaopt.stn.parts import MOST, Parted
@@ -94,16 +95,13 @@ class Prepared(Parted):
                 )
 
     def _look(self, training: bool, args: Any, kwargs: Any, ran: Callable[[], None]) -> None:
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        known, _ = self._infer(args, kwargs, None)
-        ran()
-        if self.verify:
-            known.refuse(self._reordered(known.layouts, args, kwargs))
-            wrong = self._in_turn(known, args, kwargs)
-            self.fallback |= dict.fromkeys(wrong, "an example has another output than at changed weights")
-        for module, mode in modes:
-            module.training = mode
+        with evaluation(self.model):
+            known, _ = self._infer(args, kwargs, None)
+            ran()
+            if self.verify:
+                known.refuse(self._reordered(known.layouts, args, kwargs))
+                wrong = self._in_turn(known, args, kwargs)
+                self.fallback |= dict.fromkeys(wrong, "an example has another output than at changed weights")
         self._layouts[training] = self._trained(known, args, kwargs) if training else known
         if self.verify:
             self.epsilon = self._check(args, kwargs)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from metaopt.errors import ResponseError
 from metaopt.stn.buffers import copied
@@ -111,6 +112,9 @@ class substituted:
     def __enter__(self) -> None:
         try:
             self._put_parameters()
+            if parametrize._cache_enabled:
+                # `with parametrize.cached()` around a call would hand on what another pass computed.
+                self._put(vars(parametrize), "_cache", {})
             copies: dict[int, Tensor] = {}
             for store in self._slots.buffers if self._buffers else ():
                 for key, buffer in store.items():

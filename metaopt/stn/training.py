@@ -26,7 +26,6 @@ from metaopt.stn.checks import (
     check_first,
     check_trained,
     check_validation,
-    evaluation,
     groups_of,
     made,
     repeat,
@@ -36,6 +35,7 @@ from metaopt.stn.checks import (
 from metaopt.stn.descent import Descent, moving
 from metaopt.stn.generators import random_state, set_random_state
 from metaopt.stn.layouts import NeedsGroups
+from metaopt.stn.modes import evaluation
 from metaopt.stn.perturbations import Noise, Perturbation, draw, entropy
 from metaopt.stn.starts import Start, Starts
 from metaopt.stn.tuned import Tuned
@@ -186,7 +186,7 @@ class Tuner:
             The validation loss.
         """
         check_trained(self.tuned.model, self.weights)
-        with evaluation(self.tuned):
+        with evaluation(self.tuned.model):
             state = self.starts.now()
             loss: float = self._attempt(lambda: self._validation(batch), lambda: self.starts.back(state))
         return loss
