@@ -402,6 +402,62 @@ def test_a_dropout_that_is_bound_and_not_called_is_named(called: bool, handed: b
             tuner.train_step(data())
 
 
+class Computed(nn.Linear):
+    """Computes with the rate of a dropout that it calls too."""
+
+    def __init__(self, way: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__(3, 1)
+        self.drop, self.way = nn.Dropout(0.3), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.drop(x) * self.way(self, x)).squeeze(-1)
+
+
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda m, x: F.dropout(x, 2 * m.drop.p, m.training),
+        lambda m, x: F.dropout(x, m.drop.p / 2, m.training),
+        lambda m, x: torch.bernoulli(torch.full_like(x, 1 - m.drop.p)),
+        lambda m, x: m.drop.p * x,
+    ],
+    ids=["twice", "half", "kept", "tensor"],
+)
+def test_a_number_that_is_computed_from_a_bound_rate_says_what_to_do(way: Any, method: str) -> None:
+    """It was the module's own number for every example and for ever."""
+    hyper = metaopt.Hyperparameters(rate=metaopt.interval(0.3, 0, 0.9), decay=metaopt.positive(0.1))
+    with (
+        train(transform(Computed(way), hyper, method, bind={"rate": "drop"}), train_loss, valid_loss) as tuner,
+        pytest.raises(ResponseError, match="computes with the rate of 'drop'"),
+    ):
+        tuner.train_step(data())
+    # One that is not bound is a number.
+    free = transform(Computed(way), metaopt.Hyperparameters(decay=metaopt.positive(0.1)), method)
+    with train(free, train_loss, valid_loss) as tuner:
+        tuner.train_step(data())
+
+
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_a_bound_rate_times_the_mode_is_the_rate(method: str) -> None:
+    found = []
+    for way in (lambda m, x: m.drop.p * m.training, lambda m, x: m.training * m.drop.p, lambda m, x: m.drop.p):
+        torch.manual_seed(0)
+
+        def dropped(m: Any, x: Tensor, way: Any = way) -> Tensor:
+            return F.dropout(x, way(m, x), m.training)
+
+        hyper = metaopt.Hyperparameters(rate=metaopt.interval(0.3, 0, 0.9), decay=metaopt.positive(0.1))
+        tuned = transform(Computed(dropped), hyper, method, bind={"rate": "drop"})
+        with train(tuned, train_loss, valid_loss, seed=0) as tuner:
+            for _ in range(2):
+                tuner.train_step(data())
+                tuner.valid_step(data())
+        found.append([p.detach().clone() for p in (*tuned.parameters(), *hyper.parameters())])
+    torch.testing.assert_close(found[0], found[2], rtol=0, atol=0)
+    torch.testing.assert_close(found[1], found[2], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("loss", "text"),
     [

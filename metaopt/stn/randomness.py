@@ -4,12 +4,14 @@ from __future__ import annotations
 
 __all__ = ["DROPOUTS", "Rate"]
 
+from functools import partialmethod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metaopt.errors import ResponseError
 from metaopt.stn.passes import Pass
 from metaopt.stn.rules import register
 from metaopt.stn.variational import VariationalDropout
@@ -42,9 +44,38 @@ class Rate(float):
         rate.module, rate.hyper = module, hyper
         return rate
 
+    def __mul__(self, other: Any) -> Any:
+        """``p * self.training`` is the rate, or none."""
+        if type(other) in (bool, int) and other in (0, 1):
+            return self if other else 0.0
+        return _computed("__mul__", self, other)
+
+    __rmul__ = __mul__
+
     def __getnewargs__(self) -> tuple[float, str, str | None]:  # type: ignore[override]
         """What a copy is made from."""
         return float(self), self.module, self.hyper
+
+
+def _computed(name: str, rate: Rate, *others: Any) -> Any:
+    """What is computed from a rate: a plain number.
+
+    Raises:
+        ResponseError: if it is bound: the number would be that of the module, for every example and for ever.
+    """
+    if rate.hyper is not None:
+        raise ResponseError(
+            f"the model computes with the rate of {rate.module!r}, which is bound to {rate.hyper!r} and differs from "
+            "example to example; a number that is computed from it would not follow. Call the dropout, or hand its "
+            "rate on as it is, `F.dropout(x, self.drop.p, self.training)`; for another rate bind a dropout of its own."
+        )
+    return getattr(float, name)(rate, *others)
+
+
+for _name in ("add", "radd", "sub", "rsub", "truediv", "rtruediv", "pow", "rpow", "neg"):
+    setattr(
+        Rate, f"__{_name}__", partialmethod(lambda rate, name, *others: _computed(name, rate, *others), f"__{_name}__")
+    )
 
 
 def _rates(run: Pass, func: Any, x: Tensor, rate: float) -> Tensor | float | None:
