@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import copy
+import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -212,6 +214,48 @@ def test_a_state_within_what_a_module_keeps_moves_once(method: str, way: str, ve
     for name in ("written", "kept", "found"):
         torch.testing.assert_close(getattr(tuned.model, name), getattr(plain, name))
     torch.testing.assert_close(list(tuned.model.past), list(plain.past))  # type: ignore[arg-type]
+
+
+GENERATORS: dict[str, Callable[[], Any]] = {
+    "torch": lambda: torch.Generator().manual_seed(3),
+    "python": lambda: random.Random(3),
+    "numpy": lambda: numpy.random.default_rng(3),
+    "twister": lambda: numpy.random.RandomState(3),
+    "list": lambda: [torch.Generator().manual_seed(3)],
+}
+
+
+class Drawing(nn.Module):
+    """Draws from a generator of its own."""
+
+    drawn: ClassVar[list[float]] = []
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.layer, self.generator = nn.Linear(3, 2), GENERATORS[name]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.generator[0] if isinstance(self.generator, list) else self.generator
+        factor = float(torch.rand((), generator=own) if isinstance(own, torch.Generator) else own.uniform(0, 1))
+        self.drawn.append(factor)
+        y: Tensor = self.layer(x * factor) if self.training else self.layer(x)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("name", GENERATORS)
+def test_both_steps_draw_the_same_from_a_generator_of_the_models_own(name: str, verify: bool) -> None:
+    """It went on from the first in the second, or was said to be a use of weights that can't be seen."""
+    torch.manual_seed(0)
+    tuned, x = problem(lambda: Drawing(name), "delta", bind={}, verify=verify), torch.randn(5, 3)
+    with train(tuned, lambda m, b, _: F.mse_loss(m(b), torch.ones(5, 2)), valid_loss) as tuner:
+        tuner.train_step(x)
+        Drawing.drawn.clear()
+        for _ in range(2):
+            tuner.train_step(x)
+    first, again, second, third = Drawing.drawn
+    assert first == again != second == third
 
 
 class Meter:

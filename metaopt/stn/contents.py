@@ -1,15 +1,17 @@
-"""What is within a module's attributes and is changed in place: lists, dictionaries, tensors that are no buffers."""
+"""What a module's attributes hold and change in place: lists, dictionaries, tensors that are no buffers, generators."""
 
 from __future__ import annotations
 
 __all__ = ["Content", "Contents", "changeable"]
 
+import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -20,11 +22,12 @@ FEW = 2**6
 
 _MAPPINGS = frozenset({dict, OrderedDict, defaultdict, Counter})
 _CONTAINERS = frozenset({list, set, deque}) | _MAPPINGS
+_GENERATORS = (torch.Generator, random.Random, numpy.random.Generator, numpy.random.RandomState)
 
 
 def changeable(value: Any) -> bool:
     """Whether something may have other contents later, and still be the same object."""
-    return type(value) is Tensor or type(value) in _CONTAINERS
+    return type(value) is Tensor or type(value) in _CONTAINERS or isinstance(value, _GENERATORS)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Content:
         owner, copy = self.owner, self.copy
         if isinstance(owner, Tensor):
             return bool(owner._version == self.version)
+        if isinstance(owner, _GENERATORS):
+            return isinstance(owner, torch.Generator) and torch.equal(owner.get_state(), copy)
         if type(owner) in _MAPPINGS:
             return (
                 len(owner) == len(copy) and all(map(is_, owner, copy)) and all(map(is_, owner.values(), copy.values()))
@@ -64,6 +69,9 @@ class Content:
             with torch.no_grad():
                 owner.copy_(copy)
             return
+        if isinstance(owner, _GENERATORS):
+            _set_state(owner, copy)
+            return
         if any(isinstance(item, nn.Module) for item in _items(owner)):
             return  # a network that is made at the first call, such as a teacher, is not made again
         owner.clear()
@@ -73,6 +81,24 @@ class Content:
 
 def _items(container: Any) -> list[Any]:
     return list(container.values() if type(container) in _MAPPINGS else container)
+
+
+def _state(generator: Any) -> Any:
+    """The state of a generator of a module's own."""
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, numpy.random.Generator):
+        return generator.bit_generator.state
+    return generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, numpy.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
 
 
 class Contents:
@@ -104,6 +130,8 @@ class Contents:
         if isinstance(value, Tensor):
             if not value.is_inference():
                 found[key] = Content(value, self._copied(value), value._version)
+        elif isinstance(value, _GENERATORS):
+            found[key] = Content(value, _state(value))
         elif self._wanted(value, len(value)):
             found[key] = Content(value, dict(value) if type(value) in _MAPPINGS else type(value)(value))
             for item in _items(value) if len(value) <= FEW else ():
