@@ -196,3 +196,29 @@ def test_a_cache_of_parametrizations_is_of_one_pass(method: str, verify: bool) -
         return [p.grad for p in (*tuned.parameters(), *tuned.hyper.parameters())]
 
     torch.testing.assert_close(gradients(True), gradients(False), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning")
+@pytest.mark.parametrize("bag", [None, "sum"])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_tables_with_sparse_gradients_are_trained_as_others(method: str, bag: str | None) -> None:
+    """Torch was asked for a sparse gradient of a view."""
+
+    def trained(sparse: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        table = nn.EmbeddingBag(7, 4, mode=bag, sparse=sparse) if bag else nn.Embedding(7, 4, sparse=sparse)
+        model, x = nn.Sequential(table, nn.Tanh(), nn.Linear(4, 2)), torch.randint(7, (5, 3))
+        tuned = metaopt.stn.transform(model, metaopt.Hyperparameters(size=metaopt.positive(0.5)), method, groups=2)
+
+        def loss_of(model: Any, batch: Tensor, values: Any = None) -> Tensor:
+            each = model(batch).square().flatten(1).mean(1)
+            return (each if values is None else each * values.size).mean()
+
+        options: Any = {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1), "seed": 0}
+        with metaopt.stn.train(tuned, loss_of, loss_of, **options) as tuner:
+            for _ in range(3):
+                tuner.train_step(x)
+                tuner.valid_step(x)
+        return [p.detach().clone() for p in (*tuned.parameters(), *tuned.hyper.parameters())]
+
+    torch.testing.assert_close(trained(True), trained(False))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metaopt.errors import ResponseError
@@ -242,6 +243,7 @@ def _bag(
     padding_idx: int | None = None,
 ) -> Tensor:
     """A look-up and a sum: torch's own has no forward mode and no second derivative."""
+    sparse = sparse and isinstance(weight, Parameter)  # as for a table of words
     settings = (offsets, max_norm, norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights)
     arguments = (input, weight, *settings, include_last_offset, padding_idx)
     if offsets is not None or max_norm is not None or scale_grad_by_freq or mode == "max" or input.ndim != 2:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from metaopt.stn.layouts import NeedsGroups
 from metaopt.stn.passes import Pass
@@ -238,7 +239,8 @@ def embedding(
     sparse: bool = False,
 ) -> Tensor:
     """A look-up of rows; the response scales the columns. Padding has no gradient there."""
-    active, options = p.mark_of(weight), (norm_type, scale_grad_by_freq, sparse)
+    # What stands in for a table is a view of it, which torch can't give a sparse gradient.
+    active, options = p.mark_of(weight), (norm_type, scale_grad_by_freq, sparse and isinstance(weight, Parameter))
     if active is not None and max_norm is not None:
         raise NeedsGroups(active.entry.name, "`embedding` with max_norm writes on its table")
     if active is not None and scale_grad_by_freq:
