@@ -449,3 +449,36 @@ def test_statistics_are_those_of_the_whole_batch(way: str, method: str) -> None:
             state = x.mean(0) + 0.5 * state
             torch.testing.assert_close(model.state, state)
     assert tuned.fallback
+
+
+class Counting(nn.Module):
+    """Counts its batches, and has a parameter that takes groups."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.layer, self.scale, self.way = nn.Linear(3, 3), nn.Parameter(torch.randn(3)), way
+        self.number, self.held, self.written = 0, [0], torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.way == "number":
+            self.number += 1
+        elif self.training and self.way == "list":
+            self.held[0] += 1
+        elif self.training:
+            self.written += 1
+        y: Tensor = self.layer(x) * self.scale[self.scale != 0]
+        return y / (1 + self.number + self.held[0] + self.written)
+
+
+@pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning", "ignore::metaopt.UnusedHyperparameterWarning")
+@pytest.mark.parametrize("way", ["number", "list", "written"])
+@pytest.mark.parametrize("method", ["stn", "centered", "delta"])
+def test_a_batch_in_groups_is_counted_once(way: str, method: str) -> None:
+    """Each group of a joint step moved it."""
+    torch.manual_seed(0)
+    model = Counting(way)
+    tuned = problem(lambda: model, method, bind={})
+    with train(tuned, lambda m, b, _: F.mse_loss(m(b), torch.ones(9, 3)), valid_loss) as tuner:
+        for _ in range(3):
+            tuner.train_step(torch.randn(9, 3))
+    assert model.number + model.held[0] + model.written == 3

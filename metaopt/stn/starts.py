@@ -49,6 +49,10 @@ class Starts:
         kept = self._attributes.now() if before is None else self._attributes.after(before.kept)
         return Start(random_state(self.tuned.device, others), kept)
 
+    def moved(self, start: Start) -> bool:
+        """Whether modules keep something else than they did."""
+        return self._attributes.after(start.kept) is not start.kept
+
     def back(self, start: Start, now: Start | None = None) -> None:
         """Come back.
 

@@ -160,7 +160,7 @@ class Tuner:
         with self.starts.first(state):
             if self.tuned.method == "stn":
                 loss: float = self._attempt(
-                    lambda: self._joint(batch, point, kept), lambda: back(self.statistics.restore)
+                    lambda: self._joint(batch, point, state, kept), lambda: back(self.statistics.restore)
                 )
             else:
                 loss = self._weights(batch, point)
@@ -225,11 +225,11 @@ class Tuner:
             loss = self._loss(self.train_loss, batch, again)
             yield again.outputs, loss
 
-    def _joint(self, batch: Any, point: Tensor, kept: Sequence[Kept]) -> float:
+    def _joint(self, batch: Any, point: Tensor, state: Start, kept: Sequence[Kept]) -> float:
         _, point, groups = self._perturb(size_of(batch, self.tuned.batch_dim), point)
         at = Perturbation(point, self.tuned.coordinates.values(point), groups, weights=True, response=True)
         loss = self._loss(self.train_loss, batch, at)
-        if groups not in (None, 1) and any(k.moved for k in kept):
+        if groups not in (None, 1) and (any(k.moved for k in kept) or self.starts.moved(state)):
             # Each group moved them, by its own examples.
             self.tuned.mixes = True
             raise NeedsGroups(*next(iter(self.tuned.fallback.items())))
