@@ -474,11 +474,22 @@ class Counting(nn.Module):
 @pytest.mark.parametrize("way", ["number", "list", "written"])
 @pytest.mark.parametrize("method", ["stn", "centered", "delta"])
 def test_a_batch_in_groups_is_counted_once(way: str, method: str) -> None:
-    """Each group of a joint step moved it."""
+    """Each group of a joint step moved it, and in the response's step each went on from the one before."""
     torch.manual_seed(0)
-    model = Counting(way)
+    model, losses = Counting(way), []
     tuned = problem(lambda: model, method, bind={})
-    with train(tuned, lambda m, b, _: F.mse_loss(m(b), torch.ones(9, 3)), valid_loss) as tuner:
+    with torch.no_grad():
+        tuned.responses.weight.zero_()
+
+    def loss_of(model: Any, batch: Tensor, _: Any) -> Tensor:
+        loss = F.mse_loss(model(batch), torch.ones(9, 3))
+        losses.append(loss.item())
+        return loss
+
+    still: Any = lambda p: torch.optim.SGD(p, lr=0.0)  # noqa: E731
+    with train(tuned, loss_of, valid_loss, optimizer=still) as tuner:
         for _ in range(3):
             tuner.train_step(torch.randn(9, 3))
+    if method != "stn":
+        assert losses[-2] == pytest.approx(losses[-1])
     assert model.number + model.held[0] + model.written == 3

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metaopt.stn.attributes import Attributes
 from metaopt.stn.coordinates import Values
 from metaopt.stn.trees import mapped
 
@@ -80,6 +81,7 @@ class Perturbation:
         outputs: what it returned, where that is looked at.
         watched: whether it is.
         offset: what is added to that, in units of its size.
+        attributes: where modules keep a state, which each group of examples starts from.
     """
 
     z: Tensor | None
@@ -97,6 +99,7 @@ class Perturbation:
     outputs: list[Tensor] = field(default_factory=list)
     watched: bool = False
     offset: float = 0.0
+    attributes: Attributes | None = None
 
     def noted(self, output: Any) -> Any:
         """Note what the model returned; moved by the offset, if there is one."""

@@ -32,11 +32,14 @@ class Starts:
 
     Args:
         tuned: the model.
+
+    Attributes:
+        attributes: what its modules keep.
     """
 
     def __init__(self, tuned: Tuned) -> None:
         self.tuned = tuned
-        self._attributes = Attributes(tuned.slots.modules)
+        self.attributes = Attributes(tuned.slots.modules)
         self._trained = False
 
     def now(self, before: Start | None = None) -> Start:
@@ -46,12 +49,12 @@ class Starts:
             before: where one before it did; most modules keep what they kept then.
         """
         others = self.tuned.draws is not False or not self._trained
-        kept = self._attributes.now() if before is None else self._attributes.after(before.kept)
+        kept = self.attributes.now() if before is None else self.attributes.after(before.kept)
         return Start(random_state(self.tuned.device, others), kept)
 
     def moved(self, start: Start) -> bool:
         """Whether modules keep something else than they did."""
-        return self._attributes.after(start.kept) is not start.kept
+        return self.attributes.after(start.kept) is not start.kept
 
     def back(self, start: Start, now: Start | None = None) -> None:
         """Come back.
@@ -62,7 +65,7 @@ class Starts:
         """
         set_random_state(self.tuned.device, start.generators)
         if now is None or now.kept is not start.kept:
-            self._attributes.back(start.kept)
+            self.attributes.back(start.kept)
 
     def first(self, start: Start) -> AbstractContextManager[None]:
         """The first pass of training: what hooks do there, and from which generators the loss draws."""

@@ -269,6 +269,7 @@ class Tuner:
     # -- parts of a step
 
     def _loss(self, function: Callable[..., Tensor], batch: Any, at: Perturbation, *, values: bool = True) -> Tensor:
+        at.attributes = self.starts.attributes
         # Looked at until a step went well: the mode sees every function that the model calls.
         watch = Aside(at) if at.linearised and id(function) not in self._watched else nullcontext()
         with self.tuned.perturbed(at), watch:

@@ -212,8 +212,12 @@ class Tuned(Compared):
             raise NeedsGroups(*next(iter(self.fallback.items())))
         if not self.fallback or at.groups in (None, 1):
             return self._whole(at, at.z, at.values, args, kwargs)
-        outputs, self.shared = [], self.shared | shared(args, kwargs, self.batch_dim, examples)
+        outputs: list[Any] = []
+        self.shared = self.shared | shared(args, kwargs, self.batch_dim, examples)
+        start = None if at.attributes is None else at.attributes.now()
         for part in torch.arange(at.z.shape[0], device=at.z.device).tensor_split(at.groups):
+            if outputs and at.attributes is not None and start is not None:
+                at.attributes.back(start)
             inputs = self._part(args, kwargs, part)
             values = {name: value[part] for name, value in at.values.items()}
             outputs.append(self._whole(at, at.z[part], values, *inputs))
