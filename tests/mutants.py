@@ -693,7 +693,7 @@ MUTANTS = [
     Mutant(
         "moving-origin",
         "the origin of a centred response moves with the hyperparameters, which then have no gradient through it",
-        "stn/training.py",
+        "stn/steps.py",
         'origin = 0 if tuned.method == "stn" else leaf.detach()',
         'origin = 0 if tuned.method == "stn" else leaf',
         ("tests/test_stn_training.py", "moves_everything"),

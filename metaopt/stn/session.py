@@ -13,7 +13,8 @@ from torch.optim import SGD, Optimizer, RMSprop
 
 from metaopt.errors import ResponseError, whole
 from metaopt.stn.fused import FusedSGD
-from metaopt.stn.training import Factory, Tuner
+from metaopt.stn.steps import Factory
+from metaopt.stn.training import Tuner
 from metaopt.stn.tuned import Tuned
 
 
