@@ -798,7 +798,7 @@ MUTANTS = [
     Mutant(
         "surrogate-gradients",
         "a validation loss goes by a custom function's backward, and not by the derivative of its values",
-        "stn/passes.py",
+        "stn/custom.py",
         "        return by_value(self.nature(cls, args, kwargs), cls, own, args, kwargs)\n",
         "        return self.plain(own, args, kwargs)\n",
         ("tests/test_stn_surrogates.py", "not padding"),
