@@ -257,14 +257,19 @@ def test_scales_are_clamped_and_rescaling_keeps_the_response() -> None:
         torch.testing.assert_close(value, before[name])
 
 
-def test_scales_within_their_bounds_are_not_rounded() -> None:
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_scales_within_their_bounds_are_not_rounded(beyond: int) -> None:
+    """Nor is one that stands beside another at a bound."""
     hyper = metaopt.Hyperparameters(a=metaopt.real(torch.zeros(1000)))
     tuned = transform(nn.Linear(2, 1), hyper)
     with torch.no_grad():
         tuned.rho.copy_(torch.linspace(-5, 1, 1000))
+        tuned.rho[:beyond], tuned.rho[1000 - beyond :] = -20.0, 20.0
     before = tuned.rho.detach().clone()
     tuned.keep_scale(1e-3, 2.0)
-    assert torch.equal(tuned.rho, before)
+    assert torch.equal(tuned.rho[beyond : 1000 - beyond], before[beyond : 1000 - beyond])
+    if beyond:
+        torch.testing.assert_close(tuned.scale[[0, -1]], torch.tensor([1e-3, 2.0]))
 
 
 def big(parameters: Any) -> torch.optim.Optimizer:

@@ -118,21 +118,26 @@ class Stateful(nn.Module):
         return y
 
 
+def trained(model: nn.Module, batches: list[Tensor], rate: float) -> list[float]:
+    """The losses of plain training."""
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=rate), []
+    for x in batches:
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), torch.ones(5, 2))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 @pytest.mark.filterwarnings("ignore::metaopt.FallbackWarning", "ignore::metaopt.UnusedHyperparameterWarning")
 @pytest.mark.parametrize("method", ["centered", "delta"])
 def test_a_state_between_batches_moves_as_in_plain_training(method: str) -> None:
     torch.manual_seed(0)
     tuned, batches = problem(Stateful, method), [torch.randn(5, 3) for _ in range(3)]
     plain = copy.deepcopy(tuned.model)
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     plain.get_submodule("drop").eval()
-    losses = []
-    for x in batches:
-        optimizer.zero_grad()
-        loss = F.mse_loss(plain(x), torch.ones(5, 2))
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = trained(plain, batches, 0.1)
 
     def loss_of(model: Any, batch: Tensor, _: Any) -> Tensor:
         return F.mse_loss(model(batch), torch.ones(5, 2))
@@ -187,13 +192,7 @@ def test_a_state_within_what_a_module_keeps_moves_once(method: str, way: str, ve
     rate = 0.0 if method == "stn" else 0.1
     with torch.no_grad():
         tuned.responses.weight.zero_()
-    optimizer, losses = torch.optim.SGD(plain.parameters(), lr=rate), []
-    for x in batches:
-        optimizer.zero_grad()
-        loss = F.mse_loss(plain(x), torch.ones(5, 2))
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = trained(plain, batches, rate)
 
     def loss_of(model: Any, batch: Tensor, _: Any) -> Tensor:
         return F.mse_loss(model(batch), torch.ones(5, 2))

@@ -16,7 +16,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 
 class FusedSGD(SGD):
-    r"""``torch.optim.SGD(fused=True)`` at less cost: the same steps, states and settings.
+    r"""``torch.optim.SGD(fused=True)`` at less cost: the same steps and states.
 
     .. math:: m \leftarrow \mu m + \nabla + \delta w, \quad w \leftarrow w - \eta m
 
@@ -133,7 +133,7 @@ class FusedSGD(SGD):
             gradients.append(gradient)
             if momentum is not None:
                 momenta.append(momentum)
-        kinds = {(t.dtype, t.device) for t in chain(parameters, momenta)} if len(parameters) else set()
+        kinds = {(t.dtype, t.device) for t in chain(parameters, momenta)}
         # Asked first, as it is nearly always so and at once.
         plain = all(map(Tensor.is_contiguous, chain(parameters, gradients, momenta)))
         alike = plain or (all(map(_alike, parameters, gradients)) and all(map(_alike, parameters, momenta)))
